@@ -1,0 +1,13 @@
+"""The two apps that Flower loads, and the one place where a room is handed what it must not import.
+
+Flower starts ``server`` at the coordinator and ``client`` at every site, simulated or deployed. A
+site's code knows no simulation; that a simulated site without data is a phantom hospital is
+arranged here.
+"""
+
+from client.app import client_app
+from server.app import server_app
+from simulation.sites import phantom_root
+
+server = server_app()
+client = client_app(phantom_root)

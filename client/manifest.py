@@ -1,0 +1,149 @@
+"""A site's folder: which images it has, and what is known of each.
+
+A folder holds ``labels.csv`` with a column ``image`` and any of ``mask``, ``label``, ``group``,
+``split``, ``site``; other columns are left alone. Paths are relative to the folder. An empty cell
+means "not annotated". docs/data.md is the user's guide.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import wire
+
+MANIFEST = "labels.csv"
+_COLUMNS = ("image", "mask", "label", "group", "split", "site")
+
+
+class DataError(ValueError):
+    """A site's data cannot be used as they are. The message says what to mend."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as the manifest names it."""
+
+    line: int  # in labels.csv, the header being line 1
+    image: Path
+    mask: Path | None
+    label: str | None
+    group: str  # what must not be split: the patient; the image itself where none is given
+    split: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All examples of one site."""
+
+    site: str
+    path: Path
+    rows: tuple[Row, ...]
+
+
+def read_sites(root: Path) -> dict[str, Manifest]:
+    """Read every site under a folder, by name in alphabetical order.
+
+    The folder holds either one ``labels.csv`` (one site, or several told apart by its column
+    ``site``) or one folder for each site.
+
+    Raises:
+        DataError: if there is no site, or a manifest cannot be read.
+    """
+    if not root.is_dir():
+        raise DataError(f"data folder {root.absolute()}: expected a folder, found none")
+    if (root / MANIFEST).is_file():
+        return _by_site(root)
+    sites = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if (folder / MANIFEST).is_file():
+            for manifest in _by_site(folder).values():
+                sites[folder.name] = Manifest(folder.name, manifest.path, manifest.rows)
+    if not sites:
+        raise DataError(
+            f"data folder {root.absolute()}: expected {MANIFEST}, or one folder a site with "
+            f"{MANIFEST} in it, found neither; docs/data.md describes both"
+        )
+    return sites
+
+
+def read_site(folder: Path, name: str) -> Manifest:
+    """Read a folder that belongs to one site alone, whatever its rows call it.
+
+    Raises:
+        DataError: if there is no manifest or it cannot be read.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"data folder {folder.absolute()}: expected {MANIFEST}, found none")
+    return Manifest(name, folder / MANIFEST, tuple(row for row, _ in _read(folder)))
+
+
+def chosen_sites(sites: dict[str, Manifest], names: Collection[str]) -> dict[str, Manifest]:
+    """Keep the named sites, all of them if no name is given.
+
+    Raises:
+        DataError: naming a site that is not there.
+    """
+    for name in names:
+        if name not in sites:
+            raise DataError(f"data.sites: no site {name!r}; the data hold {', '.join(sites)}")
+    return {name: m for name, m in sites.items() if not names or name in names}
+
+
+def _by_site(folder: Path) -> dict[str, Manifest]:
+    rows: dict[str, list[Row]] = {}
+    for row, site in _read(folder):
+        rows.setdefault(site or folder.absolute().name, []).append(row)
+    return {
+        site: Manifest(site, folder / MANIFEST, tuple(rows[site])) for site in sorted(rows)
+    }
+
+
+def _read(folder: Path) -> list[tuple[Row, str]]:
+    """Every row of a folder's manifest with the site it names, if any."""
+    path = folder / MANIFEST
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or ()
+            if "image" not in header:
+                raise DataError(
+                    f"{path}: expected a column 'image' and any of {', '.join(_COLUMNS[1:])}, "
+                    f"got {', '.join(header) or 'an empty file'}"
+                )
+            rows = [_row(path, reader.line_num, cells) for cells in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: expected a CSV file in UTF-8, {error}") from None
+    if not rows:
+        raise DataError(f"{path}: expected a row an image, got a header alone")
+    seen: dict[Path, int] = {}
+    for row, _ in rows:
+        if row.image in seen:
+            raise DataError(
+                f"{path}: row {row.line}: {row.image.name} is already in row {seen[row.image]}; "
+                "an image listed twice could be both learned from and tested on"
+            )
+        seen[row.image] = row.line
+    return rows
+
+
+def _row(path: Path, line: int, cells: dict[str, str | None]) -> tuple[Row, str]:
+    text = {name: (cells.get(name) or "").strip() for name in _COLUMNS}
+    if not text["image"]:
+        raise DataError(f"{path}: row {line}: expected the path of an image, got an empty cell")
+    if text["split"] and text["split"] not in wire.SPLITS:
+        raise DataError(
+            f"{path}: row {line}: split: expected {', '.join(wire.SPLITS)} or nothing, "
+            f"got {text['split']!r}"
+        )
+    row = Row(
+        line=line,
+        image=path.parent / text["image"],
+        mask=path.parent / text["mask"] if text["mask"] else None,
+        label=text["label"] or None,
+        group=text["group"] or text["image"],
+        split=text["split"] or None,
+    )
+    return row, text["site"]

@@ -1,0 +1,161 @@
+"""One site's local round: plain PyTorch over plain arguments."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from client.augment import Augmentation
+from client.dataset import ExampleDataset, Examples, to_batch
+from client.device import autocast, memory_format
+from configs.run import DataConfig, LossConfig, TrainConfig
+from mtl_model.losses import Targets, balanced_class_weights, multi_task_loss
+
+
+class TrainingError(RuntimeError):
+    """A local round cannot go on. The message says at which step and why."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Where a local round stands in its run; from it follow its learning rates and its seeds."""
+
+    number: int  # from 1
+    rounds: int
+    seed: int
+    site: str
+
+    def seeds(self) -> Iterator[int]:
+        """Endless seeds that no other round, site or run seed shares."""
+        source = np.random.default_rng(
+            [self.seed, self.number, zlib.crc32(self.site.encode("utf-8"))]
+        )
+        while True:
+            yield int(source.integers(2**31))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a local round did; the losses are means over the examples that carry the annotation."""
+
+    steps: int
+    seconds: float
+    loss_segmentation: float | None
+    loss_classification: float | None
+
+
+def train_one_round(
+    model: nn.Module,
+    examples: Examples,
+    where: Round,
+    *,
+    data: DataConfig,
+    train: TrainConfig,
+    loss: LossConfig,
+    device: torch.device,
+) -> TrainResult:
+    """Train ``model`` in place on one site's examples.
+
+    Tasks that no example is annotated for are not computed, and their parameters stay as they
+    came. AdamW starts anew each round; its learning rate goes on along the whole run's schedule.
+
+    Raises:
+        TrainingError: if there is nothing to learn from, or a loss is not finite.
+    """
+    tasks = examples.tasks
+    if not tasks:
+        raise TrainingError(f"none of {len(examples)} training examples has a mask or a label")
+    started = time.perf_counter()
+    seeds = where.seeds()
+    torch.manual_seed(next(seeds))  # drop path
+    steps = steps_of_round(len(examples), train)
+    class_weights = class_weights_of(examples, data, loss).to(device)
+    model.to(device, memory_format=memory_format(device)).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
+    )
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    batches = _batches(examples, steps, seeds, data, train, device)
+    for step, (images, targets) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, where, step, steps)
+        with autocast(device, train.precision):
+            prediction = model(images, tasks)
+        losses = multi_task_loss(prediction, targets, loss, class_weights)
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.mean().backward()
+        if train.clip_norm > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+        optimizer.step()
+        totals += torch.stack(
+            [
+                losses.segmentation.detach().sum(),
+                targets.has_mask.sum(),
+                losses.classification.detach().sum(),
+                targets.has_label.sum(),
+            ]
+        )
+    segmentation, masked, classification, labelled = totals.tolist()
+    if not np.isfinite([segmentation, classification]).all():
+        raise TrainingError(
+            f"round {where.number}: loss not finite (segmentation {segmentation}, classification "
+            f"{classification}); try a smaller train.learning-rate or train.precision = 'fp32'"
+        )
+    return TrainResult(
+        steps=steps,
+        seconds=time.perf_counter() - started,
+        loss_segmentation=segmentation / masked if masked else None,
+        loss_classification=classification / labelled if labelled else None,
+    )
+
+
+def steps_of_round(examples: int, train: TrainConfig) -> int:
+    """Optimiser steps of one local round; the last batch of an epoch may be smaller."""
+    return train.local_steps or train.local_epochs * -(-examples // train.batch_size)
+
+
+def learning_rate(train: TrainConfig, where: Round, step: int, steps: int) -> float:
+    """Polynomial decay over the whole run, of which this round has ``steps`` steps."""
+    done = (where.number - 1) * steps + step
+    return train.learning_rate * (1 - done / (where.rounds * steps)) ** train.poly_power
+
+
+def class_weights_of(examples: Examples, data: DataConfig, loss: LossConfig) -> Tensor:
+    """(K,) weights of the classification loss, from config or from these examples' labels."""
+    if loss.class_weights == "none":
+        return torch.ones(len(data.classes))
+    if loss.class_weights == "balanced":
+        return balanced_class_weights(torch.from_numpy(examples.class_counts(len(data.classes))))
+    return torch.tensor([float(weight) for weight in loss.class_weights.split(",")])
+
+
+def _batches(
+    examples: Examples,
+    steps: int,
+    seeds: Iterator[int],
+    data: DataConfig,
+    train: TrainConfig,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Targets]]:
+    """Shuffled epochs one after the other until ``steps`` batches are out."""
+    while True:
+        augmentation = Augmentation(next(seeds)) if train.augment else None
+        loader = DataLoader(
+            ExampleDataset(examples, augmentation),
+            batch_size=train.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(next(seeds)),
+            pin_memory=device.type == "cuda",
+        )
+        for batch in loader:
+            yield to_batch(*batch, data.normalise, device)
+            steps -= 1
+            if steps == 0:
+                return

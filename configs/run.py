@@ -1,0 +1,362 @@
+"""What a run may be told: every setting of a run, its default, its range and what it means.
+
+A run's settings travel as Flower's *run config*: one flat table of dotted kebab-case keys
+(``train.batch-size``) whose values are bool, int, float or str. ``RunConfig.from_flat`` is the
+one place that reads it; everything behind it gets the smallest section that serves
+(``config.train``), typed, frozen and checked. The same keys with the same defaults stand in
+pyproject.toml, where Flower wants them (a test compares the two), and presets beside this file
+name the few that differ.
+
+A list is written as one string with commas (``"benign,malignant"``), since Flower knows no lists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+Value = bool | int | float | str
+Flat = Mapping[str, Value]
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or out of range. The message names each one and what is allowed."""
+
+
+def kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _split(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _join(values: tuple[object, ...]) -> str:
+    return ",".join(str(value) for value in values)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split), PlainSerializer(_join)]
+Counts = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split), PlainSerializer(_join)
+]
+
+
+class Section(BaseModel):
+    """One table of settings: frozen, kebab-case outside, snake_case inside, nothing unknown."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=kebab,
+        populate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+
+class RunSection(Section):
+    """Where a run's results go, and the seed from which all its randomness follows."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="Folder name; empty: by time.")
+    output_dir: str = Field("runs", min_length=1, description="Folder that holds run folders.")
+    seed: int = Field(0, ge=0)
+
+
+class DataConfig(Section):
+    """What the images are and how every site reads and splits them."""
+
+    root: str = Field("", description="Simulated sites' data; empty: phantom hospitals.")
+    sites: Names = Field((), description="Only these sites; empty: all.")
+    classes: Names = Field(("benign", "malignant"), description="Image classes, in order.")
+    positive: str = Field("malignant", description="Class that sensitivity and AUC refer to.")
+    drop_labels: Names = Field((), description="Labels whose rows are left out.")
+    image_height: int = Field(64, ge=32, le=2048, description="Pixels after resizing.")
+    image_width: int = Field(64, ge=32, le=2048, description="Pixels after resizing.")
+    channels: Literal[1, 3] = 1
+    resize: Literal["pad", "stretch"] = Field("pad", description="pad keeps the aspect ratio.")
+    normalise: Literal["image", "fixed"] = Field(
+        "image", description="image: each image to mean 0, deviation 1; fixed: (x/255-0.5)/0.25."
+    )
+    val_fraction: float = Field(0.15, ge=0.0, lt=1.0)
+    test_fraction: float = Field(0.2, ge=0.0, lt=1.0)
+    split_seed: int = Field(0, ge=0)
+    on_error: Literal["skip", "refuse"] = Field(
+        "skip", description="What an image that cannot be read does to its site."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.classes) < 2:
+            raise ValueError(f"data.classes: expected at least two names, got {self.classes!r}")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"data.classes: expected distinct names, got {_join(self.classes)!r}")
+        if self.positive not in self.classes:
+            raise ValueError(
+                f"data.positive: expected one of data.classes ({_join(self.classes)}), "
+                f"got {self.positive!r}"
+            )
+        both = set(self.drop_labels) & set(self.classes)
+        if both:
+            raise ValueError(
+                f"data.drop-labels: {_join(tuple(sorted(both)))} is also in data.classes"
+            )
+        if self.val_fraction + self.test_fraction >= 1.0:
+            raise ValueError(
+                "data.val-fraction + data.test-fraction: expected a sum below 1, "
+                f"got {self.val_fraction + self.test_fraction}"
+            )
+        return self
+
+
+class PhantomConfig(Section):
+    """The simulated hospitals that stand in when data.root is empty."""
+
+    sites: int = Field(3, ge=1, le=100)
+    examples: int = Field(120, ge=10, le=100_000, description="Images a site, on average.")
+    size: int = Field(96, ge=32, le=1024, description="Long side of the images, pixels.")
+    seed: int = Field(0, ge=0)
+    normal_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="Share without a lesion.")
+    without_masks: Names = Field((), description="Sites that have no masks (site-1,...).")
+    without_labels: Names = Field((), description="Sites that have no labels.")
+
+
+class ModelConfig(Section):
+    """The network's shape (docs/architecture.md, "The network"). Defaults: the published one."""
+
+    backbone: str = Field("resnet34", pattern=r"^resnet(18|34)$", description="timm ResNet.")
+    width: int = Field(64, ge=16, multiple_of=16, description="Channels of the first stage.")
+    depths: Counts = Field((), description="CNN blocks of the 4 stages; empty: backbone's.")
+    swin_depth: int = Field(2, ge=0, le=8, description="Transformer blocks a stage.")
+    head_channels: int = Field(32, ge=4, description="Channels of one attention head.")
+    window: int = Field(0, ge=0, description="Window side, pixels; 0: image side // 16.")
+    mlp_ratio: float = Field(4.0, gt=0.0)
+    drop_path: float = Field(0.1, ge=0.0, lt=1.0, description="Of the last block; 0 at the first.")
+    block_order: Literal["sequential", "parallel"] = "sequential"
+    norm: Literal["group", "batch"] = "group"
+    dfe: Literal["concat", "sum", "none"] = "concat"
+    dfe_rates: Counts = Field((6, 12, 18), description="Dilations; cut to the map's side - 1.")
+    upsample: Literal["transpose", "bilinear"] = "transpose"
+    head_stages: Counts = Field((3, 4), description="Encoder stages that the classifier sees.")
+    head_width: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.depths and len(self.depths) != 4:
+            raise ValueError(f"model.depths: expected 4 numbers, got {_join(self.depths)!r}")
+        if self.width % self.head_channels:
+            raise ValueError(
+                "model.head-channels: expected a divisor of model.width "
+                f"({self.width}), got {self.head_channels}"
+            )
+        if len(self.dfe_rates) != 3:
+            raise ValueError(f"model.dfe-rates: expected 3 numbers, got {_join(self.dfe_rates)!r}")
+        if not self.head_stages or not set(self.head_stages) <= {1, 2, 3, 4}:
+            raise ValueError(
+                f"model.head-stages: expected stages from 1 to 4, got {_join(self.head_stages)!r}"
+            )
+        return self
+
+
+class LossConfig(Section):
+    """The two tasks' losses and how they are weighed against each other."""
+
+    segmentation: Literal["dice", "dice+bce"] = "dice+bce"
+    classification_weight: float = Field(0.25, ge=0.0, description="Segmentation counts 1.")
+    class_weights: Annotated[str, Field(pattern=r"^(none|balanced|\d+(\.\d+)?(,\d+(\.\d+)?)+)$")] = Field(
+        "balanced", description="none, balanced (from the site's own labels), or one a class."
+    )
+
+
+class TrainConfig(Section):
+    """One site's local round."""
+
+    local_epochs: int = Field(1, ge=1)
+    local_steps: int = Field(0, ge=0, description="Steps a round instead of epochs; 0: epochs.")
+    batch_size: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-3, gt=0.0)
+    poly_power: float = Field(0.9, ge=0.0, description="lr * (1 - step/steps)^power, whole run.")
+    weight_decay: float = Field(3e-5, ge=0.0)
+    clip_norm: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0: no clipping.")
+    augment: bool = True
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+
+
+class RoundsConfig(Section):
+    """How long a run goes on, and how long the server waits for its sites."""
+
+    count: int = Field(10, ge=1)
+    min_sites: str = Field(
+        "all",
+        pattern=r"^(all|[1-9][0-9]*|[1-9][0-9]?%|100%)$",
+        description="Sites that must answer each phase: all, a number, or a percentage.",
+    )
+    deadline_s: float = Field(3600.0, gt=0.0, description="Longest wait for a phase's answers.")
+    keep_checkpoints: int = Field(2, ge=1, description="Rounds whose checkpoints are kept.")
+    wait_for_sites_s: float = Field(120.0, gt=0.0, description="Longest wait for sites at start.")
+
+
+class StrategyConfig(Section):
+    """How the sites' weights become one."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+class EvaluateConfig(Section):
+    """Evaluation at every site after every round, and which round's model is called best."""
+
+    batch_size: int = Field(16, ge=1)
+    select_by: Literal["score", "dice", "balanced-accuracy", "auc"] = Field(
+        "score", description="Pooled value on val; score: mean of dice and balanced-accuracy."
+    )
+
+
+class RunConfig(Section):
+    """All settings of a run."""
+
+    run: RunSection = RunSection()
+    data: DataConfig = DataConfig()
+    phantom: PhantomConfig = PhantomConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        weights = self.loss.class_weights
+        if "," in weights and len(weights.split(",")) != len(self.data.classes):
+            raise ValueError(
+                f"loss.class-weights: expected {len(self.data.classes)} numbers, one a class of "
+                f"data.classes ({_join(self.data.classes)}), got {weights!r}"
+            )
+        return self
+
+    @classmethod
+    def from_flat(cls, flat: Flat) -> RunConfig:
+        """Read Flower's flat table of settings; keys that are absent keep their defaults.
+
+        Raises:
+            ConfigError: naming every key that is unknown, of the wrong kind or out of range.
+        """
+        known = cls().to_flat()
+        problems = [_unknown(key, known) for key in flat if key not in known]
+        nested: dict[str, dict[str, Value]] = {}
+        for key, value in flat.items():
+            if key in known:
+                if isinstance(known[key], bool) != isinstance(value, bool):
+                    wanted = "true or false" if isinstance(known[key], bool) else "no true or false"
+                    problems.append(f"{key}: expected {wanted}, got {value!r}")
+                    continue
+                section, _, name = key.partition(".")
+                nested.setdefault(section, {})[name] = value
+        try:
+            config = cls.model_validate(nested)
+        except ValidationError as error:
+            problems += [_explained(detail) for detail in error.errors()]
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return config
+
+    def to_flat(self) -> dict[str, Value]:
+        """The same settings as Flower's flat table, every key present."""
+        tables = self.model_dump(by_alias=True)
+        return {
+            f"{section}.{name}": value
+            for section, table in tables.items()
+            for name, value in table.items()
+        }
+
+
+def _unknown(key: str, known: Mapping[str, Value]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"{key}: unknown key; did you mean {near[0]}?"
+    section = key.partition(".")[0]
+    siblings = [k for k in known if k.startswith(f"{section}.")]
+    if siblings:
+        return f"{key}: unknown key; known keys of {section}: {', '.join(siblings)}"
+    sections = sorted({k.partition(".")[0] for k in known})
+    return f"{key}: unknown key; known sections: {', '.join(sections)}"
+
+
+def _explained(detail: Any) -> str:
+    key = ".".join(kebab(str(part)) for part in detail["loc"] if not isinstance(part, int))
+    if detail["type"] == "value_error":  # raised by our own validators, which name their key
+        return str(detail["ctx"]["error"])
+    allowed = detail["msg"].replace("Input should be", "expected").replace("String should", "should")
+    return f"{key}: {allowed}, got {detail['input']!r}"
+
+
+def read_preset(path: Path) -> dict[str, Value]:
+    """The settings in one TOML preset, flattened to dotted keys, not yet checked.
+
+    Raises:
+        ConfigError: if the file is missing or is not TOML.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such preset") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML, {error}") from None
+    return _flattened(tables, "")
+
+
+def _flattened(table: Mapping[str, Any], prefix: str) -> dict[str, Value]:
+    flat: dict[str, Value] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(_flattened(value, f"{prefix}{key}."))
+        elif isinstance(value, list):
+            flat[f"{prefix}{key}"] = _join(tuple(value))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def read_override(text: str) -> tuple[str, Value]:
+    """One ``key=value`` of a command line; the value is TOML, or text where it is not.
+
+    Raises:
+        ConfigError: if there is no ``=`` or no key before it.
+    """
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{text!r}: expected key=value, for example train.batch-size=4")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    if isinstance(value, list):
+        value = _join(tuple(value))
+    if not isinstance(value, bool | int | float | str):
+        raise ConfigError(f"{key}: expected true, a number or text, got {raw!r}")
+    return key.strip(), value
+
+
+def load_run_config(preset: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Defaults, then the preset, then each ``key=value``.
+
+    Raises:
+        ConfigError: naming every key that is unknown or out of range.
+    """
+    flat = read_preset(preset) if preset else {}
+    flat.update(read_override(text) for text in overrides)
+    return RunConfig.from_flat(flat)

@@ -1,0 +1,45 @@
+"""Every name that crosses the wire between server and site, once.
+
+docs/architecture.md has the table of what each carries, in which direction, and where it is
+checked.
+"""
+
+# Records of a message
+WEIGHTS = "weights"  # ArrayRecord: one flat array per task and dtype ("encoder/float32")
+ROUND = "round"  # ConfigRecord, server to site: what is asked
+SITE = "site"  # ConfigRecord, site to server: who answers
+SUMS = "sums"  # MetricRecord, site to server: what was counted
+
+# Kinds of message: Flower's own three, the query with a name of ours
+DESCRIBE = "query.describe"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+# ROUND
+NUMBER = "number"
+LAYOUT = "layout"  # sha256 of the packed weights' layout; both ends build it from the model config
+SPLIT = "split"
+
+# SITE
+NAME = "name"
+REFUSAL = "refusal"  # why a site will not or cannot do what was asked; absent when it did
+CLASSES = "classes"
+FINGERPRINT = "fingerprint"
+SKIPPED = "skipped"
+DEVICE = "device"
+VERSIONS = "versions"
+
+# SUMS of a training reply
+EXAMPLES = "examples"  # each counts the site's training examples; a task's average is
+WITH_MASK = "with-mask"  # weighted by the examples that carry its annotation
+WITH_LABEL = "with-label"
+STEPS = "steps"
+SECONDS = "seconds"
+LOSS_SEGMENTATION = "loss-segmentation"
+LOSS_CLASSIFICATION = "loss-classification"
+
+# Splits
+TRAIN_SPLIT = "train"
+VAL_SPLIT = "val"
+TEST_SPLIT = "test"
+SPLITS = (TRAIN_SPLIT, VAL_SPLIT, TEST_SPLIT)

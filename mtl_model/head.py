@@ -1,0 +1,47 @@
+"""The multi-scale classification head: image classes from the deeper encoder maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtl_model.blocks import NormLayer
+
+
+class MultiScaleHead(nn.Module):
+    """Norm, ReLU and mean of each chosen map, side by side, through two linear layers.
+
+    Args:
+        channels: of all encoder maps, shallow to deep.
+        stages: which of them are read, counted from 1.
+
+    Shapes:
+        maps: four encoder maps, (B, channels[k], ., .)
+        out:  (B, classes)
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        stages: Sequence[int],
+        width: int,
+        classes: int,
+        norm: NormLayer,
+    ) -> None:
+        super().__init__()
+        self.read = [stage - 1 for stage in stages]
+        self.norms = nn.ModuleList(norm(channels[k]) for k in self.read)
+        self.hidden = nn.Linear(sum(channels[k] for k in self.read), width)
+        self.out = nn.Linear(width, classes)
+        for linear in (self.hidden, self.out):
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        means = [
+            torch.relu(norm(maps[k])).mean(dim=(2, 3))
+            for k, norm in zip(self.read, self.norms, strict=True)
+        ]
+        return self.out(self.hidden(torch.cat(means, dim=1)))

@@ -1,0 +1,127 @@
+"""Weights as few flat arrays: one for each task group and dtype.
+
+Flower moves every array of a message as an object of its own, so that a network of 300 tensors
+pays 300 times. The layout (names, shapes, dtypes in order) follows from the network; its hash
+travels along, and an end whose network differs is refused by name instead of being averaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mtl_model.tasks import GROUPS, Group, group_of
+
+Packed = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a network's state."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """The packed array that holds it."""
+        return f"{group_of(self.name)}/{self.dtype}"
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+def group_of_key(key: str) -> Group:
+    """The task group of a packed array.
+
+    Raises:
+        ValueError: if there is no such group.
+    """
+    for group in GROUPS:
+        if key.startswith(f"{group}/"):
+            return group
+    raise ValueError(f"{key}: expected an array of {', '.join(GROUPS)}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order in which a network's state lies in its packed arrays."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Layout:
+        return cls(
+            tuple(
+                Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+                for name, tensor in network.state_dict().items()
+            )
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over names, shapes and dtypes in order, as hexadecimal."""
+        text = "\n".join(f"{e.name} {e.shape} {e.dtype}" for e in self.entries)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def by_key(self) -> dict[str, tuple[Entry, ...]]:
+        """Entries of each packed array, keys in a fixed order."""
+        keys = sorted({entry.key for entry in self.entries})
+        return {key: tuple(e for e in self.entries if e.key == key) for key in keys}
+
+    def pack(self, state: Mapping[str, Tensor]) -> Packed:
+        """Copy a state dict into flat arrays."""
+        return {
+            key: np.concatenate([state[e.name].detach().cpu().numpy().ravel() for e in entries])
+            for key, entries in self.by_key.items()
+        }
+
+    def unpack(self, packed: Mapping[str, NDArray[np.generic]]) -> dict[str, Tensor]:
+        """Cut flat arrays into a state dict.
+
+        Raises:
+            ValueError: naming the array that is missing, unknown, of another dtype or length, or
+                not finite.
+        """
+        self.check(packed)
+        state: dict[str, Tensor] = {}
+        for key, entries in self.by_key.items():
+            start = 0
+            for entry in entries:
+                part = packed[key][start : start + entry.size]
+                state[entry.name] = torch.from_numpy(part.copy()).view(entry.shape)
+                start += entry.size
+        return state
+
+    def check(self, packed: Mapping[str, NDArray[np.generic]]) -> None:
+        """Compare arrays that arrived with this layout.
+
+        Raises:
+            ValueError: as ``unpack``.
+        """
+        extra = sorted(set(packed) - set(self.by_key))
+        if extra:
+            raise ValueError(f"{extra[0]}: expected only {', '.join(self.by_key)}")
+        for key, entries in self.by_key.items():
+            size, dtype = sum(e.size for e in entries), entries[0].dtype
+            if key not in packed:
+                raise ValueError(f"{key}: expected {size} values of {dtype}, got nothing")
+            array = packed[key]
+            if array.shape != (size,) or array.dtype != np.dtype(dtype):
+                raise ValueError(
+                    f"{key}: expected {size} values of {dtype}, "
+                    f"got shape {array.shape} of {array.dtype}"
+                )
+            if not np.isfinite(array).all():
+                bad = int((~np.isfinite(array)).sum())
+                raise ValueError(f"{key}: expected finite values, got {bad} of {size} not finite")

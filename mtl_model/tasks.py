@@ -1,0 +1,30 @@
+"""The two tasks, and which of the network's parameters serve which."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Task = Literal["segmentation", "classification"]
+Group = Literal["encoder", "segmentation", "classification"]
+
+TASKS: tuple[Task, ...] = ("segmentation", "classification")
+GROUPS: tuple[Group, ...] = ("encoder", *TASKS)
+
+_GROUP_OF_PART: dict[str, Group] = {
+    "encoder": "encoder",
+    "dfe": "segmentation",
+    "decoder": "segmentation",
+    "head": "classification",
+}
+
+
+def group_of(name: str) -> Group:
+    """Return the group of a state-dict entry of MultiTaskUNet: shared encoder, or one task's own.
+
+    Raises:
+        ValueError: if no part of the network has that name.
+    """
+    part = name.partition(".")[0]
+    if part not in _GROUP_OF_PART:
+        raise ValueError(f"{name}: expected a name under {', '.join(_GROUP_OF_PART)}")
+    return _GROUP_OF_PART[part]

@@ -1,0 +1,130 @@
+"""What the coordinator does when a run starts: read settings, gather sites, run rounds, tell."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+
+import flwr
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
+
+from configs import VERSION
+from configs.run import RunConfig
+from mtl_model.packing import Layout
+from server.checkpoint import network_of
+from server.folder import RunFolder, write_json
+from server.history import Line
+from server.records import SiteReport
+from server.report import metrics_table
+from server.rounds import (
+    Evaluation,
+    Federation,
+    Notify,
+    Rounds,
+    RunRefused,
+    gather_sites,
+    progress_writer,
+)
+
+log = logging.getLogger(__name__)
+
+
+def server_app() -> ServerApp:
+    """Make the app that Flower starts for every run."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run(grid, RunConfig.from_flat(context.run_config))
+
+    return app
+
+
+def run(grid: Grid, config: RunConfig) -> RunFolder:
+    """Run a run from its settings to its results.
+
+    Whatever ends it, the run folder says how (outcome.json), and what ended it is raised so that
+    Flower calls the run failed.
+    """
+    folder = RunFolder.create(config)
+    notify = progress_writer(folder)
+    started = time.time()
+    status, reason, rounds = "failed", "", None
+    try:
+        federation, reports = gather_sites(grid, config, notify)
+        write_json(folder.environment, _environment(config, reports))
+        _announce(notify, reports)
+        rounds = _rounds(config, folder, federation)
+        evaluation = rounds.run()
+        status = "completed"
+    except BaseException as error:
+        status = "refused" if isinstance(error, RunRefused) else "failed"
+        reason = str(error) or type(error).__name__
+        raise
+    finally:
+        best = rounds.best if rounds else None
+        outcome = {
+            "status": status,
+            "reason": reason,
+            "seconds": round(time.time() - started, 1),
+            "best-round": best.number if best else None,
+            "best-value": best.value if best else None,
+        }
+        write_json(folder.outcome, outcome)
+        notify({"event": "end", **outcome})
+    _print_results(config, folder, evaluation)
+    return folder
+
+
+def _rounds(config: RunConfig, folder: RunFolder, federation: Federation) -> Rounds:
+    from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed here alone
+
+    network = network_of(config)
+    layout = Layout.of(network)
+    writer = SummaryWriter(str(folder.path))
+
+    def watch(line: Line) -> None:
+        for name, value in vars(line.metrics).items() if line.metrics else ():
+            if isinstance(value, float):
+                writer.add_scalar(f"{line.split}-{name}/{line.site}", value, line.round)
+        for name, value in vars(line.train).items() if line.train else ():
+            if value is not None:
+                writer.add_scalar(f"train-{name}/{line.site}", value, line.round)
+        writer.flush()
+
+    return Rounds(config, folder, federation, layout, layout.pack(network.state_dict()), watch)
+
+
+def _environment(config: RunConfig, reports: dict[str, SiteReport]) -> dict[str, object]:
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {
+            "polyclinic": VERSION,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "flwr": flwr.__version__,
+        },
+        "machine": platform.platform(),
+        "seed": config.run.seed,
+        "sites": {name: vars(report) for name, report in reports.items()},
+    }
+
+
+def _announce(notify: Notify, reports: dict[str, SiteReport]) -> None:
+    notify({"event": "sites", "sites": {name: vars(report) for name, report in reports.items()}})
+    for name, report in reports.items():
+        log.info("site %s: %s images", name, report.examples)
+        for sentence in report.skipped:
+            log.warning("site %s left out: %s", name, sentence)
+
+
+def _print_results(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> None:
+    """The table and the folder, where ``flwr run --stream`` shows them."""
+    console = Console(width=110)
+    title = f"Best round's model on the held-out test images ({folder.name})"
+    console.print(metrics_table(title, evaluation.metrics, config.data.positive))
+    console.print(f"Run folder: {folder.path}", soft_wrap=True)

@@ -1,0 +1,156 @@
+"""The folder that a run leaves behind: where each thing lies, written so that a crash spoils none.
+
+    config.toml          the run's settings, every key
+    environment.json     versions, seed, release, sites and their data's fingerprints
+    history.jsonl        one line a round and site (server/history.py)
+    progress.jsonl       one line an event, for whoever watches
+    checkpoints/         round-0007.safetensors and state-0007.json, the last few
+    best.safetensors     the weights of the best round
+    results.json         the best round's model on the held-out test images
+    outcome.json         how the run ended; absent while it goes on, and after a crash
+    events.*             TensorBoard
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.run import ConfigError, RunConfig
+
+OUTCOMES = ("completed", "failed", "refused")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder."""
+
+    path: Path
+
+    @classmethod
+    def free(cls, config: RunConfig) -> RunFolder:
+        """Say where a new run's folder will be, without making it.
+
+        Raises:
+            ConfigError: if a run of that name is there already.
+        """
+        name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
+        folder = cls((Path(config.run.output_dir).expanduser() / name).absolute())
+        if folder.config.exists() or folder.outcome.exists():
+            raise ConfigError(
+                f"run.name: {folder.path} holds a run already; give another name, or none to have "
+                "one made"
+            )
+        return folder
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunFolder:
+        """Make a new run's folder and write its config.
+
+        A launcher may have made the folder before, to keep its own logs in it.
+
+        Raises:
+            ConfigError: if a run of that name is there already.
+        """
+        folder = cls.free(config)
+        (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomically(folder.config, to_toml(config).encode())
+        return folder
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.jsonl"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.safetensors"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / "outcome.json"
+
+    def checkpoint(self, number: int) -> Path:
+        return self.path / "checkpoints" / f"round-{number:04d}.safetensors"
+
+    def state(self, number: int) -> Path:
+        return self.path / "checkpoints" / f"state-{number:04d}.json"
+
+    def checkpoints(self) -> list[int]:
+        """Rounds that have a checkpoint, in order."""
+        found = (
+            re.fullmatch(r"state-(\d+)\.json", path.name)
+            for path in (self.path / "checkpoints").glob("state-*.json")
+        )
+        return sorted(int(match[1]) for match in found if match)
+
+
+def to_toml(config: RunConfig) -> str:
+    """A run's settings as TOML that ``flwr run -c`` and ``polyclinic simulate --config`` take."""
+    lines: list[str] = []
+    section = ""
+    for key, value in config.to_flat().items():
+        table, _, name = key.partition(".")
+        if table != section:
+            lines += ["", f"[{table}]"] if lines else [f"[{table}]"]
+            section = table
+        # JSON's strings, numbers and booleans are TOML's
+        lines.append(f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, also if the machine stops in between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def append_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Add one JSON line; a reader ignores one that a crash cut short (``read_lines``)."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; none if there is no file."""
+    if not path.exists():
+        return []
+    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines() if line]

@@ -1,0 +1,46 @@
+"""What happened, round by round and site by site: history.jsonl, read and written here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mtl_model.metrics import Metrics
+from server.folder import append_line, read_lines
+from server.records import TrainReport
+
+POOLED = "pooled"  # stands for all sites together; no site may be called so
+
+
+@dataclass(frozen=True)
+class Line:
+    """One site in one round; or, under the name ``pooled``, all sites together."""
+
+    round: int
+    site: str
+    split: str
+    metrics: Metrics | None = None
+    train: TrainReport | None = None
+    failed: dict[str, str] = field(default_factory=dict)  # phase: why this site did not answer
+    bytes_down: int = 0  # array bytes sent to the site in this round
+    bytes_up: int = 0
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Line:
+        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+        if known.get("metrics"):
+            known["metrics"] = Metrics(**known["metrics"])
+        if known.get("train"):
+            known["train"] = TrainReport(**known["train"])
+        return cls(**known)
+
+
+def write_line(path: Path, line: Line) -> None:
+    append_line(path, asdict(line))
+
+
+def read_history(path: Path) -> list[Line]:
+    """Every complete line, in the order in which they were written."""
+    return [Line.from_json(content) for content in read_lines(path)]

@@ -1,0 +1,200 @@
+"""Messages out, replies in: the coordinator's end of the wire.
+
+Every reply is checked here before anything is done with it; a reply that is not what was asked
+for raises ReplyError with what was expected and what came, and the round goes on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from configs import wire
+from configs.run import DataConfig
+from mtl_model.metrics import MetricSums
+from mtl_model.packing import Layout, Packed
+from mtl_model.tasks import Group
+from server.aggregate import Contribution
+
+
+class ReplyError(ValueError):
+    """A site's reply cannot be used. The message says what was expected and what came."""
+
+
+class Refusal(ReplyError):
+    """A site said why it does not do what it was asked."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What a site says of itself before the first round."""
+
+    name: str
+    examples: dict[str, int]  # by split
+    classes: dict[str, list[int]]  # by split, then by class
+    with_mask: dict[str, int]
+    with_label: dict[str, int]
+    skipped: tuple[str, ...]
+    fingerprint: str
+    device: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a site says of its local round, beside the weights."""
+
+    steps: int
+    seconds: float
+    loss_segmentation: float | None
+    loss_classification: float | None
+
+
+def question() -> RecordDict:
+    """Ask who a site is."""
+    return RecordDict({wire.ROUND: ConfigRecord({wire.NUMBER: 0})})
+
+
+def task(number: int, layout: Layout, weights: Packed, split: str) -> RecordDict:
+    """Ask a site to train on, or evaluate on, one of its splits."""
+    asked = ConfigRecord({wire.NUMBER: number, wire.LAYOUT: layout.digest, wire.SPLIT: split})
+    arrays = ArrayRecord({key: Array(array) for key, array in weights.items()})
+    return RecordDict({wire.ROUND: asked, wire.WEIGHTS: arrays})
+
+
+def read_description(reply: Message, data: DataConfig) -> SiteReport:
+    """Read a site's answer to ``question``.
+
+    Raises:
+        Refusal: if the site says that it cannot take part.
+        ReplyError: if the answer is not one.
+    """
+    about = _about(reply)
+    sums = reply.content.metric_records[wire.SUMS]
+    try:
+        counts = {split: [int(n) for n in _list(sums[split])] for split in wire.SPLITS}
+        classes = {
+            split: [int(n) for n in _list(sums[f"{split}.{wire.CLASSES}"])]
+            for split in wire.SPLITS
+        }
+        for split, (examples, with_mask, with_label) in counts.items():
+            if not 0 <= max(with_mask, with_label) <= examples:
+                raise ValueError(f"{split}: {examples} examples, {with_mask} masks")
+            if len(classes[split]) != len(data.classes):
+                raise ValueError(f"{split}: {len(classes[split])} classes")
+        return SiteReport(
+            name=str(about[wire.NAME]),
+            examples={split: n[0] for split, n in counts.items()},
+            with_mask={split: n[1] for split, n in counts.items()},
+            with_label={split: n[2] for split, n in counts.items()},
+            classes=classes,
+            skipped=tuple(str(text) for text in _list(about[wire.SKIPPED])),
+            fingerprint=str(about[wire.FINGERPRINT]),
+            device=str(about[wire.DEVICE]),
+            versions=dict(json.loads(str(about[wire.VERSIONS]))),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplyError(f"description: expected counts by split and class, {error}") from None
+
+
+def read_training(
+    reply: Message, site: str, layout: Layout
+) -> tuple[Contribution, TrainReport]:
+    """Read the weights and counts of a local round.
+
+    Raises:
+        Refusal: if the site says that it did not train.
+        ReplyError: if weights or counts are missing, of another network, or not finite.
+    """
+    _about(reply)
+    sums = reply.content.metric_records[wire.SUMS]
+    examples, with_mask, with_label, steps = (
+        _count(sums.get(key), key)
+        for key in (wire.EXAMPLES, wire.WITH_MASK, wire.WITH_LABEL, wire.STEPS)
+    )
+    if not examples or not steps or max(with_mask, with_label) > examples:
+        raise ReplyError(
+            f"counts: expected some examples and steps, and no more annotations than examples, got "
+            f"{examples} examples, {steps} steps, {with_mask} masks, {with_label} labels"
+        )
+    if wire.WEIGHTS not in reply.content.array_records:
+        raise ReplyError(f"expected a record {wire.WEIGHTS}, got none")
+    arrays = reply.content.array_records[wire.WEIGHTS]
+    weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
+    try:
+        layout.check(weights)
+    except ValueError as error:
+        raise ReplyError(f"weights: {error}") from None
+    counts: dict[Group, int] = {
+        "encoder": examples,
+        "segmentation": with_mask,
+        "classification": with_label,
+    }
+    report = TrainReport(
+        steps=steps,
+        seconds=_number(sums.get(wire.SECONDS), wire.SECONDS),
+        loss_segmentation=_optional(sums.get(wire.LOSS_SEGMENTATION), wire.LOSS_SEGMENTATION),
+        loss_classification=_optional(sums.get(wire.LOSS_CLASSIFICATION), wire.LOSS_CLASSIFICATION),
+    )
+    return Contribution(site, weights, counts), report
+
+
+def read_evaluation(reply: Message, data: DataConfig) -> MetricSums:
+    """Read the sums of an evaluation.
+
+    Raises:
+        Refusal: if the site says that it did not evaluate.
+        ReplyError: if sums are missing or impossible.
+    """
+    _about(reply)
+    lists = {
+        key: [float(n) for n in _list(value)]
+        for key, value in reply.content.metric_records[wire.SUMS].items()
+        if key != wire.SECONDS
+    }
+    try:
+        return MetricSums.from_lists(lists, mask_classes=1, image_classes=len(data.classes))
+    except ValueError as error:
+        raise ReplyError(f"evaluation: {error}") from None
+
+
+def _about(reply: Message) -> ConfigRecord:
+    if reply.has_error():
+        raise ReplyError(f"failed: {reply.error.reason or f'Flower error {reply.error.code}'}")
+    if (
+        wire.SITE not in reply.content.config_records
+        or wire.SUMS not in reply.content.metric_records
+    ):
+        got = ", ".join(reply.content) or "none"
+        raise ReplyError(f"expected records {wire.SITE} and {wire.SUMS}, got {got}")
+    about = reply.content.config_records[wire.SITE]
+    if wire.REFUSAL in about:
+        raise Refusal(str(about[wire.REFUSAL]))
+    return about
+
+
+def _list(value: object) -> Sequence[object]:
+    if not isinstance(value, list):
+        raise ReplyError(f"expected a list, got {value!r}")
+    return value
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ReplyError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
+def _optional(value: object, name: str) -> float | None:
+    return None if value is None else _number(value, name)
+
+
+def _count(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
+        raise ReplyError(f"{name}: expected a count, got {value!r}")
+    return value

@@ -1,0 +1,367 @@
+"""The rounds of a run over Flower's Grid: ask, wait with a deadline, go on with who answered.
+
+Flower's own ``Strategy.start`` waits for missing sites without a bound, ends the run when two
+replies carry different metrics, and keeps neither per-site values nor checkpoints; so the loop is
+ours, and Flower carries its messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from configs import wire
+from configs.run import RoundsConfig, RunConfig
+from mtl_model.metrics import Metrics, MetricSums, compute, empty_sums
+from mtl_model.packing import Layout, Packed
+from server.aggregate import Contribution, average_by_task
+from server.checkpoint import Best, save_round
+from server.folder import RunFolder, append_line, write_json
+from server.history import POOLED, Line, write_line
+from server.records import (
+    Refusal,
+    ReplyError,
+    SiteReport,
+    TrainReport,
+    question,
+    read_description,
+    read_evaluation,
+    read_training,
+    task,
+)
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2  # between two looks for replies
+
+Answer = TypeVar("Answer")
+Notify = Callable[[dict[str, object]], None]  # told of every event, for whoever watches
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on. The message names the sites and their reasons."""
+
+
+class RunRefused(RunFailed):
+    """The run could not begin: settings and sites' data do not fit. Nothing was trained."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One question to several sites and what came of it."""
+
+    name: str
+    answered: Mapping[str, Message]  # by site
+    failed: dict[str, str]  # by site: why not
+    refusals: set[str] = field(default_factory=set)  # of the failed, those that said so themselves
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one split of every site."""
+
+    metrics: dict[str, Metrics]  # by site, then POOLED
+    failed: dict[str, str]
+
+
+class Federation:
+    """The sites that take part in a run, and the means to ask them.
+
+    Args:
+        grid: Flower's door to the sites.
+        nodes: the node of each site, by its name.
+        needed: sites that must answer each phase.
+        deadline_s: longest wait for a phase's answers.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: Mapping[str, int],
+        needed: int,
+        deadline_s: float,
+        notify: Notify,
+    ) -> None:
+        self.grid = grid
+        self.nodes = nodes
+        self.needed = needed
+        self.deadline_s = deadline_s
+        self.notify = notify
+
+    def ask(self, number: int, phase: str, kind: str, content: RecordDict) -> Phase:
+        """Ask every site the same, and wait until all answered or the deadline is over."""
+        self.notify({"event": "phase", "round": number, "phase": phase, "sites": len(self.nodes)})
+        asked: dict[str, str] = {}  # message id: site
+        failed: dict[str, str] = {}
+        for site, node in self.nodes.items():
+            message = Message(
+                content, node, kind, ttl=self.deadline_s, group_id=str(number)
+            )
+            # one at a time: each carries the whole network
+            ids = list(self.grid.push_messages([message]))
+            if ids and ids[0]:
+                asked[ids[0]] = site
+            else:
+                failed[site] = "its node could not be reached"
+        answered: dict[str, Message] = {}
+        ends = time.monotonic() + self.deadline_s
+        while asked and time.monotonic() < ends:
+            for reply in self.grid.pull_messages(list(asked)):
+                site = asked.pop(reply.metadata.reply_to_message_id)
+                answered[site] = reply
+                self.notify({"event": "answer", "round": number, "phase": phase, "site": site})
+            if asked:
+                time.sleep(POLL_S)
+        failed |= {site: f"no answer in {self.deadline_s:g} s" for site in asked.values()}
+        return Phase(phase, answered, failed)
+
+    def read(
+        self, phase: Phase, number: int, read: Callable[[Message, str], Answer]
+    ) -> dict[str, Answer]:
+        """Read every reply; one that cannot be used becomes a failure with its reason.
+
+        Raises:
+            RunFailed: if fewer sites than needed gave a usable answer.
+        """
+        answers: dict[str, Answer] = {}
+        for site in sorted(phase.answered):
+            try:
+                answers[site] = read(phase.answered[site], site)
+            except ReplyError as error:
+                phase.failed[site] = str(error)
+                if isinstance(error, Refusal):
+                    phase.refusals.add(site)
+        for site, reason in phase.failed.items():
+            log.warning("round %d, %s: %s: %s", number, phase.name, site, reason)
+        if len(answers) < self.needed:
+            reasons = "; ".join(f"{site}: {why}" for site, why in sorted(phase.failed.items()))
+            raise RunFailed(
+                f"round {number}, {phase.name}: {len(answers)} of {len(self.nodes)} sites "
+                f"answered, {self.needed} are needed (rounds.min-sites): {reasons}"
+            )
+        return answers
+
+
+def gather_sites(
+    grid: Grid,
+    config: RunConfig,
+    notify: Notify,
+) -> tuple[Federation, dict[str, SiteReport]]:
+    """Wait for sites, ask who they are, and check that the run makes sense with their data.
+
+    Raises:
+        RunRefused: if no site is there in time, a site cannot take part, two have the same name,
+            or a class occurs at none.
+    """
+    nodes = _wait_for_nodes(grid, config.rounds)
+    unnamed = Federation(
+        grid, {f"node {node}": node for node in nodes}, 0, config.rounds.deadline_s, notify
+    )
+    phase = unnamed.ask(0, "describe", wire.DESCRIBE, question())
+    found = unnamed.read(phase, 0, lambda reply, _: read_description(reply, config.data))
+    needed = sites_needed(config.rounds.min_sites, len(nodes))
+    if len(found) < needed:
+        reasons = "; ".join(dict.fromkeys(phase.failed.values()))
+        raise RunRefused(
+            f"{len(found)} of {len(nodes)} sites can take part, {needed} are needed "
+            f"(rounds.min-sites): {reasons}"
+        )
+    by_name: dict[str, int] = {}
+    for label, report in found.items():
+        if report.name in by_name or report.name == POOLED:
+            raise RunRefused(f"two sites are called {report.name!r}, or it is a reserved name")
+        by_name[report.name] = unnamed.nodes[label]
+    reports = {report.name: report for report in found.values()}
+    check_classes(
+        config.data.classes, {name: r.classes[wire.TRAIN_SPLIT] for name, r in reports.items()}
+    )
+    names = sorted(by_name)
+    federation = Federation(
+        grid,
+        {name: by_name[name] for name in names},
+        sites_needed(config.rounds.min_sites, len(names)),
+        config.rounds.deadline_s,
+        notify,
+    )
+    return federation, {name: reports[name] for name in names}
+
+
+def sites_needed(min_sites: str, sites: int) -> int:
+    """``all``, a number, or a percentage (rounded up) of the sites."""
+    if min_sites == "all":
+        return sites
+    if min_sites.endswith("%"):
+        return max(1, -(-sites * int(min_sites[:-1]) // 100))
+    return int(min_sites)
+
+
+def _wait_for_nodes(grid: Grid, rounds: RoundsConfig) -> list[int]:
+    ends = time.monotonic() + rounds.wait_for_sites_s
+    least = int(rounds.min_sites) if rounds.min_sites.isdigit() else 1
+    while len(nodes := sorted(grid.get_node_ids())) < least:
+        if time.monotonic() > ends:
+            raise RunRefused(
+                f"{len(nodes)} sites are connected, {least} are needed (rounds.min-sites), after "
+                f"{rounds.wait_for_sites_s:g} s (rounds.wait-for-sites-s)"
+            )
+        time.sleep(POLL_S)
+    return nodes
+
+
+def check_classes(classes: Sequence[str], counts: Mapping[str, Sequence[int]]) -> None:
+    """See that every class is trained somewhere, unless no site has labels at all.
+
+    Args:
+        counts: training images of each class, by site.
+
+    Raises:
+        RunRefused: naming a class that no site has.
+    """
+    totals = [sum(of_site) for of_site in zip(*counts.values(), strict=True)]
+    for name, total in zip(classes, totals, strict=True):
+        if total == 0 and any(totals):
+            raise RunRefused(
+                f"data.classes: no site has a training image of class {name!r}; "
+                f"the sites are {', '.join(counts)}"
+            )
+
+
+class Rounds:
+    """The rounds of one run, from initial weights to the best model's test results."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        federation: Federation,
+        layout: Layout,
+        weights: Packed,
+        watch: Callable[[Line], None] = lambda line: None,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.federation = federation
+        self.layout = layout
+        self.weights = weights
+        self.watch = watch
+        self.best: Best | None = None
+        self.best_weights = weights
+
+    def run(self) -> Evaluation:
+        """Train all rounds, then test the best one's model.
+
+        Raises:
+            RunFailed: if too few sites answered a phase. What was saved before stays.
+        """
+        for number in range(1, self.config.rounds.count + 1):
+            self.one_round(number)
+        return self.test()
+
+    def one_round(self, number: int) -> None:
+        """Train at every site, average, evaluate at every site, save."""
+        down, up = self._bytes(self.weights), self._bytes(self.weights)
+        content = task(number, self.layout, self.weights, wire.TRAIN_SPLIT)
+        phase = self.federation.ask(number, "train", wire.TRAIN, content)
+        trained = self.federation.read(
+            phase, number, lambda reply, site: read_training(reply, site, self.layout)
+        )
+        contributions: list[Contribution] = [c for c, _ in trained.values()]
+        self.weights = average_by_task(contributions, self.weights)
+        evaluation = self._evaluate(number, wire.VAL_SPLIT)
+        self._choose(number, evaluation)
+        save_round(self.folder, self.config, self.layout, self.weights, number, self.best)
+        reports: dict[str, TrainReport] = {site: report for site, (_, report) in trained.items()}
+        for site in (*self.federation.nodes, POOLED):
+            failed = {
+                name: reasons[site]
+                for name, reasons in (("train", phase.failed), ("evaluate", evaluation.failed))
+                if site in reasons
+            }
+            self._record(
+                Line(
+                    number,
+                    site,
+                    wire.VAL_SPLIT,
+                    evaluation.metrics.get(site),
+                    reports.get(site),
+                    failed,
+                    bytes_down=0 if site == POOLED else 2 * down,  # to train, and to evaluate
+                    bytes_up=up if site in reports else 0,
+                )
+            )
+        self.federation.notify(
+            {
+                "event": "round",
+                "round": number,
+                "best": self.best.number if self.best else None,
+                "metrics": {site: vars(m) for site, m in evaluation.metrics.items()},
+            }
+        )
+
+    def test(self) -> Evaluation:
+        """Evaluate the best round's model on every site's held-out test images."""
+        number = self.best.number if self.best else self.config.rounds.count
+        if self.best is not None:
+            self.weights = self.best_weights
+        evaluation = self._evaluate(number, wire.TEST_SPLIT)
+        for site, metrics in evaluation.metrics.items():
+            self._record(Line(number, site, wire.TEST_SPLIT, metrics))
+        write_json(
+            self.folder.results,
+            {
+                "split": wire.TEST_SPLIT,
+                "round": number,
+                "positive": self.config.data.positive,
+                "sites": {s: vars(m) for s, m in evaluation.metrics.items() if s != POOLED},
+                POOLED: vars(evaluation.metrics[POOLED]),
+                "failed": evaluation.failed,
+            },
+        )
+        return evaluation
+
+    def _evaluate(self, number: int, split: str) -> Evaluation:
+        content = task(number, self.layout, self.weights, split)
+        phase = self.federation.ask(number, f"evaluate on {split}", wire.EVALUATE, content)
+        data = self.config.data
+        sums: dict[str, MetricSums] = self.federation.read(
+            phase, number, lambda reply, _: read_evaluation(reply, data)
+        )
+        positive = data.classes.index(data.positive)
+        metrics = {site: compute(s, positive) for site, s in sums.items()}
+        metrics[POOLED] = compute(_total(sums.values(), len(data.classes)), positive)
+        return Evaluation(metrics, phase.failed)
+
+    def _choose(self, number: int, evaluation: Evaluation) -> None:
+        value = evaluation.metrics[POOLED].value(self.config.evaluate.select_by)
+        if value is not None and (self.best is None or value > self.best.value):
+            self.best, self.best_weights = Best(number, value), self.weights
+
+    def _record(self, line: Line) -> None:
+        write_line(self.folder.history, line)
+        self.watch(line)
+
+    @staticmethod
+    def _bytes(weights: Packed) -> int:
+        return sum(array.nbytes for array in weights.values())
+
+
+def _total(sums: Iterable[MetricSums], classes: int) -> MetricSums:
+    total = empty_sums(mask_classes=1, image_classes=classes)
+    for part in sums:
+        total = total + part
+    return total
+
+
+def progress_writer(folder: RunFolder) -> Notify:
+    """Make what appends events, with the time, to the run folder's progress file."""
+
+    def notify(event: dict[str, object]) -> None:
+        append_line(folder.progress, {"time": time.time(), **event})
+
+    return notify

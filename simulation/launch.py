@@ -1,0 +1,294 @@
+"""A run on one machine: a SuperLink of its own, the app given to it, its progress followed.
+
+What ``flwr run .`` does by itself, made safe: its SuperLink may be one that another checkout left
+running, it simulates two sites unless told otherwise, and it exits 0 when the run failed. Here
+the SuperLink listens on a free port with its own FLWR_HOME under the run folder, the number of
+sites follows from the data, and every process is gone at the end, however the end comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from client.dataset import SiteData, load_site
+from configs import wire
+from configs.run import RunConfig
+from server.folder import RunFolder, read_lines, to_toml, write_json
+from server.rounds import check_classes
+from simulation.sites import simulated_sites
+
+START_S = 60.0  # longest wait for the SuperLink's first answer
+SILENCE_S = 20.0  # without an event for so long, Flower is asked whether the run still goes on
+STOP_S = 5.0  # from asking processes to end until they are ended
+_MARK = "POLYCLINIC_LAUNCH"  # in the environment of every process of a launch
+
+Event = dict[str, Any]
+
+
+class LaunchError(RuntimeError):
+    """The run could not be started or ended without saying how. The message has Flower's words."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run, ready to start."""
+
+    config: RunConfig  # with absolute folders and a name
+    sites: dict[str, SiteData]
+    folder: RunFolder
+    parallel: int  # sites that compute at the same time
+
+
+def plan(config: RunConfig, parallel: int = 1) -> Plan:
+    """Read and check everything that can be checked before anything is started or written.
+
+    Raises:
+        ConfigError, DataError, RunRefused: saying what does not fit.
+    """
+    root, manifests = simulated_sites(config.data, config.phantom)
+    sites = {name: load_site(manifest, config.data) for name, manifest in manifests.items()}
+    classes = config.data.classes
+    check_classes(
+        classes,
+        {
+            name: site.splits[wire.TRAIN_SPLIT].class_counts(len(classes)).tolist()
+            for name, site in sites.items()
+        },
+    )
+    name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
+    output_dir = Path(config.run.output_dir).expanduser().absolute()
+    run = config.run.model_copy(update={"name": name, "output_dir": str(output_dir)})
+    data = config.data.model_copy(update={"root": str(root), "sites": tuple(sites)})
+    config = config.model_copy(update={"run": run, "data": data})
+    return Plan(config, sites, RunFolder.free(config), parallel)
+
+
+def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
+    """Start the run, hand every event to ``follow``, and return the one that ended it.
+
+    Raises:
+        LaunchError: if Flower could not start it, or it ended without an outcome.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, once every process has ended.
+    """
+    home = plan.folder.path / "flower"
+    home.mkdir(parents=True)
+    mark = uuid.uuid4().hex
+    try:
+        with _terminated_as_interrupt(), _superlink(home, mark) as superlink:
+            _submit(plan, superlink)
+            return _followed(plan, superlink, follow)
+    except BaseException as error:
+        if not plan.folder.outcome.exists():
+            reason = "stopped by the user" if isinstance(error, KeyboardInterrupt) else str(error)
+            write_json(plan.folder.outcome, {"status": "failed", "reason": reason})
+        raise
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A running SuperLink process and where it lives."""
+
+    process: subprocess.Popen[bytes]
+    home: Path
+    log: Path
+    environment: Mapping[str, str]
+
+    def flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Flower's command line against this SuperLink."""
+        return subprocess.run(
+            [_program("flwr"), *arguments],
+            env=dict(self.environment),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    def last_words(self) -> str:
+        """The end of the log, where the reason usually stands."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(line for line in lines[-30:] if line.strip())
+
+
+@contextlib.contextmanager
+def _superlink(home: Path, mark: str) -> Iterator[SuperLink]:
+    port = _free_port()
+    address = f"127.0.0.1:{port}"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "{address}"\ninsecure = true\n'
+    )
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait must not take a neighbour's core
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        _MARK: mark,
+    }
+    log = home / "superlink.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [
+                *(_program("flower-superlink"), "--insecure", "--simulation"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for us to handle
+        )
+    superlink = SuperLink(process, home, log, environment)
+    try:
+        _wait_until_up(superlink, port)
+        yield superlink
+    finally:
+        _end_all(mark)
+        process.wait()
+
+
+def _wait_until_up(superlink: SuperLink, port: int) -> None:
+    ends = time.monotonic() + START_S
+    while time.monotonic() < ends:
+        if superlink.process.poll() is not None:
+            raise LaunchError(f"flower-superlink ended at start:\n{superlink.last_words()}")
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+            return
+        time.sleep(0.1)
+    raise LaunchError(f"flower-superlink did not answer in {START_S:g} s; see {superlink.log}")
+
+
+def _submit(plan: Plan, superlink: SuperLink) -> None:
+    settings = superlink.home / "run-config.toml"
+    settings.write_text(to_toml(plan.config))
+    resources = {
+        "num-supernodes": len(plan.sites),
+        "client-resources-num-cpus": max(1, (os.cpu_count() or 1) // plan.parallel),
+    }
+    gpus = _gpus()
+    if gpus:
+        resources["client-resources-num-gpus"] = round(gpus / plan.parallel, 3)
+    federation = " ".join(f"{key}={value}" for key, value in resources.items())
+    done = superlink.flwr(
+        *("run", str(app_folder()), "own", "-c", str(settings)),
+        *("--federation-config", federation),
+    )
+    if done.returncode:
+        raise LaunchError(f"flwr run failed:\n{done.stdout}{done.stderr}")
+
+
+def _followed(plan: Plan, superlink: SuperLink, follow: Callable[[Event], None]) -> Event:
+    """Hand on events until the run's last one; ask Flower when there is silence."""
+    seen, silence, asked_after = 0, time.monotonic(), SILENCE_S
+    while True:
+        events = read_lines(plan.folder.progress)
+        for event in events[seen:]:
+            follow(event)
+            if event["event"] == "end":
+                return event
+        if len(events) > seen:
+            seen, silence, asked_after = len(events), time.monotonic(), SILENCE_S
+        if superlink.process.poll() is not None:
+            raise LaunchError(f"flower-superlink ended:\n{superlink.last_words()}")
+        if time.monotonic() - silence > asked_after:
+            asked_after *= 2
+            status = run_status(superlink)
+            if status.startswith("finished") and not plan.folder.outcome.exists():
+                raise LaunchError(f"Flower says {status}:\n{superlink.last_words()}")
+        time.sleep(0.2)
+
+
+def run_status(superlink: SuperLink) -> str:
+    """Flower's word for how the run stands, ``finished:failed`` for example."""
+    done = superlink.flwr("ls", "own", "--format", "json")
+    try:
+        return str(json.loads(done.stdout)["runs"][0]["status"])
+    except (json.JSONDecodeError, KeyError, IndexError):
+        raise LaunchError(f"flwr ls failed:\n{done.stdout}{done.stderr}") from None
+
+
+def app_folder() -> Path:
+    """The folder with our pyproject.toml, from which Flower bundles the app.
+
+    Raises:
+        LaunchError: if the package was installed without it.
+    """
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / "pyproject.toml").is_file():
+        raise LaunchError(
+            f"{folder}: expected the source tree with pyproject.toml, which Flower bundles; "
+            "install with pip install -e from a clone"
+        )
+    return folder
+
+
+def _program(name: str) -> str:
+    """A program of this environment, also if the environment is not activated."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise LaunchError(f"{name}: no such program; install with pip install 'flwr[simulation]'")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a launch as Ctrl-C does: with its processes."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_all(mark: str) -> None:
+    """End every process of this launch, Ray's too, which leave the SuperLink's process group."""
+    processes = list(_marked(mark))
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(processes, timeout=STOP_S)
+    for process in _marked(mark):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            if process.environ().get(_MARK) == mark:
+                yield process

@@ -1,0 +1,109 @@
+"""A run as its launcher shows it: one line that moves, and the sites' table after each round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from configs.run import RunConfig
+from mtl_model.metrics import Metrics
+from server.history import POOLED
+from server.report import metrics_table
+
+
+class Display:
+    """Shows a run's events, in place on a terminal, as lines elsewhere.
+
+    Args:
+        console: where to; standard error, so that results alone are on standard output.
+    """
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self.config = config
+        self.console = console
+        self.started = time.monotonic()
+        self.answered = 0
+        self.asked = 0
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} rounds"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self.task = self.progress.add_task("starting Flower", total=config.rounds.count)
+        self.live = Live(self.progress, console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.live.start()
+        else:
+            self.console.print("starting Flower")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def follow(self, event: Mapping[str, Any]) -> None:
+        """Show one event of progress.jsonl."""
+        kind = event["event"]
+        if kind == "phase":
+            self.answered, self.asked = 0, event["sites"]
+            self._say(event)
+        elif kind == "answer":
+            self.answered += 1
+            self._say(event)
+        elif kind == "sites":
+            self._sites(event["sites"])
+        elif kind == "round":
+            self._round(event)
+
+    def _say(self, event: Mapping[str, Any]) -> None:
+        round_ = f"round {event['round']}, " if event["round"] else ""
+        text = f"{round_}{event['phase']}: {self.answered} of {self.asked} sites answered"
+        self.progress.update(self.task, description=text)
+
+    def _sites(self, sites: Mapping[str, Any]) -> None:
+        for name, site in sites.items():
+            counts = ", ".join(f"{split} {n}" for split, n in site["examples"].items())
+            skipped = f"; {len(site['skipped'])} rows left out" if site["skipped"] else ""
+            self.console.print(f"site {name}: {counts} images on {site['device']}{skipped}")
+            for sentence in site["skipped"][:5]:
+                self.console.print(f"  left out: {sentence}", style="yellow", soft_wrap=True)
+
+    def _round(self, event: Mapping[str, Any]) -> None:
+        rows = {site: Metrics(**values) for site, values in event["metrics"].items()}
+        self.progress.update(self.task, completed=event["round"])
+        if self.console.is_terminal:
+            title = f"Round {event['round']} on the validation images (best: {event['best']})"
+            table = metrics_table(title, rows, self.config.data.positive)
+            self.live.update(Group(table, self.progress), refresh=True)
+            return
+        parts = [
+            f"{site} {shown(m.dice)}/{shown(m.balanced_accuracy)}"
+            for site, m in rows.items()
+            if site != POOLED
+        ]
+        pooled = rows[POOLED]
+        self.console.print(
+            f"round {event['round']}/{self.config.rounds.count} "
+            f"({time.monotonic() - self.started:.0f} s): Dice/balanced accuracy on val: "
+            f"{', '.join(parts)}; pooled {shown(pooled.dice)}/{shown(pooled.balanced_accuracy)}",
+            soft_wrap=True,
+        )
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

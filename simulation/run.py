@@ -1,0 +1,68 @@
+"""The simulate command's work: check, launch, show, sum up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from configs.run import RunConfig
+from mtl_model.metrics import Metrics
+from server.history import POOLED
+from server.report import metrics_table
+from server.rounds import RunRefused
+from simulation.launch import LaunchError, Plan, launch, plan
+from simulation.progress import Display
+
+DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130
+
+
+def run_simulation(config: RunConfig, parallel: int, as_json: bool) -> int:
+    """Run a simulation from settings to results on standard output; words go to standard error.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 the user's mistake, 130 stopped.
+    """
+    words = Console(stderr=True)
+    try:
+        planned = plan(config, parallel)
+    except RunRefused as error:
+        words.print(f"error: {error}", soft_wrap=True, markup=False)
+        return MISTAKE
+    words.print(f"run folder {planned.folder.path}", soft_wrap=True, highlight=False)
+    try:
+        with Display(planned.config, words) as display:
+            end = launch(planned, display.follow)
+    except LaunchError as error:
+        words.print(f"error: {error}", soft_wrap=True, markup=False)
+        return FAILED
+    except KeyboardInterrupt:
+        words.print(f"stopped; what was saved is in {planned.folder.path}", soft_wrap=True)
+        return STOPPED
+    if end["status"] != "completed":
+        words.print(
+            f"error: the run {end['status']}: {end['reason']}\n"
+            f"logs and what was saved: {planned.folder.path}",
+            soft_wrap=True,
+            markup=False,
+        )
+        return MISTAKE if end["status"] == "refused" else FAILED
+    _print_results(planned, end, as_json)
+    return DONE
+
+
+def _print_results(planned: Plan, end: dict[str, Any], as_json: bool) -> None:
+    folder = planned.folder
+    results = json.loads(folder.results.read_text(encoding="utf-8"))
+    if as_json:
+        summary = {"run": str(folder.path), "seconds": end["seconds"], **results}
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+        return
+    rows = {site: Metrics(**values) for site, values in results["sites"].items()}
+    rows[POOLED] = Metrics(**results[POOLED])
+    out = Console(width=None if sys.stdout.isatty() else 110)
+    title = f"Round {results['round']}, the best on validation, on the held-out test images"
+    out.print(metrics_table(title, rows, results["positive"]))
+    out.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
