@@ -136,6 +136,8 @@ def _superlink(home: Path, mark: str) -> Iterator[SuperLink]:
     environment = {
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait must not take a neighbour's core
         **os.environ,
+        # Flower starts its own programs by name, also where the environment is not activated
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
