@@ -1,1 +1,163 @@
-"""Is federated better than alone? The same network, images, splits and steps, without Flower."""
+"""Is federated better than alone? The same network, images, splits and steps, without Flower.
+
+Each site's model trained alone takes as many optimiser steps as that site took in the run; the
+model trained on all sites' images pooled takes their mean. Each is chosen, as in the run, by its
+best round on the validation images it may see, and tested on every site.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from client.dataset import Examples, SiteData, load_site
+from client.device import find_device
+from client.evaluate import evaluate
+from client.train import Round, steps_of_round, train_one_round
+from configs import wire
+from configs.run import ConfigError, RunConfig, load_run_config
+from mtl_model.metrics import Metrics, MetricSums, compute, empty_sums
+from mtl_model.network import MultiTaskUNet
+from server.checkpoint import network_of
+from server.folder import RunFolder, write_json
+from server.history import POOLED
+from simulation.sites import simulated_sites
+
+FEDERATED = "federated"
+_SHOWN = {"Dice": "dice", "balanced accuracy": "balanced_accuracy", "AUC": "auc"}
+
+# model: tested on site (or POOLED): values
+Comparison = dict[str, dict[str, Metrics]]
+
+
+def compare_run(run: Path, as_json: bool) -> int:
+    """Compare a finished simulation with training alone and pooled; print and save.
+
+    Raises:
+        ConfigError: if the folder holds no finished run, or its data have changed since.
+    """
+    folder = RunFolder(run.absolute())
+    if not folder.results.is_file():
+        raise ConfigError(f"{folder.path}: expected a completed run, found no {folder.results.name}")
+    config = load_run_config(folder.config)
+    results = json.loads(folder.results.read_text(encoding="utf-8"))
+    sites = _same_data(folder, config)
+    comparison: Comparison = {}
+    for name, site in sites.items():
+        steps = steps_of_round(len(site.splits[wire.TRAIN_SPLIT]), config.train)
+        comparison[f"{name} alone"] = _trained_and_tested(config, name, site.splits, sites, steps)
+    comparison["all pooled"] = _trained_and_tested(
+        config, "all pooled", pool(list(sites.values())), sites, _mean_steps(config, sites)
+    )
+    federated = {**results["sites"], POOLED: results[POOLED]}
+    comparison[FEDERATED] = {site: Metrics(**values) for site, values in federated.items()}
+    content = {
+        model: {site: vars(metrics) for site, metrics in tested.items()}
+        for model, tested in comparison.items()
+    }
+    write_json(folder.path / "compare.json", content)
+    if as_json:
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    else:
+        out = Console(width=None if sys.stdout.isatty() else 110)
+        for title, field in _SHOWN.items():
+            out.print(_table(f"{title} on the held-out test images", comparison, field))
+    return 0
+
+
+def _same_data(folder: RunFolder, config: RunConfig) -> dict[str, SiteData]:
+    environment = json.loads(folder.environment.read_text(encoding="utf-8"))
+    _, manifests = simulated_sites(config.data, config.phantom)
+    sites = {name: load_site(manifest, config.data) for name, manifest in manifests.items()}
+    for name, site in sites.items():
+        before = environment["sites"].get(name, {}).get("fingerprint")
+        if before != site.fingerprint:
+            raise ConfigError(
+                f"site {name}: its data are not those of the run (fingerprint "
+                f"{str(before)[:12]} then, {site.fingerprint[:12]} now)"
+            )
+    return sites
+
+
+def _mean_steps(config: RunConfig, sites: dict[str, SiteData]) -> int:
+    each = [steps_of_round(len(s.splits[wire.TRAIN_SPLIT]), config.train) for s in sites.values()]
+    return round(sum(each) / len(each))
+
+
+def pool(sites: Sequence[SiteData]) -> dict[str, Examples]:
+    """All sites' examples as if they were one site's, split by split."""
+    return {
+        split: Examples(
+            np.concatenate([site.splits[split].images for site in sites]),
+            np.concatenate([site.splits[split].masks for site in sites]),
+            np.concatenate([site.splits[split].has_mask for site in sites]),
+            np.concatenate([site.splits[split].labels for site in sites]),
+        )
+        for split in wire.SPLITS
+    }
+
+
+def _trained_and_tested(
+    config: RunConfig,
+    name: str,
+    splits: dict[str, Examples],
+    sites: dict[str, SiteData],
+    steps: int,
+) -> dict[str, Metrics]:
+    train = config.train.model_copy(update={"local_steps": steps})
+    device = find_device(train.device)
+    network = network_of(config)
+    positive = config.data.classes.index(config.data.positive)
+    best, best_state = float("-inf"), copy.deepcopy(network.state_dict())
+    rounds = range(1, config.rounds.count + 1)
+    for number in track(rounds, name, console=Console(stderr=True), transient=True):
+        train_one_round(
+            network,
+            splits[wire.TRAIN_SPLIT],
+            Round(number, config.rounds.count, config.run.seed, name),
+            data=config.data,
+            train=train,
+            loss=config.loss,
+            device=device,
+        )
+        on_val = compute(_sums(config, network, splits[wire.VAL_SPLIT]), positive)
+        value = on_val.value(config.evaluate.select_by)
+        if value is not None and value > best:
+            best, best_state = value, copy.deepcopy(network.state_dict())
+    network.load_state_dict(best_state)
+    tested = {
+        site: _sums(config, network, data.splits[wire.TEST_SPLIT]) for site, data in sites.items()
+    }
+    total = sum(tested.values(), empty_sums(1, len(config.data.classes)))
+    return {site: compute(s, positive) for site, s in {**tested, POOLED: total}.items()}
+
+
+def _sums(config: RunConfig, network: MultiTaskUNet, examples: Examples) -> MetricSums:
+    return evaluate(
+        network,
+        examples,
+        data=config.data,
+        batch_size=config.evaluate.batch_size,
+        precision=config.train.precision,
+        device=find_device(config.train.device),
+    )
+
+
+def _table(title: str, comparison: Comparison, field: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("trained on \\ tested on")
+    columns = list(comparison[FEDERATED])
+    for column in columns:
+        table.add_column(column, justify="right")
+    for model, tested in comparison.items():
+        values = [getattr(tested[column], field) for column in columns]
+        table.add_row(model, *("-" if v is None else f"{v:.3f}" for v in values))
+    return table

@@ -279,18 +279,25 @@ def _terminated_as_interrupt() -> Iterator[None]:
 
 def _end_all(mark: str) -> None:
     """End every process of this launch, Ray's too, which leave the SuperLink's process group."""
-    processes = list(_marked(mark))
-    for process in processes:
+    family = _family(mark)
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(processes, timeout=STOP_S)
-    for process in _marked(mark):
-        with contextlib.suppress(psutil.NoSuchProcess):
+    psutil.wait_procs(list(family), timeout=STOP_S)
+    for process in family | _family(mark):
+        with contextlib.suppress(psutil.NoSuchProcess):  # also if its number is another's by now
             process.kill()
 
 
-def _marked(mark: str) -> Iterator[psutil.Process]:
+def _family(mark: str) -> set[psutil.Process]:
+    """Every process with the mark in its environment, and its descendants.
+
+    Both, because some are adopted when their parent ends, and Ray's agents write their title over
+    their environment.
+    """
+    family: set[psutil.Process] = set()
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if process.environ().get(_MARK) == mark:
-                yield process
+                family |= {process, *process.children(recursive=True)}
+    return family

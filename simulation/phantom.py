@@ -6,11 +6,11 @@ layers of tissue scatter, sound is lost on its way down, the scanner adds gain w
 point spread function turns scatterers into speckle, and the echo is compressed to grey levels. So
 shadows, enhancement and blurred borders are consequences, not paint.
 
-What it is not: anatomy or a benchmark. The classes are cleaner than in a clinic, and a figure reached
-on phantoms says that the machinery works, nothing about patients.
+What it is not: anatomy or a benchmark. The classes are cleaner than in a clinic, and a figure
+reached on phantoms says that the machinery works, nothing about patients.
 
-Everything follows from (seed, site, index), so example i is the same whatever the number of examples.
-Lengths are in millimetres, echo strengths in decibels relative to average glandular tissue.
+Everything follows from (seed, site, index), so example i is the same whatever the number of
+examples. Lengths are in millimetres, echo strengths in decibels relative to average gland.
 """
 
 import csv
@@ -52,7 +52,7 @@ class PhantomSite:
         name: also the folder's name and the start of every patient's id.
         height_to_width: of the pictures.
         field_mm: long side of the pictures.
-        axial_mm: standard deviation of the point spread function along depth; half the speckle grain.
+        axial_mm: standard deviation of the point spread function along depth; sets the grain.
         lateral_mm: the same across the beam, at the focus.
         focus: depth at which the beam is narrowest, as a share of the picture's height.
         looks: independent speckle patterns averaged (spatial compounding); more is smoother.
@@ -114,7 +114,9 @@ class _Patient:
     diameter_mm: float
     elongation: float  # long diameter over short
     contrast_db: float  # of the lesion against glandular tissue
-    lesion_loss: float  # dB per mm inside the lesion; above the tissue's a shadow, below it enhancement
+    lesion_loss: (
+        float  # dB per mm inside the lesion; above the tissue's a shadow, below it enhancement
+    )
     density: float
 
 
@@ -137,15 +139,15 @@ class _Frame:
     @property
     def depth(self) -> Plane:
         """(H, 1) mm below the probe."""
-        return (np.arange(self.height, dtype=np.float32)[:, None] + 0.5) / np.float32(self.px_per_mm)
+        return _middles(self.height, self.px_per_mm)[:, None]
 
     @property
     def across(self) -> Plane:
         """(1, W) mm from the left edge."""
-        return (np.arange(self.width, dtype=np.float32)[None, :] + 0.5) / np.float32(self.px_per_mm)
+        return _middles(self.width, self.px_per_mm)[None, :]
 
 
-# Four unlike scanners; phantom_site takes them in turn and jitters the numbers.
+# Four unlike scanners; phantom_site takes them in turn, jitters the numbers and sets the volume.
 _SCANNERS = (
     PhantomSite(
         number=1, name="mid-range", height_to_width=0.86, field_mm=41.0,
@@ -157,13 +159,13 @@ _SCANNERS = (
         number=2, name="old and coarse", height_to_width=1.0, field_mm=44.0,
         axial_mm=0.27, lateral_mm=0.70, focus=0.35, looks=1, smooth_mm=0.10,
         gain_db=-1.0, dynamic_range_db=50.0, noise_db=-46.0, tgc_error_db=-4.0,
-        density=0.35, benign_share=0.45, lesion_mm=16.0, lesion_spread=0.20, volume=0.8,
+        density=0.35, benign_share=0.45, lesion_mm=16.0, lesion_spread=0.20, volume=1.0,
     ),
     PhantomSite(
         number=3, name="new and smooth", height_to_width=0.76, field_mm=40.0,
         axial_mm=0.15, lateral_mm=0.24, focus=0.50, looks=3, smooth_mm=0.14,
         gain_db=4.0, dynamic_range_db=68.0, noise_db=-66.0, tgc_error_db=3.0,
-        density=0.70, benign_share=0.55, lesion_mm=12.5, lesion_spread=0.20, volume=1.3,
+        density=0.70, benign_share=0.55, lesion_mm=12.5, lesion_spread=0.20, volume=1.0,
     ),
     PhantomSite(
         number=4, name="portable", height_to_width=1.16, field_mm=46.0,
@@ -172,7 +174,8 @@ _SCANNERS = (
         density=0.45, benign_share=0.50, lesion_mm=15.0, lesion_spread=0.25, volume=1.0,
     ),
 )  # fmt: skip
-_VOLUMES = (1.0, 0.8, 1.3)  # cycles apart from the scanners, so that size and scanner are not one thing
+# Three against four scanners, so that a site's size and its scanner are not one thing.
+_VOLUMES = (1.0, 0.8, 1.3)
 
 
 def phantom_site(number: int, seed: int = 0) -> PhantomSite:
@@ -223,6 +226,7 @@ def draw_example(
     rng = np.random.default_rng([seed, site.number, index])
     frame = _frame(site, size)
     echo, loss = _breast(rng, frame, patient.density)
+    echo, loss = _with_bystanders(rng, frame, echo, loss)
     mask = np.zeros((frame.height, frame.width), np.uint8)
     if patient.label != "normal":
         outline = _outline(rng, frame, patient)
@@ -266,7 +270,9 @@ def write_site(
             (unfinished / "masks").mkdir()
         rows: list[tuple[str, str, str, str]] = []
         for index in range(examples):
-            example = draw_example(site, index, seed=seed, size=size, normal_fraction=normal_fraction)
+            example = draw_example(
+                site, index, seed=seed, size=size, normal_fraction=normal_fraction
+            )
             image_name = f"images/{index:04d}.png"
             mask_name = f"masks/{index:04d}.png" if masks else ""
             _write_png(unfinished / image_name, example.image)
@@ -303,7 +309,7 @@ def write_phantoms(
     Args:
         root: made if missing; sites that it holds already are left alone (see `write_site`).
         sites: how many.
-        examples: about how many pictures each site has; hospitals differ in size (`PhantomSite.volume`).
+        examples: about how many pictures a site has; hospitals differ (`PhantomSite.volume`).
         seed: of the whole federation: its scanners and its patients.
         size: long side of the pictures in pixels.
         normal_fraction: share of patients without a lesion.
@@ -320,7 +326,9 @@ def write_phantoms(
     for option, wanted in (("without_masks", without_masks), ("without_labels", without_labels)):
         unknown = [name for name in wanted if name not in names]
         if unknown:
-            raise ValueError(f"{option}: expected names among {', '.join(names)}, got {', '.join(unknown)}")
+            raise ValueError(
+                f"{option}: expected names among {', '.join(names)}, got {', '.join(unknown)}"
+            )
     for hospital in hospitals:
         write_site(
             root / hospital.name,
@@ -344,7 +352,9 @@ def _check_drawing(seed: int, size: int, normal_fraction: float) -> None:
     if size < _SMALLEST_SIZE:
         raise ValueError(f"size: expected {_SMALLEST_SIZE} pixels or more, got {size}")
     if not 0 <= normal_fraction < 1:
-        raise ValueError(f"normal_fraction: expected at least 0 and less than 1, got {normal_fraction}")
+        raise ValueError(
+            f"normal_fraction: expected at least 0 and less than 1, got {normal_fraction}"
+        )
 
 
 def _is_written(folder: Path) -> bool:
@@ -362,7 +372,9 @@ def _write_png(path: Path, picture: NDArray[np.uint8]) -> None:
 def _patient_of(site: PhantomSite, index: int, seed: int, normal_fraction: float) -> _Patient:
     """Whose picture this is: in each block of six pictures one patient of five has two in a row."""
     block, place = divmod(index, _IMAGES_PER_BLOCK)
-    seen_twice = int(np.random.default_rng([seed, site.number, block, _PAIR]).integers(_PATIENTS_PER_BLOCK))
+    seen_twice = int(
+        np.random.default_rng([seed, site.number, block, _PAIR]).integers(_PATIENTS_PER_BLOCK)
+    )
     number = block * _PATIENTS_PER_BLOCK + (place if place <= seen_twice else place - 1)
 
     # Steps of the golden ratio spread evenly over [0, 1): a site of ten patients has the class mix
@@ -378,13 +390,19 @@ def _patient_of(site: PhantomSite, index: int, seed: int, normal_fraction: float
 
     rng = np.random.default_rng([seed, site.number, number, _PATIENT])
     density = float(np.clip(rng.normal(site.density, 0.15), 0.1, 0.9))
-    spread = float(np.clip(rng.normal(0, site.lesion_spread), -1.5 * site.lesion_spread, 2 * site.lesion_spread))
+    spread = float(
+        np.clip(
+            rng.normal(0, site.lesion_spread), -1.5 * site.lesion_spread, 2 * site.lesion_spread
+        )
+    )
     diameter = site.lesion_mm * float(np.exp(spread))
     if label == "malignant":
         elongation = float(rng.uniform(1.0, 1.5))
         contrast = float(rng.uniform(-19, -12))
         shadows = rng.random() < 0.8  # soft, cellular tumours let sound through
-        lesion_loss = _TISSUE_LOSS + float(rng.uniform(0.6, 1.5) if shadows else rng.uniform(0, 0.3))
+        lesion_loss = _TISSUE_LOSS + float(
+            rng.uniform(0.6, 1.5) if shadows else rng.uniform(0, 0.3)
+        )
     else:
         elongation = float(rng.uniform(1.15, 1.8))
         fluid = rng.random() < 0.25
@@ -410,29 +428,35 @@ def _frame(site: PhantomSite, size: int) -> _Frame:
     )
 
 
+def _middles(count: int, px_per_mm: float) -> Plane:
+    return np.asarray((np.arange(count) + 0.5) / px_per_mm, np.float32)
+
+
 def _clouds(rng: np.random.Generator, frame: _Frame, across_mm: float, down_mm: float) -> Plane:
     """Smooth noise with mean about 0 and deviation about 1, and features of the given size."""
     rows = max(2, round(frame.height_mm / down_mm) + 1)
     columns = max(2, round(frame.width_mm / across_mm) + 1)
     coarse = rng.standard_normal((rows, columns), np.float32)
-    return 1.4 * cv2.resize(coarse, (frame.width, frame.height), interpolation=cv2.INTER_CUBIC)
+    fine = cv2.resize(coarse, (frame.width, frame.height), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(1.4 * fine, np.float32)  # interpolation takes deviation away
 
 
 def _wave(rng: np.random.Generator, frame: _Frame, length_mm: float) -> Plane:
     """(1, W) smooth noise along the probe, for the course of a tissue border."""
     knots = max(2, round(frame.width_mm / length_mm) + 1)
     coarse = rng.standard_normal((1, knots), np.float32)
-    return cv2.resize(coarse, (frame.width, 1), interpolation=cv2.INTER_CUBIC)
+    fine = cv2.resize(coarse, (frame.width, 1), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(fine, np.float32)
 
 
 def _below(depth: Plane, border: Plane, soft_mm: float) -> Plane:
     """0 above a border, 1 below it."""
-    return np.clip((depth - border) / soft_mm + 0.5, 0, 1)
+    return np.asarray(np.clip((depth - border) / soft_mm + 0.5, 0, 1), np.float32)
 
 
 def _membranes(field: Plane, thinness: float) -> Plane:
     """Thin lines where smooth noise passes zero: they branch and close like septa do."""
-    return np.exp(-np.square(field * thinness))
+    return np.asarray(np.exp(-np.square(field * thinness)), np.float32)
 
 
 def _breast(rng: np.random.Generator, frame: _Frame, density: float) -> tuple[Plane, Plane]:
@@ -443,14 +467,17 @@ def _breast(rng: np.random.Generator, frame: _Frame, density: float) -> tuple[Pl
     """
     depth = frame.depth
     skin_floor = rng.uniform(1.2, 2.0) + 0.15 * _wave(rng, frame, 12)
-    gland_top = skin_floor + (9.0 - 6.5 * density) + rng.uniform(-0.8, 0.8) + 1.1 * _wave(rng, frame, 9)
+    gland_top = (
+        skin_floor + (9.0 - 6.5 * density) + rng.uniform(-0.8, 0.8) + 1.1 * _wave(rng, frame, 9)
+    )
     tilt = rng.uniform(-0.08, 0.08) * (frame.across - frame.width_mm / 2)
     muscle_top = frame.height_mm * rng.uniform(0.76, 0.9) + tilt + 0.7 * _wave(rng, frame, 14)
 
     fat = -15 + 1.5 * _clouds(rng, frame, 5, 3) + 12 * _membranes(_clouds(rng, frame, 9, 4.5), 5)
     lobules = np.clip(_clouds(rng, frame, 6, 3.5) - 1.6 * density + 0.2, 0, 1)
     ducts = _membranes(_clouds(rng, frame, 7, 2.2), 3)
-    gland = -2 + 2 * _clouds(rng, frame, 2.5, 1.0) + 2.5 * _clouds(rng, frame, 10, 5) + 4 * ducts - 12 * lobules
+    gland = 2 * _clouds(rng, frame, 2.5, 1.0) + 2.5 * _clouds(rng, frame, 10, 5) - 2
+    gland = gland + 4 * ducts - 12 * lobules
     muscle = -11 + 4 * _clouds(rng, frame, 14, 0.8)
 
     in_gland = _below(depth, gland_top, 1.2)
@@ -462,26 +489,29 @@ def _breast(rng: np.random.Generator, frame: _Frame, density: float) -> tuple[Pl
     echo = echo + (5 - echo) * in_skin
 
     loss = _TISSUE_LOSS * (0.75 + 0.25 * in_gland + 0.2 * in_muscle)
-    return _with_bystanders(rng, frame, echo, loss)
+    return echo, np.asarray(loss, np.float32)
 
 
 def _with_bystanders(
     rng: np.random.Generator, frame: _Frame, echo: Plane, loss: Plane
 ) -> tuple[Plane, Plane]:
-    """Shadows that no lesion throws: ligaments seen edge on, ribs, lost contact at the probe's end."""
+    """Shadows that no lesion throws: ligaments, ribs, lost contact at the probe's end."""
     depth, across = frame.depth, frame.across
     for _ in range(rng.integers(0, 3)):
-        top, centre = rng.uniform(0.12, 0.6) * frame.height_mm, rng.uniform(0.05, 0.95) * frame.width_mm
+        top = rng.uniform(0.12, 0.6) * frame.height_mm
+        centre = rng.uniform(0.05, 0.95) * frame.width_mm
         half_width, strength = rng.uniform(0.6, 1.8), rng.uniform(4, 11)
-        spot = np.exp(-np.square((depth - top) / 0.5) - np.square((across - centre) / half_width) ** 2)
+        sideways = np.square((across - centre) / half_width)
+        spot = np.exp(-np.square((depth - top) / 0.5) - np.square(sideways))
         echo = echo + 7 * spot
         loss = loss + strength * spot  # the spot is about 1 mm deep: dB per mm is dB
     if rng.random() < 0.3:
-        top, centre = rng.uniform(0.84, 0.93) * frame.height_mm, rng.uniform(0, 1) * frame.width_mm
+        top = rng.uniform(0.84, 0.93) * frame.height_mm
+        centre = rng.uniform(0, 1) * frame.width_mm
         arch = top + np.square(across - centre) / 14
         near = np.abs(across - centre) < rng.uniform(3.5, 5.5)
-        echo = echo + 16 * near * np.exp(-np.square((depth - arch) / 0.6))
-        loss = loss + 25 * near * np.exp(-np.square((depth - arch - 1.1) / 0.5))
+        echo = echo + 16 * np.exp(-np.square((depth - arch) / 0.6)) * near
+        loss = loss + 25 * np.exp(-np.square((depth - arch - 1.1) / 0.5)) * near
     if rng.random() < 0.25:
         reach = rng.uniform(1.5, 4.5)
         from_end = across if rng.random() < 0.5 else frame.width_mm - across
@@ -499,7 +529,8 @@ def _outline(rng: np.random.Generator, frame: _Frame, patient: _Patient) -> NDAr
         half_across, half_down = short_half, long_half
         turn = np.deg2rad(rng.uniform(-20, 20))
         for waves in range(2, 7):
-            radius += rng.uniform(0.02, 0.2) / waves * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))
+            height = rng.uniform(0.02, 0.2) / waves
+            radius += height * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))
         for at in rng.uniform(0, 2 * np.pi, rng.integers(6, 12)):
             away = np.angle(np.exp(1j * (angle - at)))
             radius += rng.uniform(0.12, 0.34) * np.exp(-np.abs(away) / rng.uniform(0.06, 0.14))
@@ -512,13 +543,16 @@ def _outline(rng: np.random.Generator, frame: _Frame, patient: _Patient) -> NDAr
         radius += lobes * np.cos(3 * angle + rng.uniform(0, 2 * np.pi))
     across, down = half_across * radius * np.cos(angle), half_down * radius * np.sin(angle)
     points = np.stack(
-        [across * np.cos(turn) - down * np.sin(turn), across * np.sin(turn) + down * np.cos(turn)], axis=1
+        [across * np.cos(turn) - down * np.sin(turn), across * np.sin(turn) + down * np.cos(turn)],
+        axis=1,
     )
     low, high = points.min(axis=0), points.max(axis=0)
-    centre = np.array([rng.uniform(0.25, 0.75) * frame.width_mm, rng.uniform(0.3, 0.68) * frame.height_mm])
+    centre = np.array(
+        [rng.uniform(0.25, 0.75) * frame.width_mm, rng.uniform(0.3, 0.68) * frame.height_mm]
+    )
     nearest = np.array([1.0, 2.5]) - low  # mm kept free at the sides, and for the skin
     farthest = np.array([frame.width_mm - 1.0, frame.height_mm - 2.0]) - high
-    return points + np.maximum(nearest, np.minimum(centre, farthest))
+    return np.asarray(points + np.maximum(nearest, np.minimum(centre, farthest)), np.float64)
 
 
 def _with_lesion(
@@ -530,10 +564,11 @@ def _with_lesion(
     echo: Plane,
     loss: Plane,
 ) -> tuple[Plane, Plane]:
-    """Lay a lesion into the tissue: darker inside, its border by class, and its own loss of sound."""
+    """Lay a lesion into the tissue: darker inside, with its class's border and loss of sound."""
     outside = cv2.distanceTransform(255 - mask, cv2.DIST_L2, 5)
     inside = cv2.distanceTransform(mask, cv2.DIST_L2, 5)
-    outward = (outside - inside) / np.float32(frame.px_per_mm)  # mm from the border, negative inside
+    # mm from the border, negative inside
+    outward = np.asarray((outside - inside) / frame.px_per_mm, np.float32)
     if patient.label == "malignant":
         soft_mm = 1.3
         interior = patient.contrast_db + 2.5 * _clouds(rng, frame, 2.5, 2.0)
@@ -548,20 +583,26 @@ def _with_lesion(
     loss = loss + (patient.lesion_loss - loss) * filled
     if patient.label == "benign" and rng.random() < 0.5:
         # A curved smooth edge bends the beam aside: a thin shadow below each flank.
-        depth = frame.depth
-        for flank in (outline[outline[:, 0].argmin()], outline[outline[:, 0].argmax()]):
-            at = np.square((frame.across - flank[0]) / 0.5) + np.square((depth - flank[1] - 0.5) / 0.6)
-            loss = loss + rng.uniform(2, 5) * np.exp(-at)
+        for flank in (outline[:, 0].argmin(), outline[:, 0].argmax()):
+            across, down = outline[flank].tolist()
+            away = np.square((frame.across - across) / 0.5)
+            away = away + np.square((frame.depth - down - 0.5) / 0.6)
+            loss = loss + rng.uniform(2, 5) * np.exp(-away)
     return echo, loss
 
 
-def _scan(rng: np.random.Generator, frame: _Frame, site: PhantomSite, echo: Plane, loss: Plane) -> NDArray[np.uint8]:
+def _scan(
+    rng: np.random.Generator, frame: _Frame, site: PhantomSite, echo: Plane, loss: Plane
+) -> NDArray[np.uint8]:
     """What the scanner shows of tissue with that echo strength (dB) and loss (dB per mm)."""
     depth = frame.depth
-    down = depth / np.float32(frame.height_mm)  # 0 at the probe, 1 at the bottom
-    path_db = np.cumsum(loss, axis=0, dtype=np.float32) / np.float32(frame.px_per_mm)
-    path_db = cv2.GaussianBlur(path_db, (0, 0), sigmaX=0.5 * frame.px_per_mm, sigmaY=0.1)
-    amplitude = np.exp((echo - path_db) * np.float32(np.log(10) / 20)).astype(np.float32)
+    down = depth / frame.height_mm  # 0 at the probe, 1 at the bottom
+    path_db = np.cumsum(loss, axis=0, dtype=np.float32) / frame.px_per_mm
+    # A beam is wider than a pixel, so shadows have soft flanks.
+    path_db = np.asarray(
+        cv2.GaussianBlur(path_db, (0, 0), sigmaX=0.5 * frame.px_per_mm, sigmaY=0.1)
+    )
+    amplitude = np.asarray(10 ** ((echo - path_db) / 20), np.float32)
 
     axial, lateral = site.axial_mm * frame.px_per_mm, site.lateral_mm * frame.px_per_mm
     off_focus = np.clip(np.abs(down - site.focus) / 0.6, 0, 1)
@@ -575,14 +616,15 @@ def _scan(rng: np.random.Generator, frame: _Frame, site: PhantomSite, echo: Plan
     noise = 10 ** (site.noise_db / 10) * rng.standard_exponential(amplitude.shape, np.float32)
     power = power / (2 * site.looks) + noise
 
-    settings = 0.5 * rng.standard_normal(3)  # no two examinations have quite the same knobs
-    gain_db = site.gain_db + 2 * settings[0]
-    tgc_db = (_TISSUE_LOSS * 0.95) * depth + (site.tgc_error_db + 2 * settings[1]) * down
-    tgc_db = tgc_db + 2 * settings[2] * np.sin(2 * np.pi * down)
-    shown_db = 10 * np.log10(power + 1e-12) + tgc_db + gain_db
-    grey = 255 * (_GLAND_GREY + shown_db / site.dynamic_range_db)
-    grey = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), sigmaX=max(0.1, site.smooth_mm * frame.px_per_mm))
-    return np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
+    # No two examinations have quite the same knobs; each turn is about 1 dB.
+    gain_turn, slope_turn, bow_turn = rng.standard_normal(3).tolist()
+    tgc_db = 0.95 * _TISSUE_LOSS * depth + (site.tgc_error_db + slope_turn) * down
+    tgc_db = tgc_db + bow_turn * np.sin(2 * np.pi * down)
+    shown_db = 10 * np.log10(power + 1e-12) + tgc_db + site.gain_db + gain_turn
+    grey = np.asarray(255 * (_GLAND_GREY + shown_db / site.dynamic_range_db), np.float32)
+    smooth = max(0.1, site.smooth_mm * frame.px_per_mm)
+    grey = np.asarray(cv2.GaussianBlur(grey, (0, 0), sigmaX=smooth))
+    return np.asarray(np.rint(np.clip(grey, 0, 255)), np.uint8)
 
 
 def _beam(scatter: Plane, axial: float, lateral: float) -> Plane:
@@ -591,5 +633,11 @@ def _beam(scatter: Plane, axial: float, lateral: float) -> Plane:
     height = max(3, 2 * round(3 * axial) + 1)
     across = cv2.getGaussianKernel(width, lateral, cv2.CV_32F)
     down = cv2.getGaussianKernel(height, axial, cv2.CV_32F)
-    across, down = across / np.linalg.norm(across), down / np.linalg.norm(down)
-    return cv2.sepFilter2D(scatter, cv2.CV_32F, across, down, borderType=cv2.BORDER_REFLECT)
+    blurred = cv2.sepFilter2D(
+        scatter,
+        cv2.CV_32F,
+        across / np.linalg.norm(across),
+        down / np.linalg.norm(down),
+        borderType=cv2.BORDER_REFLECT,
+    )
+    return np.asarray(blurred, np.float32)

@@ -1,0 +1,91 @@
+"""A federation in one process: Flower's Grid over ClientApps that are called directly.
+
+Messages are real ones, and pass through Flower's serialisation both ways; only processes, network
+and Ray are left out. tests/test_simulate.py runs the same path through the real runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+Tamper = Callable[[int, Message], Message | None]
+
+
+class MemoryGrid(Grid):
+    """Asks each node's app at once, and gives the replies out when they are pulled.
+
+    Args:
+        tamper: may change a reply of a partition, or lose it by returning None.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp,
+        run_config: dict[str, bool | int | float | str],
+        sites: int,
+        tamper: Tamper = lambda partition, reply: reply,
+    ) -> None:
+        self.app = app
+        self.run_config = run_config
+        self.nodes = {1000 + partition: partition for partition in range(sites)}
+        self.tamper = tamper
+        self.sent: list[Message] = []
+        self._replies: dict[str, Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
+
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            identity = f"message-{len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = identity
+            self.sent.append(message)
+            ids.append(identity)
+            partition = self.nodes[message.metadata.dst_node_id]
+            reply = self.tamper(partition, self._answer(partition, _through_wire(message)))
+            if reply is not None:
+                reply.metadata.__dict__["_reply_to_message_id"] = identity
+                self._replies[identity] = _through_wire(reply)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+    def _answer(self, partition: int, message: Message) -> Message:
+        context = Context(
+            run_id=1,
+            node_id=1000 + partition,
+            node_config={"partition-id": partition, "num-partitions": len(self.nodes)},
+            state=RecordDict(),
+            run_config=self.run_config,
+        )
+        try:
+            return self.app(message, context)
+        except Exception as error:  # as Flower's runtime does: the server gets an error reply
+            return Message(Error(code=1, reason=repr(error)), reply_to=message)
+
+
+def _through_wire(message: Message) -> Message:
+    return message_from_proto(message_to_proto(message))

@@ -1,0 +1,213 @@
+"""The whole network: published sizes, independence of examples, gradients, odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.run import LossConfig, ModelConfig
+from mtl_model.losses import Targets, multi_task_loss
+from mtl_model.network import MultiTaskUNet, build_model
+
+SMALL = {
+    "backbone": "resnet18",
+    "width": 16,
+    "depths": (1, 1, 1, 1),
+    "head_channels": 8,
+    "drop_path": 0.0,
+}
+VARIANTS = [
+    {},
+    {"block_order": "parallel"},
+    {"dfe": "sum"},
+    {"dfe": "none"},
+    {"upsample": "bilinear"},
+    {"head_stages": (1, 2, 3, 4)},
+    {"swin_depth": 0},
+    {"depths": ()},
+]
+
+
+def small(size: tuple[int, int] = (64, 64), **changes: object) -> MultiTaskUNet:
+    config = ModelConfig(**{**SMALL, **changes})
+    return build_model(config, size=size, in_channels=1, image_classes=2, seed=0)
+
+
+def some_targets(batch: int, size: tuple[int, int] = (64, 64)) -> Targets:
+    generator = torch.Generator().manual_seed(1)
+    masks = (torch.rand(batch, 1, *size, generator=generator) > 0.7).float()
+    return Targets(masks, torch.ones(batch, dtype=torch.bool), torch.arange(batch) % 2)
+
+
+def losses_of(model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
+    return multi_task_loss(model(images), targets, LossConfig()).total
+
+
+@pytest.mark.parametrize(
+    ("dfe", "millions"), [("concat", 56.35), ("sum", 44.16), ("none", 33.71)]
+)
+def test_the_published_sizes_are_hit(dfe: str, millions: float) -> None:
+    config = ModelConfig(norm="batch", dfe=dfe)
+    model = build_model(config, size=(224, 224), in_channels=3, image_classes=3)
+    count = sum(p.numel() for p in model.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize(("dfe", "gmacs"), [("concat", 38.1), ("sum", 30.9), ("none", 24.7)])
+def test_the_published_operations_are_hit(dfe: str, gmacs: float) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig(norm="batch", dfe=dfe)
+    with torch.device("meta"):
+        model = build_model(config, size=(224, 224), in_channels=3, image_classes=3).eval()
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            model(torch.empty(1, 3, 224, 224))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, abs=0.1)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_parameter_gets_a_gradient(changes: dict[str, object]) -> None:
+    model = small(**changes).train()
+    generator = torch.Generator().manual_seed(0)
+    losses_of(model, torch.randn(4, 1, 64, 64, generator=generator), some_targets(4)).sum().backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert not dead
+
+
+def test_no_weight_of_a_dilated_branch_is_dead_on_a_small_map() -> None:
+    model = small().train()
+    generator = torch.Generator().manual_seed(0)
+    losses_of(model, torch.randn(4, 1, 64, 64, generator=generator), some_targets(4)).sum().backward()
+    for name, parameter in model.dfe.named_parameters():
+        if "dilated" in name and parameter.dim() == 4:
+            assert parameter.grad.abs().amax(dim=(0, 1)).min() > 0, name
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_examples_of_a_batch_do_not_see_each_other(changes: dict[str, object]) -> None:
+    model = small(**changes).eval()
+    images = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    masks, classes = model(images)
+    (masks[1].sum() + classes[1].sum()).backward()
+    seen = images.grad.abs().sum(dim=(1, 2, 3))
+    assert seen[1] > 0
+    assert seen[0] == seen[2] == 0
+
+
+def test_batch_norm_makes_examples_see_each_other() -> None:
+    """The negative control: the check above can fail."""
+    model = small(norm="batch").train()
+    images = torch.randn(3, 1, 64, 64, requires_grad=True)
+    masks, classes = model(images)
+    (masks[1].sum() + classes[1].sum()).backward()
+    assert images.grad[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_layer_with_parameters_sees_examples_first(changes: dict[str, object]) -> None:
+    model = small(**changes).eval()
+    batch, wrong, seen = 5, [], set()
+
+    def look(name: str):
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.add(name)
+            if any(t.shape[0] != batch for t in (*inputs, output)):
+                wrong.append(name)
+
+        return hook
+
+    owners = [
+        name
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    for name in owners:
+        model.get_submodule(name).register_forward_hook(look(name))
+    model(torch.randn(batch, 1, 64, 64))
+    assert not wrong
+    assert seen == set(owners)
+
+
+@pytest.mark.parametrize("changes", [{}, {"block_order": "parallel", "dfe": "sum"}], ids=str)
+def test_gradients_of_single_examples_add_up_to_the_batchs(changes: dict[str, object]) -> None:
+    model = small(**changes).train()
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(3, 1, 64, 64, generator=generator), some_targets(3)
+    parameters = dict(model.named_parameters())
+
+    def loss_of_one(weights: dict[str, Tensor], image: Tensor, mask: Tensor, label: Tensor):
+        prediction = torch.func.functional_call(model, weights, (image[None],))
+        one = Targets(mask[None], torch.ones(1, dtype=torch.bool), label[None])
+        return multi_task_loss(prediction, one, LossConfig()).total.sum()
+
+    each = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0, 0))(
+        {n: p.detach() for n, p in parameters.items()}, images, targets.masks, targets.labels
+    )
+    losses_of(model, images, targets).sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (50, 77), (33, 129)])
+def test_any_size_comes_back_as_it_went_in(size: tuple[int, int]) -> None:
+    masks, classes = small().eval()(torch.randn(2, 1, *size))
+    assert masks.shape == (2, 1, *size)
+    assert classes.shape == (2, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_input_channels_and_classes_follow_the_call(channels: int) -> None:
+    model = build_model(
+        ModelConfig(**SMALL), size=(32, 32), in_channels=channels, image_classes=5, mask_classes=3
+    )
+    masks, classes = model(torch.randn(2, channels, 32, 32))
+    assert masks.shape == (2, 3, 32, 32)
+    assert classes.shape == (2, 5)
+
+
+def test_a_task_that_is_not_asked_for_is_not_computed() -> None:
+    model = small().eval()
+    images = torch.randn(2, 1, 64, 64)
+    both = model(images)
+    classes = model(images, ("classification",))
+    masks = model(images, ("segmentation",))
+    assert classes.mask_logits is None
+    assert masks.class_logits is None
+    torch.testing.assert_close(classes.class_logits, both.class_logits)
+    torch.testing.assert_close(masks.mask_logits, both.mask_logits)
+
+
+def test_a_seed_gives_the_same_weights_and_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first, second = small().state_dict(), small().state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
+
+
+def test_constants_stay_out_of_the_state_dict() -> None:
+    model = small()
+    assert set(model.state_dict()) == set(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_it_learns_a_handful_of_examples_by_heart(norm: str) -> None:
+    torch.manual_seed(0)
+    model = small(norm=norm, size=(32, 32)).train()
+    masks = torch.zeros(4, 1, 32, 32)
+    masks[:, :, 8:24, 8:24] = 1
+    masks[1:3, :, 8:16] = 0
+    images = 2 * masks + 0.5 * torch.randn(4, 1, 32, 32)
+    targets = Targets(masks, torch.ones(4, dtype=torch.bool), torch.tensor([0, 1, 1, 0]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = last = None
+    for _ in range(40):
+        loss = losses_of(model, images, targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = first or loss.item(), loss.item()
+    assert last < 0.6 * first
+    assert model(images).class_logits.argmax(1).tolist() == [0, 1, 1, 0]

@@ -1,0 +1,113 @@
+"""Settings of a run: defaults, refusals, round trips, presets."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from flwr.common.config import flatten_dict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import VERSION
+from configs.run import ConfigError, RunConfig, load_run_config, read_override
+from server.folder import to_toml
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_pyproject_holds_every_key_with_the_schemas_default() -> None:
+    assert flatten_dict(PYPROJECT["tool"]["flwr"]["app"]["config"]) == RunConfig().to_flat()
+
+
+def test_the_version_stands_the_same_in_both_places() -> None:
+    assert PYPROJECT["project"]["version"] == VERSION
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_preset_is_valid(preset: Path) -> None:
+    assert load_run_config(preset) != RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("train.batch-sise", 1, "unknown key; did you mean train.batch-size"),
+        ("training.batch-size", 1, "did you mean train.batch-size"),
+        ("train.zzzzzz", 1, "known keys of train: train.local-epochs"),
+        ("zzz.q", 1, "known sections: data, evaluate"),
+        ("train.batch-size", 0, r"train.batch-size: .*greater than or equal to 1, got 0"),
+        ("train.batch-size", 1.5, r"train.batch-size: .*got 1.5"),
+        ("train.batch-size", True, "train.batch-size: expected no true or false"),
+        ("train.augment", 1, "train.augment: expected true or false"),
+        ("train.learning-rate", float("nan"), "train.learning-rate: .*finite"),
+        ("train.precision", "fp16", "train.precision: .*'fp32' or 'bf16', got 'fp16'"),
+        ("train.device", "tpu", "train.device"),
+        ("rounds.min-sites", "0%", "rounds.min-sites"),
+        ("data.classes", "benign", "data.classes: expected at least two"),
+        ("data.classes", "a,b,a", "data.classes: expected distinct"),
+        ("data.positive", "cyst", r"data.positive: expected one of .*benign,malignant.*'cyst'"),
+        ("data.drop-labels", "benign", "data.drop-labels: benign is also in data.classes"),
+        ("data.val-fraction", 0.9, "sum below 1"),
+        ("model.depths", "1,2", "model.depths: expected 4 numbers"),
+        ("model.depths", "1,2,x,4", "model.depths"),
+        ("model.head-channels", 48, "divisor of model.width"),
+        ("model.head-stages", "5", "stages from 1 to 4"),
+        ("model.dfe-rates", "6", "model.dfe-rates: expected 3"),
+        ("loss.class-weights", "1,2,3", "loss.class-weights: expected 2 numbers"),
+        ("loss.class-weights", "1..2,3", "loss.class-weights"),
+        ("run.name", "a/b", "run.name"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused_by_name(key: str, value, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RunConfig.from_flat({key: value})
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)train.batch.*rounds.count"):
+        RunConfig.from_flat({"train.batch": 1, "rounds.count": 0})
+
+
+def test_a_whole_number_serves_where_a_fraction_is_wanted() -> None:
+    assert RunConfig.from_flat({"train.learning-rate": 1}).train.learning_rate == 1.0
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "run.seed": st.integers(0, 2**31),
+            "data.classes": st.just("benign,malignant,normal"),
+            "model.depths": st.sampled_from(["", "1,2,3,4"]),
+            "train.learning-rate": st.floats(1e-6, 1.0),
+            "train.augment": st.booleans(),
+            "rounds.min-sites": st.sampled_from(["all", "2", "50%"]),
+            "data.root": st.text("abc/\"'\\ é", max_size=12),
+        },
+    )
+)
+def test_settings_survive_flat_table_and_toml(flat) -> None:
+    config = RunConfig.from_flat(flat)
+    assert RunConfig.from_flat(config.to_flat()) == config
+    assert RunConfig.from_flat(flatten_dict(tomllib.loads(to_toml(config)))) == config
+
+
+def test_an_override_reads_toml_values_and_plain_text() -> None:
+    assert read_override("train.batch-size=4") == ("train.batch-size", 4)
+    assert read_override("train.augment=false") == ("train.augment", False)
+    assert read_override("data.root='/x y'") == ("data.root", "/x y")
+    assert read_override("data.root=/x y") == ("data.root", "/x y")
+    assert read_override('data.classes=["a", "b"]') == ("data.classes", "a,b")
+    with pytest.raises(ConfigError, match="expected key=value"):
+        read_override("train.batch-size")
+
+
+def test_a_missing_or_broken_preset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such preset"):
+        load_run_config(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("[train\n")
+    with pytest.raises(ConfigError, match=r"broken.toml: expected TOML"):
+        load_run_config(tmp_path / "broken.toml")
