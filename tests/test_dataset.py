@@ -1,0 +1,199 @@
+"""From files to tensors: resizing, masks, unreadable rows, augmentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from client.augment import Augmentation
+from client.dataset import ExampleDataset, load_site, to_batch
+from client.manifest import DataError, read_sites
+from configs.run import DataConfig
+from tests.conftest import rows_of, write_manifest
+
+DATA = DataConfig(image_height=32, image_width=32)
+
+
+def load(folder: Path, **changes: object):
+    return load_site(read_sites(folder)[folder.name], DATA.model_copy(update=changes))
+
+
+def ten(label: str = "benign") -> list[dict[str, str]]:
+    return rows_of(6) + rows_of(6, "malignant")
+
+
+def test_a_site_is_split_resized_and_counted(site_folder) -> None:
+    site = load(site_folder(ten()))
+    assert sum(map(len, site.splits.values())) == 12
+    train = site.splits["train"]
+    assert train.images.shape[1:] == (32, 32, 1)
+    assert train.images.dtype == np.uint8
+    assert set(np.unique(train.masks)) == {0, 1}
+    assert train.class_counts(2).sum() == len(train)
+    assert train.tasks == ("segmentation", "classification")
+
+
+def test_the_aspect_ratio_is_kept_or_not_as_told(site_folder) -> None:
+    folder = site_folder(ten(), size=(20, 40))
+    padded = load(folder).splits["train"].images[0, ..., 0]
+    assert not padded[:8].any()
+    assert not padded[24:].any()
+    assert padded[8:24].any(axis=1).all()
+    stretched = load(folder, resize="stretch").splits["train"].images[0, ..., 0]
+    assert stretched.any(axis=1).all()
+
+
+def test_colour_and_depth_are_converted(tmp_path: Path) -> None:
+    rows = rows_of(8)
+    (tmp_path / "images").mkdir()
+    for i, row in enumerate(rows):
+        row["mask"] = ""
+        colour = np.full((32, 32, 3), (255, 0, 0), np.uint8)
+        deep = np.full((32, 32), 40_000, np.uint16)
+        Image.fromarray(colour if i % 2 else deep).save(tmp_path / row["image"])
+    write_manifest(tmp_path, rows)
+    grey = {int(v) for e in load(tmp_path).splits.values() for v in e.images[:, 16, 16, 0]}
+    assert grey == {40_000 >> 8, 76}  # 76: luma of red
+    assert load(tmp_path, channels=3).splits["train"].images.shape[-1] == 3
+
+
+def test_masks_of_one_and_of_255_mean_the_same(site_folder) -> None:
+    folder = site_folder(ten())
+    before = load(folder)
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.minimum(np.asarray(Image.open(path)), 1)).save(path)
+    assert load(folder).fingerprint == before.fingerprint
+
+
+def test_rows_without_a_mask_or_a_label_are_kept_for_the_other_task(site_folder) -> None:
+    rows = ten()
+    for row in rows:
+        row["mask"] = ""
+    masks_gone = load(site_folder(rows, "a")).splits["train"]
+    assert masks_gone.tasks == ("classification",)
+    rows = ten()
+    for row in rows:
+        row["label"] = ""
+    labels_gone = load(site_folder(rows, "b")).splits["train"]
+    assert labels_gone.tasks == ("segmentation",)
+    assert (labels_gone.labels == -1).all()
+
+
+def break_image(folder: Path) -> None:
+    path = folder / "images/benign0.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def lose_image(folder: Path) -> None:
+    (folder / "images/benign0.png").unlink()
+
+
+def no_image(folder: Path) -> None:
+    (folder / "images/benign0.png").write_text("<html>")
+
+
+def lose_mask(folder: Path) -> None:
+    (folder / "masks/benign0.png").unlink()
+
+
+def other_size(folder: Path) -> None:
+    Image.new("L", (9, 7)).save(folder / "masks/benign0.png")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (break_image, r"image .*benign0.png: cannot be decoded"),
+        (no_image, r"image .*benign0.png: cannot be decoded"),
+        (lose_image, r"image .*benign0.png: no such file"),
+        (lose_mask, r"mask .*benign0.png: no such file"),
+        (other_size, r"mask .*: expected the image's size, 48 x 40, got 9 x 7"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_left_out_and_told_or_refused(
+    site_folder, harm, said: str
+) -> None:
+    folder = site_folder(ten())
+    harm(folder)
+    site = load(folder)
+    assert sum(map(len, site.splits.values())) == 11
+    (sentence,) = site.skipped
+    with pytest.raises(DataError, match=rf"row 2: {said}.*data.on-error is 'refuse'"):
+        load(folder, on_error="refuse")
+    assert sentence.startswith(f"{folder / 'labels.csv'}: row 2: ")
+
+
+def test_a_truncated_jpeg_is_not_taken_for_a_grey_image(site_folder, tmp_path: Path) -> None:
+    rows = [{**row, "image": row["image"].replace("png", "jpg")} for row in ten()]
+    folder = site_folder(rows)
+    path = folder / "images/benign0.jpg"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert len(load(folder).skipped) == 1
+
+
+def test_a_site_of_unreadable_images_alone_is_refused(site_folder) -> None:
+    folder = site_folder(ten())
+    for path in (folder / "images").iterdir():
+        path.write_text("x")
+    with pytest.raises(DataError, match="none of 12 images can be used; the first: "):
+        load(folder)
+
+
+def test_an_unknown_label_is_refused_with_the_known_ones(site_folder) -> None:
+    rows = ten()
+    rows[3]["label"] = "benine"
+    folder = site_folder(rows)
+    with pytest.raises(DataError, match=r"row 5: label: expected benign, malignant .*'benine'"):
+        load(folder)
+    assert sum(map(len, load(folder, drop_labels=("benine",)).splits.values())) == 11
+
+
+def test_the_fingerprint_follows_the_pixels(site_folder) -> None:
+    folder = site_folder(ten())
+    before = load(folder).fingerprint
+    assert load(folder).fingerprint == before
+    Image.new("L", (48, 40), 9).save(folder / "images/benign0.png")
+    assert load(folder).fingerprint != before
+
+
+def test_each_image_is_brought_to_one_brightness_or_a_fixed_scale() -> None:
+    images = torch.randint(50, 90, (2, 8, 8, 1), dtype=torch.uint8)
+    images[1] += 100
+    rest = (torch.zeros(2, 8, 8, dtype=torch.uint8), torch.ones(2, dtype=torch.bool))
+    labels = torch.zeros(2, dtype=torch.int64)
+    x, targets = to_batch(images, *rest, labels, "image", torch.device("cpu"))
+    assert x.shape == (2, 1, 8, 8)
+    assert x.mean(dim=(1, 2, 3)).abs().max() < 1e-5
+    assert targets.masks.shape == (2, 1, 8, 8)
+    fixed, _ = to_batch(images, *rest, labels, "fixed", torch.device("cpu"))
+    torch.testing.assert_close(fixed[0, 0], (images[0, ..., 0].float() / 255 - 0.5) / 0.25)
+    blank, _ = to_batch(images * 0, *rest, labels, "image", torch.device("cpu"))
+    assert not blank.any()
+
+
+def test_augmentation_is_the_same_for_the_same_seed_and_moves_image_and_mask_alike() -> None:
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:16, 8:20] = 1
+    image = (mask * 200)[..., None]
+    first = [Augmentation(3)(image, mask, i) for i in range(8)]
+    again = [Augmentation(3)(image, mask, i) for i in reversed(range(8))][::-1]
+    for (a, b), (c, d) in zip(first, again, strict=True):
+        assert np.array_equal(a, c)
+        assert np.array_equal(b, d)
+        overlap = ((a[..., 0] > 100) & (b == 1)).sum() / (b == 1).sum()
+        assert overlap > 0.85
+    assert len({b.tobytes() for _, b in first}) > 4
+    assert not np.array_equal(first[0][1], Augmentation(4)(image, mask, 0)[1])
+
+
+def test_a_dataset_gives_examples_in_order(site_folder) -> None:
+    examples = load(site_folder(ten())).splits["train"]
+    image, mask, has_mask, label = ExampleDataset(examples)[2]
+    assert torch.equal(image, torch.from_numpy(examples.images[2]))
+    assert mask.shape == (32, 32)
+    assert has_mask is True
+    assert label == examples.labels[2]

@@ -1,0 +1,179 @@
+"""A local round: schedule, seeds, absent annotations, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from client.dataset import Examples
+from client.device import DeviceError, find_device
+from client.evaluate import evaluate
+from client.train import (
+    Round,
+    TrainingError,
+    class_weights_of,
+    learning_rate,
+    steps_of_round,
+    train_one_round,
+)
+from configs.run import DataConfig, LossConfig, TrainConfig
+from mtl_model.metrics import compute
+from mtl_model.network import MultiTaskUNet
+from tests.test_network import small
+
+DATA = DataConfig(image_height=32, image_width=32)
+CPU = torch.device("cpu")
+
+
+def some(n: int = 12, masks: bool = True, labels: bool = True) -> Examples:
+    """Bright squares, tall for class 1 and wide for class 0."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((n, 32, 32), np.uint8)
+    label = np.arange(n) % 2
+    for i in range(n):
+        height, width = (16, 6) if label[i] else (6, 16)
+        top, left = rng.integers(2, 12, 2)
+        mask[i, top : top + height, left : left + width] = 1
+    images = rng.integers(0, 60, (n, 32, 32)) + 150 * mask
+    return Examples(
+        images.astype(np.uint8)[..., None],
+        mask if masks else np.zeros_like(mask),
+        np.full(n, masks),
+        label.astype(np.int64) if labels else np.full(n, -1, np.int64),
+    )
+
+
+def trained(
+    examples: Examples, number: int = 1, site: str = "a", seed: int = 0, **train: object
+) -> tuple[MultiTaskUNet, object]:
+    model = small(size=(32, 32))
+    result = train_one_round(
+        model,
+        examples,
+        Round(number, 2, seed, site),
+        data=DATA,
+        train=TrainConfig(batch_size=4, **train),
+        loss=LossConfig(),
+        device=CPU,
+    )
+    return model, result
+
+
+def changed_parts(model: MultiTaskUNet) -> set[str]:
+    before = small(size=(32, 32)).state_dict()
+    return {
+        name.partition(".")[0]
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+
+
+def same(a: MultiTaskUNet, b: MultiTaskUNet) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_a_round_changes_every_part_and_tells_its_losses() -> None:
+    model, result = trained(some())
+    assert changed_parts(model) == {"encoder", "dfe", "decoder", "head"}
+    assert result.steps == 3
+    assert 0 < result.loss_segmentation < 3
+    assert 0 < result.loss_classification < 3
+
+
+def test_the_same_seed_gives_the_same_weights_and_anything_else_others() -> None:
+    examples = some()
+    first, _ = trained(examples)
+    assert same(first, trained(examples)[0])
+    assert not same(first, trained(examples, seed=1)[0])
+    assert not same(first, trained(examples, site="b")[0])
+    assert not same(first, trained(examples, number=2)[0])
+
+
+def test_without_masks_the_segmentation_part_stays_as_it_came() -> None:
+    model, result = trained(some(masks=False))
+    assert changed_parts(model) == {"encoder", "head"}
+    assert result.loss_segmentation is None
+
+
+def test_without_labels_the_classification_head_stays_as_it_came() -> None:
+    model, result = trained(some(labels=False))
+    assert changed_parts(model) == {"encoder", "dfe", "decoder"}
+    assert result.loss_classification is None
+
+
+def test_without_any_annotation_there_is_nothing_to_learn() -> None:
+    with pytest.raises(TrainingError, match="none of 12 training examples has a mask or a label"):
+        trained(some(masks=False, labels=False))
+
+
+def test_a_loss_that_is_not_finite_ends_the_round_with_a_reason() -> None:
+    with pytest.raises(TrainingError, match="round 1: loss not finite"):
+        trained(some(), learning_rate=1e30, clip_norm=0.0, augment=False)
+
+
+def test_the_schedule_falls_over_the_whole_run_and_does_not_start_again() -> None:
+    train = TrainConfig(learning_rate=1.0, poly_power=1.0)
+    rates = [
+        learning_rate(train, Round(number, 4, 0, "a"), step, 5)
+        for number in range(1, 5)
+        for step in range(5)
+    ]
+    assert rates == pytest.approx([1 - i / 20 for i in range(20)])
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [
+        ({"batch_size": 8}, 3),
+        ({"batch_size": 8, "local_epochs": 2}, 6),
+        ({"batch_size": 8, "local_steps": 5}, 5),
+        ({"batch_size": 100}, 1),
+    ],
+)
+def test_steps_follow_from_epochs_or_are_given(train: dict[str, int], steps: int) -> None:
+    assert steps_of_round(20, TrainConfig(**train)) == steps
+
+
+def test_steps_beyond_an_epoch_go_around_again() -> None:
+    assert trained(some(), local_steps=5)[1].steps == 5
+
+
+def test_class_weights_come_from_labels_or_from_config() -> None:
+    examples = some(9)  # 5 of class 0, 4 of class 1
+    balanced = class_weights_of(examples, DATA, LossConfig())
+    assert balanced.tolist() == pytest.approx([9 / 10, 9 / 8])
+    given = class_weights_of(examples, DATA, LossConfig(class_weights="1,2.5"))
+    assert given.tolist() == [1.0, 2.5]
+    none = class_weights_of(examples, DATA, LossConfig(class_weights="none"))
+    assert none.tolist() == [1.0, 1.0]
+
+
+def test_bfloat16_on_a_cpu_trains_close_to_full_precision() -> None:
+    full, half = trained(some()), trained(some(), precision="bf16")
+    assert half[1].loss_segmentation == pytest.approx(full[1].loss_segmentation, rel=0.05)
+    assert half[0].state_dict()["head.out.weight"].dtype == torch.float32
+
+
+def test_evaluation_counts_every_image_once_for_the_tasks_it_is_annotated_for() -> None:
+    model, _ = trained(some())
+
+    def metrics(examples: Examples):
+        sums = evaluate(
+            model, examples, data=DATA, batch_size=5, precision="fp32", device=CPU
+        )
+        return compute(sums, positive=1)
+
+    both = metrics(some())
+    assert (both.images, both.lesions, both.labelled) == (12, 12, 12)
+    no_masks = metrics(some(masks=False))
+    assert no_masks.dice is None
+    assert no_masks.accuracy == both.accuracy
+    assert metrics(some(0)).images == 0
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    assert find_device("cpu") == CPU
+    with pytest.raises(DeviceError, match=r"train.device: .*'cuda:99'"):
+        find_device("cuda:99")
