@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 
 from client.dataset import SiteData
 from client.device import DeviceError, find_device
-from client.evaluate import evaluate
+from client.evaluate import EvaluationError, evaluate
 from client.manifest import DataError
 from client.records import (
     ProtocolError,
@@ -65,6 +65,8 @@ def client_app(phantom_root: PhantomRoot) -> ClientApp:
 
 Handler = Callable[[Message, RunConfig, SiteData], Message]
 
+REASONS = (ConfigError, DataError, DeviceError, EvaluationError, ProtocolError, TrainingError)
+
 
 def _answer(
     handle: Handler, message: Message, context: Context, phantom_root: PhantomRoot
@@ -73,7 +75,7 @@ def _answer(
         config = RunConfig.from_flat(context.run_config)
         site = open_site(context.node_config, config, phantom_root)
         return handle(message, config, site)
-    except (ConfigError, DataError, DeviceError, ProtocolError, TrainingError) as error:
+    except REASONS as error:
         log.warning("refused %s: %s", message.metadata.message_type, error)
         return refusal(message, str(error))
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks the internet at import
 
-import albumentations as A  # noqa: E402
+import albumentations as A
 
 
 class Augmentation:

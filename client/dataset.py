@@ -110,16 +110,16 @@ def _read_or_reason(manifest: Manifest, row: Row, config: DataConfig) -> Pixels 
     image = _decoded(row.image, "RGB" if config.channels == 3 else "L")
     if isinstance(image, str):
         return f"{where}: image {row.image}: {image}"
-    mask = None
-    if row.mask is not None:
-        mask = _decoded(row.mask, "L")
-        if isinstance(mask, str):
-            return f"{where}: mask {row.mask}: {mask}"
-        if mask.size != image.size:
-            return (
-                f"{where}: mask {row.mask}: expected the image's size, "
-                f"{image.width} x {image.height}, got {mask.width} x {mask.height}"
-            )
+    if row.mask is None:
+        return _resized(image, None, config)
+    mask = _decoded(row.mask, "L")
+    if isinstance(mask, str):
+        return f"{where}: mask {row.mask}: {mask}"
+    if mask.size != image.size:
+        return (
+            f"{where}: mask {row.mask}: expected the image's size, "
+            f"{image.width} x {image.height}, got {mask.width} x {mask.height}"
+        )
     return _resized(image, mask, config)
 
 
@@ -180,7 +180,7 @@ def _fingerprint(splits: dict[str, Examples]) -> str:
     for name, examples in splits.items():
         digest.update(name.encode())
         for array in (examples.images, examples.masks, examples.has_mask, examples.labels):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 

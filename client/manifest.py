@@ -96,9 +96,7 @@ def _by_site(folder: Path) -> dict[str, Manifest]:
     rows: dict[str, list[Row]] = {}
     for row, site in _read(folder):
         rows.setdefault(site or folder.absolute().name, []).append(row)
-    return {
-        site: Manifest(site, folder / MANIFEST, tuple(rows[site])) for site in sorted(rows)
-    }
+    return {site: Manifest(site, folder / MANIFEST, tuple(rows[site])) for site in sorted(rows)}
 
 
 def _read(folder: Path) -> list[tuple[Row, str]]:

@@ -15,6 +15,8 @@ from configs.run import DataConfig
 from mtl_model.metrics import MetricSums
 from mtl_model.packing import Layout, Packed
 
+MetricRecordValues = int | float | list[int] | list[float]
+
 
 class ProtocolError(ValueError):
     """A message from the server is not what this site's release expects."""
@@ -60,7 +62,7 @@ def describe_reply(
     message: Message, site: SiteData, data: DataConfig, device: str, versions: dict[str, str]
 ) -> Message:
     """Say who this site is and what it has, by split and class."""
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, MetricRecordValues] = {}
     for name, examples in site.splits.items():
         counts[name] = _counts(examples)
         counts[f"{name}.{wire.CLASSES}"] = examples.class_counts(len(data.classes)).tolist()
@@ -76,12 +78,10 @@ def describe_reply(
     return _reply(message, about, MetricRecord(counts))
 
 
-def train_reply(
-    message: Message, site: SiteData, weights: Packed, result: TrainResult
-) -> Message:
+def train_reply(message: Message, site: SiteData, weights: Packed, result: TrainResult) -> Message:
     """Send a round's weights home, with the counts that weigh them."""
     examples, with_mask, with_label = _counts(site.splits[wire.TRAIN_SPLIT])
-    sums: dict[str, int | float] = {
+    sums: dict[str, MetricRecordValues] = {
         wire.EXAMPLES: examples,
         wire.WITH_MASK: with_mask,
         wire.WITH_LABEL: with_label,

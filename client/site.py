@@ -24,9 +24,7 @@ PARTITIONS = "num-partitions"
 PhantomRoot = Callable[[PhantomConfig, int], Path]
 
 
-def open_site(
-    node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot
-) -> SiteData:
+def open_site(node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot) -> SiteData:
     """Find out who this node is and load its examples; the same again from memory next time.
 
     Raises:
@@ -38,9 +36,7 @@ def open_site(
     return _loaded(manifest, config.data, manifest.path.stat().st_mtime_ns)
 
 
-def _manifest(
-    node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot
-) -> Manifest:
+def _manifest(node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot) -> Manifest:
     if SITE_CONFIG in node:
         site = read_site_config(Path(str(node[SITE_CONFIG])))
         return read_site(site.data_root, site.name)

@@ -77,7 +77,7 @@ def train_one_round(
     torch.manual_seed(next(seeds))  # drop path
     steps = steps_of_round(len(examples), train)
     class_weights = class_weights_of(examples, data, loss).to(device)
-    model.to(device, memory_format=memory_format(device)).train()
+    model.to(device).to(memory_format=memory_format(device)).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
     )
@@ -155,7 +155,8 @@ def _batches(
             pin_memory=device.type == "cuda",
         )
         for batch in loader:
-            yield to_batch(*batch, data.normalise, device)
+            images, masks, has_mask, labels = batch
+            yield to_batch(images, masks, has_mask, labels, data.normalise, device)
             steps -= 1
             if steps == 0:
                 return

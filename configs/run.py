@@ -27,6 +27,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 Value = bool | int | float | str
 Flat = Mapping[str, Value]
@@ -176,7 +177,9 @@ class LossConfig(Section):
 
     segmentation: Literal["dice", "dice+bce"] = "dice+bce"
     classification_weight: float = Field(0.25, ge=0.0, description="Segmentation counts 1.")
-    class_weights: Annotated[str, Field(pattern=r"^(none|balanced|\d+(\.\d+)?(,\d+(\.\d+)?)+)$")] = Field(
+    class_weights: Annotated[
+        str, Field(pattern=r"^(none|balanced|\d+(\.\d+)?(,\d+(\.\d+)?)+)$")
+    ] = Field(
         "balanced", description="none, balanced (from the site's own labels), or one a class."
     )
 
@@ -296,11 +299,13 @@ def _unknown(key: str, known: Mapping[str, Value]) -> str:
     return f"{key}: unknown key; known sections: {', '.join(sections)}"
 
 
-def _explained(detail: Any) -> str:
+def _explained(detail: ErrorDetails) -> str:
     key = ".".join(kebab(str(part)) for part in detail["loc"] if not isinstance(part, int))
     if detail["type"] == "value_error":  # raised by our own validators, which name their key
         return str(detail["ctx"]["error"])
-    allowed = detail["msg"].replace("Input should be", "expected").replace("String should", "should")
+    allowed = (
+        detail["msg"].replace("Input should be", "expected").replace("String should", "should")
+    )
     return f"{key}: {allowed}, got {detail['input']!r}"
 
 

@@ -1,4 +1,4 @@
-"""What a deployed site says of itself: ``site.yaml``, which the server can neither see nor change."""
+"""What a deployed site says of itself: ``site.yaml``, which the server cannot change."""
 
 from __future__ import annotations
 

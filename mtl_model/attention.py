@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from mtl_model.blocks import ChannelAttention

@@ -7,7 +7,7 @@ stride 1, so that the four stages lie at 1/2, 1/4, 1/8 and 1/16 of the image's s
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -154,8 +154,8 @@ def _resnet(
     timm fixes 64 channels between a plain stem and stage 1; its deep stem is as wide as told. So
     the network is made with a deep stem and the convolution is put in its place.
     """
-    shape = {"layers": depths} if depths else {}
-    resnet = timm.create_model(
+    shape: dict[str, Any] = {"layers": depths} if depths else {}
+    resnet: Any = timm.create_model(
         backbone,
         pretrained=False,
         num_classes=0,

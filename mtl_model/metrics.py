@@ -97,12 +97,14 @@ class MetricSums:
 
 def empty_sums(mask_classes: int, image_classes: int) -> MetricSums:
     """The sums of no images at all."""
-    per_mask = (np.zeros(mask_classes) for _ in range(8))
+    shapes: dict[str, tuple[int, ...]] = {
+        "images": (1,),
+        "confusion": (image_classes, image_classes),
+        "scores": (image_classes, 2, BINS),
+    }
+    per_mask = (mask_classes,)
     return MetricSums(
-        np.zeros(1),
-        *per_mask,
-        np.zeros((image_classes, image_classes)),
-        np.zeros((image_classes, 2, BINS)),
+        **{f.name: np.zeros(shapes.get(f.name, per_mask)) for f in fields(MetricSums)}
     )
 
 
@@ -145,10 +147,10 @@ def _count_classes(sums: MetricSums, logits: Tensor, targets: Targets) -> None:
     np.add.at(sums.confusion, (true, guess), 1)
     score = torch.log_softmax(logits[known], dim=1)
     rest = torch.log1p(-score.exp().clamp(max=1 - 1e-7))
-    place = (score - rest + LARGEST_LOGIT) * (BINS / (2 * LARGEST_LOGIT))
-    place = _numpy(place.floor().clamp(0, BINS - 1)).astype(np.int64)  # (B, K)
+    bins = ((score - rest + LARGEST_LOGIT) * (BINS / (2 * LARGEST_LOGIT))).floor()
+    place = _numpy(bins.clamp(0, BINS - 1)).astype(np.int64)  # (B, K)
     for k in range(place.shape[1]):
-        np.add.at(sums.scores, (k, (true == k).astype(np.int64), place[:, k]), 1)
+        np.add.at(sums.scores[k], ((true == k).astype(np.int64), place[:, k]), 1)
 
 
 def _numpy(tensor: Tensor) -> Floats:

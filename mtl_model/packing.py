@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from mtl_model.tasks import GROUPS, Group, group_of
 
-Packed = dict[str, NDArray[np.generic]]
+Packed = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Layout:
             for key, entries in self.by_key.items()
         }
 
-    def unpack(self, packed: Mapping[str, NDArray[np.generic]]) -> dict[str, Tensor]:
+    def unpack(self, packed: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """Cut flat arrays into a state dict.
 
         Raises:
@@ -103,7 +104,7 @@ class Layout:
                 start += entry.size
         return state
 
-    def check(self, packed: Mapping[str, NDArray[np.generic]]) -> None:
+    def check(self, packed: Mapping[str, NDArray[Any]]) -> None:
         """Compare arrays that arrived with this layout.
 
         Raises:

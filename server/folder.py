@@ -1,14 +1,14 @@
 """The folder that a run leaves behind: where each thing lies, written so that a crash spoils none.
 
-    config.toml          the run's settings, every key
-    environment.json     versions, seed, release, sites and their data's fingerprints
-    history.jsonl        one line a round and site (server/history.py)
-    progress.jsonl       one line an event, for whoever watches
-    checkpoints/         round-0007.safetensors and state-0007.json, the last few
-    best.safetensors     the weights of the best round
-    results.json         the best round's model on the held-out test images
-    outcome.json         how the run ended; absent while it goes on, and after a crash
-    events.*             TensorBoard
+config.toml          the run's settings, every key
+environment.json     versions, seed, release, sites and their data's fingerprints
+history.jsonl        one line a round and site (server/history.py)
+progress.jsonl       one line an event, for whoever watches
+checkpoints/         round-0007.safetensors and state-0007.json, the last few
+best.safetensors     the weights of the best round
+results.json         the best round's model on the held-out test images
+outcome.json         how the run ended; absent while it goes on, and after a crash
+events.*             TensorBoard
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -79,8 +80,7 @@ def read_description(reply: Message, data: DataConfig) -> SiteReport:
     try:
         counts = {split: [int(n) for n in _list(sums[split])] for split in wire.SPLITS}
         classes = {
-            split: [int(n) for n in _list(sums[f"{split}.{wire.CLASSES}"])]
-            for split in wire.SPLITS
+            split: [int(n) for n in _list(sums[f"{split}.{wire.CLASSES}"])] for split in wire.SPLITS
         }
         for split, (examples, with_mask, with_label) in counts.items():
             if not 0 <= max(with_mask, with_label) <= examples:
@@ -102,9 +102,7 @@ def read_description(reply: Message, data: DataConfig) -> SiteReport:
         raise ReplyError(f"description: expected counts by split and class, {error}") from None
 
 
-def read_training(
-    reply: Message, site: str, layout: Layout
-) -> tuple[Contribution, TrainReport]:
+def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contribution, TrainReport]:
     """Read the weights and counts of a local round.
 
     Raises:
@@ -178,7 +176,7 @@ def _about(reply: Message) -> ConfigRecord:
     return about
 
 
-def _list(value: object) -> Sequence[object]:
+def _list(value: object) -> Sequence[Any]:
     if not isinstance(value, list):
         raise ReplyError(f"expected a list, got {value!r}")
     return value

@@ -100,9 +100,7 @@ class Federation:
         asked: dict[str, str] = {}  # message id: site
         failed: dict[str, str] = {}
         for site, node in self.nodes.items():
-            message = Message(
-                content, node, kind, ttl=self.deadline_s, group_id=str(number)
-            )
+            message = Message(content, node, kind, ttl=self.deadline_s, group_id=str(number))
             # one at a time: each carries the whole network
             ids = list(self.grid.push_messages([message]))
             if ids and ids[0]:
@@ -118,7 +116,7 @@ class Federation:
                 self.notify({"event": "answer", "round": number, "phase": phase, "site": site})
             if asked:
                 time.sleep(POLL_S)
-        failed |= {site: f"no answer in {self.deadline_s:g} s" for site in asked.values()}
+        failed |= dict.fromkeys(asked.values(), f"no answer in {self.deadline_s:g} s")
         return Phase(phase, answered, failed)
 
     def read(

@@ -46,7 +46,9 @@ def compare_run(run: Path, as_json: bool) -> int:
     """
     folder = RunFolder(run.absolute())
     if not folder.results.is_file():
-        raise ConfigError(f"{folder.path}: expected a completed run, found no {folder.results.name}")
+        raise ConfigError(
+            f"{folder.path}: expected a completed run, found no {folder.results.name}"
+        )
     config = load_run_config(folder.config)
     results = json.loads(folder.results.read_text(encoding="utf-8"))
     sites = _same_data(folder, config)

@@ -56,9 +56,7 @@ def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
     """A config of the smallest useful run, with changes by keyword (``data__root="..."``)."""
 
     def make(**changes: bool | int | float | str) -> RunConfig:
-        named = {
-            key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()
-        }
+        named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
         base = {"run.output-dir": str(tmp_path / "runs"), "run.name": "a-run"}
         return RunConfig.from_flat({**TINY, **base, **named})
 

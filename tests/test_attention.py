@@ -24,9 +24,7 @@ def plain(attention: WindowAttention, x: Tensor) -> Tensor:
         near = [t for t in tokens if window(*t) == window(i, j)]
         keys = torch.stack([qkv[a, b, 1] for a, b in near])  # (tokens, heads, d)
         values = torch.stack([qkv[a, b, 2] for a, b in near])
-        offset = [
-            (i - a + side - 1) * (2 * side - 1) + (j - b + side - 1) for a, b in near
-        ]
+        offset = [(i - a + side - 1) * (2 * side - 1) + (j - b + side - 1) for a, b in near]
         scores = torch.einsum("hd,nhd->hn", qkv[i, j, 0], keys) / (c // heads) ** 0.5
         weight = torch.softmax(scores + attention.bias.table[:, offset], dim=1)
         out[i, j] = torch.einsum("hn,nhd->hd", weight, values)

@@ -44,9 +44,7 @@ def losses_of(model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
     return multi_task_loss(model(images), targets, LossConfig()).total
 
 
-@pytest.mark.parametrize(
-    ("dfe", "millions"), [("concat", 56.35), ("sum", 44.16), ("none", 33.71)]
-)
+@pytest.mark.parametrize(("dfe", "millions"), [("concat", 56.35), ("sum", 44.16), ("none", 33.71)])
 def test_the_published_sizes_are_hit(dfe: str, millions: float) -> None:
     config = ModelConfig(norm="batch", dfe=dfe)
     model = build_model(config, size=(224, 224), in_channels=3, image_classes=3)
@@ -71,7 +69,9 @@ def test_the_published_operations_are_hit(dfe: str, gmacs: float) -> None:
 def test_every_parameter_gets_a_gradient(changes: dict[str, object]) -> None:
     model = small(**changes).train()
     generator = torch.Generator().manual_seed(0)
-    losses_of(model, torch.randn(4, 1, 64, 64, generator=generator), some_targets(4)).sum().backward()
+    losses_of(
+        model, torch.randn(4, 1, 64, 64, generator=generator), some_targets(4)
+    ).sum().backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
     assert not dead
 
@@ -79,7 +79,9 @@ def test_every_parameter_gets_a_gradient(changes: dict[str, object]) -> None:
 def test_no_weight_of_a_dilated_branch_is_dead_on_a_small_map() -> None:
     model = small().train()
     generator = torch.Generator().manual_seed(0)
-    losses_of(model, torch.randn(4, 1, 64, 64, generator=generator), some_targets(4)).sum().backward()
+    losses_of(
+        model, torch.randn(4, 1, 64, 64, generator=generator), some_targets(4)
+    ).sum().backward()
     for name, parameter in model.dfe.named_parameters():
         if "dilated" in name and parameter.dim() == 4:
             assert parameter.grad.abs().amax(dim=(0, 1)).min() > 0, name
@@ -88,7 +90,9 @@ def test_no_weight_of_a_dilated_branch_is_dead_on_a_small_map() -> None:
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_examples_of_a_batch_do_not_see_each_other(changes: dict[str, object]) -> None:
     model = small(**changes).eval()
-    images = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    images = torch.randn(
+        3, 1, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     masks, classes = model(images)
     (masks[1].sum() + classes[1].sum()).backward()
     seen = images.grad.abs().sum(dim=(1, 2, 3))

@@ -330,7 +330,7 @@ def test_writers_at_the_same_time_leave_one_complete_site(tmp_path: Path) -> Non
         start.wait()
         try:
             write(folder)
-        except BaseException as failure:  # noqa: BLE001 - a thread's exception would pass unseen
+        except BaseException as failure:
             failures.append(failure)
 
     threads = [threading.Thread(target=writer) for _ in range(4)]

@@ -160,9 +160,7 @@ def test_evaluation_counts_every_image_once_for_the_tasks_it_is_annotated_for() 
     model, _ = trained(some())
 
     def metrics(examples: Examples):
-        sums = evaluate(
-            model, examples, data=DATA, batch_size=5, precision="fp32", device=CPU
-        )
+        sums = evaluate(model, examples, data=DATA, batch_size=5, precision="fp32", device=CPU)
         return compute(sums, positive=1)
 
     both = metrics(some())

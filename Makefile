@@ -1,0 +1,34 @@
+# One way for people and for CI. VENV and PYTHON may be given: make demo PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test quick lint install clean
+
+demo: $(VENV)/.installed  ## three phantom hospitals train together, about two minutes
+	$(BIN)/polyclinic simulate --config configs/demo.toml
+
+test: lint  ## everything that CI checks
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy apps.py polyclinic.py client configs mtl_model server simulation
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info *.fab
