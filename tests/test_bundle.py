@@ -1,0 +1,49 @@
+"""The Flower App Bundle: small, complete, and nothing in it that a site need not run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fab")
+    program = Path(sys.executable).parent / "flwr"
+    subprocess.run(
+        [str(program), "build", "--app", str(ROOT)],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        env={"FLWR_HOME": str(folder / "home"), "FLWR_DISABLE_UPDATE_CHECK": "1"},
+    )
+    (path,) = folder.glob("*.fab")
+    return path
+
+
+def test_the_bundle_holds_every_module_and_preset_and_nothing_else(bundle: Path) -> None:
+    names = {name for name in zipfile.ZipFile(bundle).namelist() if not name.startswith(".info")}
+    rooms = ("client", "configs", "mtl_model", "server", "simulation")
+    wanted = {"apps.py", "pyproject.toml", "LICENSE"}
+    wanted |= {str(p.relative_to(ROOT)) for room in rooms for p in (ROOT / room).glob("**/*.py")}
+    wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.toml")}
+    assert names == wanted
+    assert bundle.stat().st_size < 500_000  # Flower stores without compressing
+
+
+def test_the_bundle_runs_where_nothing_else_of_ours_is(bundle: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(bundle).extractall(tmp_path)
+    code = (
+        f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]; "
+        f"sys.path.insert(0, {str(tmp_path)!r}); import apps; print(apps.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "apps.py")

@@ -1,0 +1,168 @@
+"""The command line: exit status, messages, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyclinic
+from server.app import run
+from simulation.compare import compare_run
+from tests.conftest import rows_of, write_manifest
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Call the command line in this process: arguments in; exit status, stdout, stderr out."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["polyclinic", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            polyclinic.main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "train.batch-sise=3"], "train.batch-sise: unknown key"),
+        (["--set", "train.batch-size=0"], "train.batch-size: .* got 0"),
+        (["--set", "train.batch-size"], "expected key=value"),
+        (["--rounds", "0"], "rounds.count"),
+        (["--config", "none.toml"], "none.toml: no such preset"),
+        (["--sites", "north"], "expected a number of phantom hospitals, got 'north'"),
+        (["--data", "nowhere"], "nowhere: expected a folder, found none"),
+        (["--set", "phantom.without-masks=site-9"], "site-9"),
+        (["--set", "data.classes=benign,malignant,cyst"], "no site has a training image of class"),
+        (["--bogus"], "No such option"),
+    ],
+)
+def test_a_mistake_ends_with_2_one_message_and_nothing_written(
+    cli, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    status, out, err = cli("simulate", *arguments)
+    assert status == 2
+    assert out == ""
+    assert re.search(said, err), err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def twelve() -> list[dict[str, str]]:
+    return rows_of(6) + rows_of(6, "malignant")
+
+
+def without_manifest(folder: Path) -> None:
+    (folder / "labels.csv").unlink()
+
+
+def with_unknown_label(folder: Path) -> None:
+    rows = twelve()
+    rows[0]["label"] = "cyst"
+    write_manifest(folder, rows)
+
+
+def with_few_images(folder: Path) -> None:
+    write_manifest(folder, twelve()[:2])
+
+
+def with_lost_image(folder: Path) -> None:
+    (folder / "images/benign0.png").unlink()
+
+
+def with_empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (without_manifest, "expected labels.csv"),
+        (with_empty_folder, "expected labels.csv"),
+        (with_unknown_label, "row 2: label: expected benign, malignant (data.classes)"),
+        (with_few_images, "2 images of 2 groups are too few to split"),
+        (with_lost_image, "row 2: image"),
+    ],
+)
+def test_data_that_cannot_be_used_end_with_2_and_say_what_to_mend(
+    cli, site_folder, tmp_path: Path, harm, said: str
+) -> None:
+    folder = site_folder(twelve(), "data/north")
+    harm(folder)
+    status, out, err = cli(
+        "simulate", "--data", folder, "--out", "runs", "--set", "data.on-error=refuse"
+    )
+    assert (status, out) == (2, "")
+    assert said in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_that_is_taken_ends_with_2(cli, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.toml").write_text("")
+    status, _, err = cli("simulate", "--set", "run.name=mine", "--out", "runs")
+    assert status == 2
+    assert "holds a run already" in err
+
+
+def test_phantoms_are_written_anywhere(cli, tmp_path: Path) -> None:
+    status, out, _ = cli("phantom", "--out", tmp_path / "p", "--sites", 2, "--examples", 10)
+    assert status == 0
+    assert [path.name for path in sorted((tmp_path / "p").iterdir())] == ["site-1", "site-2"]
+    assert f"{tmp_path / 'p' / 'site-1'}: 10 images" in out.replace("\n", "")
+
+
+def test_runs_are_listed_and_shown_again(cli, tiny, grid, tmp_path: Path) -> None:
+    config = tiny(rounds__count=1)
+    run(grid(config), config)
+    status, out, _ = cli("runs", "--out", tmp_path / "runs")
+    assert status == 0
+    assert "a-run" in out
+    assert "completed" in out
+    status, out, _ = cli("runs", "--out", tmp_path / "runs", "--json")
+    assert json.loads(out)[0]["rounds"] == 1
+    status, out, _ = cli("runs", "show", "a-run", "--out", tmp_path / "runs")
+    assert status == 0
+    for text in ("Round 1 on the validation images", "Round 1 on the held-out test", "site-2"):
+        assert text in out
+    status, out, _ = cli("runs", "show", tmp_path / "runs" / "a-run", "--json")
+    assert len(json.loads(out)["history"]) == 8
+    status, _, err = cli("runs", "show", "nothing", "--out", tmp_path / "runs")
+    assert status == 2
+    assert "nothing: no such run under" in err
+    status, _, err = cli("runs", "--out", tmp_path / "empty")
+    assert status == 2
+
+
+def test_a_run_is_compared_with_training_alone_and_pooled(
+    tiny, grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from simulation.sites import simulated_sites
+
+    base = tiny(rounds__count=1)
+    root, _ = simulated_sites(base.data, base.phantom)
+    config = tiny(rounds__count=1, data__root=str(root))
+    folder = run(grid(config), config)
+    capsys.readouterr()
+    assert compare_run(folder.path, as_json=True) == 0
+    comparison = json.loads(capsys.readouterr().out)
+    models = ["site-1 alone", "site-2 alone", "site-3 alone", "all pooled", "federated"]
+    assert list(comparison) == models
+    tested = {model: list(sites) for model, sites in comparison.items()}
+    assert set(map(tuple, tested.values())) == {("site-1", "site-2", "site-3", "pooled")}
+    images = {m: [s["images"] for s in sites.values()] for m, sites in comparison.items()}
+    assert len(set(map(tuple, images.values()))) == 1  # the same images for every model
+
+
+def test_version_is_printed(cli) -> None:
+    assert cli("--version")[1].strip() == "0.1.0"

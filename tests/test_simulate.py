@@ -1,0 +1,160 @@
+"""``polyclinic simulate`` through Flower's real runtime: SuperLink, Ray, processes, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import TINY
+
+PROGRAM = str(Path(sys.executable).parent / "polyclinic")
+
+
+def command(out: Path, *more: str) -> list[str]:
+    settings = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    return [PROGRAM, "simulate", *settings, "--out", str(out), *more]
+
+
+def flower_processes(out: Path) -> list[psutil.Process]:
+    """Processes that were started with their FLWR_HOME under a folder, and Ray's of them."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            home = process.environ().get("FLWR_HOME", "")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if home.startswith(str(out)) or process.info["name"].startswith("ray::"):
+            found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_a_simulation_runs_through_ray_and_gives_its_results_as_json(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(tmp_path / "runs", "--json", "--sites", "2"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert set(results["sites"]) == {"site-1", "site-2"}
+    assert results["pooled"]["images"] == sum(s["images"] for s in results["sites"].values())
+    assert "round 2/2" in done.stderr
+    assert (Path(results["run"]) / "best.safetensors").is_file()
+    assert not flower_processes(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_stopped_simulation_leaves_no_process_behind(
+    tmp_path: Path, sign: signal.Signals
+) -> None:
+    out = tmp_path / "runs"
+    process = subprocess.Popen(
+        command(out, "--rounds", "1000"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(lambda: list(out.glob("*/checkpoints/state-*.json")), process)
+        assert flower_processes(tmp_path)
+        process.send_signal(sign)
+        _, words = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped; what was saved is in" in words
+    assert not flower_processes(tmp_path)
+    (outcome,) = out.glob("*/outcome.json")
+    assert json.loads(outcome.read_text()) == {
+        "status": "failed",
+        "reason": "stopped by the user",
+    }
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(tmp_path, "--set", "train.learning-rate=1e30", "--set", "train.clip-norm=0"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: the run failed: round 1, train: 0 of 3 sites answered" in done.stderr
+    assert "site-1: round 1: loss not finite" in done.stderr
+    assert done.stdout == ""
+    assert not flower_processes(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_ends_the_simulation_with_1(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, "--rounds", "1000"), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(lambda: list(tmp_path.glob("*/checkpoints/state-*.json")), process)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if "flwr-simulation" in " ".join(child.cmdline()):
+                child.kill()
+        _, words = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "Flower says finished:failed" in words
+    assert not flower_processes(tmp_path)
+
+
+def wait_for(happened, process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+    ends = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < ends, "nothing happened in time"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
+    """The README's `flwr run . --stream`, on a local SuperLink of its own FLWR_HOME."""
+    root = Path(__file__).resolve().parent.parent
+    folder = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(tmp_path / "home"),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+    }
+    quoted = {
+        key: json.dumps(value)
+        for key, value in {**TINY, "run.output-dir": str(tmp_path), "run.name": "by-flwr"}.items()
+    }
+    settings = " ".join(f"{key}={value}" for key, value in quoted.items())
+    try:
+        done = subprocess.run(
+            [
+                *(str(folder / "flwr"), "run", str(root), "--stream"),
+                *("-c", settings, "--federation-config", "num-supernodes=3"),
+            ],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert "Best round's model on the held-out test images" in done.stdout, done.stdout
+        outcome = json.loads((tmp_path / "by-flwr" / "outcome.json").read_text())
+        assert outcome["status"] == "completed"
+    finally:
+        for process in flower_processes(tmp_path):  # flwr leaves its local SuperLink running
+            process.kill()
