@@ -19,7 +19,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -108,6 +108,7 @@ class SuperLink:
     home: Path
     log: Path
     environment: Mapping[str, str]
+    family: set[psutil.Process] = field(default_factory=set)  # all that were ever seen
 
     def flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run Flower's command line against this SuperLink."""
@@ -119,6 +120,11 @@ class SuperLink:
             check=False,
             timeout=120,
         )
+
+    def look_around(self) -> psutil.Process | None:
+        """Note every process of this launch; return the one that runs our server app, if any."""
+        self.family.update(_family(self.environment[_MARK]))
+        return next((p for p in self.family if _name(p) == "flwr-simulation"), None)
 
     def last_words(self) -> str:
         """The end of the log, where the reason usually stands."""
@@ -165,7 +171,9 @@ def _superlink(home: Path, mark: str) -> Iterator[SuperLink]:
         _wait_until_up(superlink, port)
         yield superlink
     finally:
-        _end_all(mark)
+        superlink.look_around()
+        _end_all(superlink.family)
+        _end_all(_family(mark))  # what was being started meanwhile
         process.wait()
 
 
@@ -200,24 +208,39 @@ def _submit(plan: Plan, superlink: SuperLink) -> None:
 
 
 def _followed(plan: Plan, superlink: SuperLink, follow: Callable[[Event], None]) -> Event:
-    """Hand on events until the run's last one; ask Flower when there is silence."""
+    """Hand on events until the run's last one.
+
+    In silence it is looked whether the server's process is still there, and, since that process
+    starts late and may end before its first word, Flower is asked how the run stands.
+    """
     seen, silence, asked_after = 0, time.monotonic(), SILENCE_S
+    server: psutil.Process | None = None
     while True:
+        gone = server is not None and not _runs(server)
         events = read_lines(plan.folder.progress)
         for event in events[seen:]:
             follow(event)
             if event["event"] == "end":
                 return event
-        if len(events) > seen:
-            seen, silence, asked_after = len(events), time.monotonic(), SILENCE_S
+        if gone:
+            raise LaunchError(f"the run's server process ended:\n{superlink.last_words()}")
         if superlink.process.poll() is not None:
             raise LaunchError(f"flower-superlink ended:\n{superlink.last_words()}")
-        if time.monotonic() - silence > asked_after:
+        if len(events) > seen:
+            seen, silence, asked_after = len(events), time.monotonic(), SILENCE_S
+            server = superlink.look_around()
+        elif time.monotonic() - silence > asked_after:
             asked_after *= 2
             status = run_status(superlink)
-            if status.startswith("finished") and not plan.folder.outcome.exists():
+            if status.startswith("finished"):
                 raise LaunchError(f"Flower says {status}:\n{superlink.last_words()}")
         time.sleep(0.2)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def run_status(superlink: SuperLink) -> str:
@@ -279,23 +302,28 @@ def _terminated_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _end_all(mark: str) -> None:
-    """End every process of this launch, Ray's too, which leave the SuperLink's process group."""
-    family = _family(mark)
-    for process in family:
+def _end_all(processes: set[psutil.Process]) -> None:
+    """Ask processes to end, then end them. psutil leaves alone who has an ended one's number."""
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(list(family), timeout=STOP_S)
-    for process in family | _family(mark):
-        with contextlib.suppress(psutil.NoSuchProcess):  # also if its number is another's by now
+    _, alive = psutil.wait_procs(list(processes), timeout=STOP_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
 
 
 def _family(mark: str) -> set[psutil.Process]:
     """Every process with the mark in its environment, and its descendants.
 
-    Both, because some are adopted when their parent ends, and Ray's agents write their title over
-    their environment.
+    Both, because some are adopted when their parent ends, and Ray's agents, which leave every
+    process group, write their title over their environment.
     """
     family: set[psutil.Process] = set()
     for process in psutil.process_iter():

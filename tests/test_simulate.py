@@ -69,7 +69,7 @@ def test_a_stopped_simulation_leaves_no_process_behind(
         process.send_signal(sign)
         _, words = process.communicate(timeout=60)
     finally:
-        process.kill()
+        end(process)
     assert process.returncode == 130
     assert "stopped; what was saved is in" in words
     assert not flower_processes(tmp_path)
@@ -103,15 +103,24 @@ def test_a_server_that_is_killed_ends_the_simulation_with_1(tmp_path: Path) -> N
     )
     try:
         wait_for(lambda: list(tmp_path.glob("*/checkpoints/state-*.json")), process)
-        for child in psutil.Process(process.pid).children(recursive=True):
-            if "flwr-simulation" in " ".join(child.cmdline()):
-                child.kill()
+        servers = [p for p in flower_processes(tmp_path) if p.name() == "flwr-simulation"]
+        assert len(servers) == 1
+        servers[0].kill()
         _, words = process.communicate(timeout=150)
     finally:
-        process.kill()
+        end(process)
     assert process.returncode == 1
-    assert "Flower says finished:failed" in words
+    assert "error: the run's server process ended" in words
     assert not flower_processes(tmp_path)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a simulation in the way that it cleans up after, whatever state it is in."""
+    process.terminate()
+    process.wait(timeout=60)
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
 
 
 def wait_for(happened, process: subprocess.Popen[str], seconds: float = 120.0) -> None:
