@@ -175,7 +175,7 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The two tasks' losses and how they are weighed against each other."""
 
-    segmentation: Literal["dice", "dice+bce"] = "dice+bce"
+    segmentation: Literal["dice", "dice+bce"] = "dice"
     classification_weight: float = Field(0.25, ge=0.0, description="Segmentation counts 1.")
     class_weights: Annotated[
         str, Field(pattern=r"^(none|balanced|\d+(\.\d+)?(,\d+(\.\d+)?)+)$")

@@ -23,11 +23,11 @@ def norm_layer(kind: Literal["group", "batch"]) -> NormLayer:
 
 
 def group_norm(channels: int, **_unused: object) -> nn.GroupNorm:
-    """At most 32 groups (Wu and He, 2018) of at least 4 channels.
+    """Groups of 16 channels, or at most 32 groups (Wu and He, 2018).
 
     timm passes device and dtype by keyword to whatever makes its norms; both stay the default.
     """
-    return nn.GroupNorm(math.gcd(32, max(channels // 4, 1)), channels)
+    return nn.GroupNorm(math.gcd(32, max(channels // 16, 1)), channels)
 
 
 class ConvNorm(nn.Sequential):

@@ -13,6 +13,9 @@ from mtl_model.blocks import NormLayer
 class MultiScaleHead(nn.Module):
     """Norm, ReLU and mean of each chosen map, side by side, through two linear layers.
 
+    A group norm's groups are made one here: the mean over a map that was normalised by itself says
+    little more than its shape, and it is how much of each channel there is that tells classes apart.
+
     Args:
         channels: of all encoder maps, shallow to deep.
         stages: which of them are read, counted from 1.
@@ -32,7 +35,7 @@ class MultiScaleHead(nn.Module):
     ) -> None:
         super().__init__()
         self.read = [stage - 1 for stage in stages]
-        self.norms = nn.ModuleList(norm(channels[k]) for k in self.read)
+        self.norms = nn.ModuleList(_across_channels(norm(channels[k])) for k in self.read)
         self.hidden = nn.Linear(sum(channels[k] for k in self.read), width)
         self.out = nn.Linear(width, classes)
         for linear in (self.hidden, self.out):
@@ -45,3 +48,7 @@ class MultiScaleHead(nn.Module):
             for k, norm in zip(self.read, self.norms, strict=True)
         ]
         return self.out(self.hidden(torch.cat(means, dim=1)))
+
+
+def _across_channels(norm: nn.Module) -> nn.Module:
+    return nn.GroupNorm(1, norm.num_channels) if isinstance(norm, nn.GroupNorm) else norm

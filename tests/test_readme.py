@@ -1,0 +1,97 @@
+"""The README's commands exist and do what it says; the long ones have tests of their own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/architecture.md")
+# where the command is run for real
+RUN_ELSEWHERE = {
+    "make demo": "tests/test_readme.py::test_the_demo_is_as_good_as_the_readme_says",
+    "make test": ".ci/run",
+    "make quick": ".ci/run runs the same tests and more",
+    "polyclinic simulate": "tests/test_simulate.py",
+    "polyclinic runs": "tests/test_commands.py",
+    "polyclinic compare": "tests/test_commands.py",
+    "polyclinic phantom": "tests/test_commands.py",
+    "flwr build": "tests/test_bundle.py",
+    "flwr run": "tests/test_simulate.py",
+    "tensorboard": "not ours",
+    "export": "tests/test_simulate.py",
+    "git clone": "not ours",
+}
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = line.partition(" #")[0].strip()
+                if re.match(r"(make|polyclinic|flwr|tensorboard|export|git) ", command):
+                    found.append((page, command))
+    return found
+
+
+def test_every_command_of_the_papers_is_run_somewhere() -> None:
+    assert len(commands()) > 8
+    for page, command in commands():
+        assert any(command.startswith(known) for known in RUN_ELSEWHERE), f"{page}: {command}"
+
+
+@pytest.mark.parametrize(
+    "command", sorted({c for _, c in commands() if c.startswith("polyclinic")})
+)
+def test_options_that_the_papers_use_exist(command: str) -> None:
+    words = shlex.split(command)
+    group = words[1:3] if words[1:3] == ["runs", "show"] else words[1:2]
+    help_ = subprocess.run(
+        [str(Path(sys.executable).parent / "polyclinic"), *group, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200", "TERM": "dumb"},
+    ).stdout
+    for word in words:
+        if word.startswith("--"):
+            assert word in help_, command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_the_papers_name_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
+    for path in re.findall(r"`((?:configs|tests|docs|server|client|simulation)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_the_demo_is_as_good_as_the_readme_says(tmp_path: Path) -> None:
+    """What ``make demo`` runs after installing: every site at Dice 0.75 and accuracy 0.85."""
+    import json
+
+    done = subprocess.run(
+        [
+            *(str(Path(sys.executable).parent / "polyclinic"), "simulate", "--json"),
+            *("--config", str(ROOT / "configs/demo.toml"), "--out", str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=290,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert len(results["sites"]) == 3
+    for name, site in results["sites"].items():
+        assert site["dice"] >= 0.75, name
+        assert site["accuracy"] >= 0.85, name
