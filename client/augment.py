@@ -28,7 +28,7 @@ class Augmentation:
         self.pipeline = A.Compose(
             [
                 A.HorizontalFlip(p=0.5),
-                A.Affine(rotate=(-25, 25), scale=(0.9, 1.1), p=0.75),
+                A.Affine(rotate=(-25, 25), scale=(0.9, 1.1), p=0.5),
                 A.RandomBrightnessContrast(brightness_limit=0.15, contrast_limit=0.2, p=0.5),
             ]
         )

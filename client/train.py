@@ -79,7 +79,7 @@ def train_one_round(
     class_weights = class_weights_of(examples, data, loss).to(device)
     model.to(device).to(memory_format=memory_format(device)).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
+        model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
     )
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     batches = _batches(examples, steps, seeds, data, train, device)

@@ -13,8 +13,8 @@ from mtl_model.blocks import NormLayer
 class MultiScaleHead(nn.Module):
     """Norm, ReLU and mean of each chosen map, side by side, through two linear layers.
 
-    A group norm's groups are made one here: the mean over a map that was normalised by itself says
-    little more than its shape, and it is how much of each channel there is that tells classes apart.
+    A group norm's groups are made one here: the mean of a map that was normalised by itself says
+    little, and how much of each channel there is tells classes apart.
 
     Args:
         channels: of all encoder maps, shallow to deep.

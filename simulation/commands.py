@@ -39,7 +39,12 @@ def simulate(
     out: Annotated[
         Path | None, typer.Option(help="Folder that holds run folders (run.output-dir).")
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Sites that compute at the same time.")] = 1,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Sites that compute at once; by default 1 on a GPU, else by cores."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Results as JSON.")] = False,
 ) -> None:
     """Train and evaluate a federation on this machine, through Flower's simulation.

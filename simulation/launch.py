@@ -55,8 +55,12 @@ class Plan:
     parallel: int  # sites that compute at the same time
 
 
-def plan(config: RunConfig, parallel: int = 1) -> Plan:
+def plan(config: RunConfig, parallel: int | None = None) -> Plan:
     """Read and check everything that can be checked before anything is started or written.
+
+    Args:
+        parallel: sites that compute at the same time; None for one on a GPU, and otherwise as many
+            as there are cores and sites, since small layers gain little from a second core.
 
     Raises:
         ConfigError, DataError, RunRefused: saying what does not fit.
@@ -76,7 +80,8 @@ def plan(config: RunConfig, parallel: int = 1) -> Plan:
     run = config.run.model_copy(update={"name": name, "output_dir": str(output_dir)})
     data = config.data.model_copy(update={"root": str(root), "sites": tuple(sites)})
     config = config.model_copy(update={"run": run, "data": data})
-    return Plan(config, sites, RunFolder.free(config), parallel)
+    at_once = parallel or (1 if _gpus() else min(_cores(), len(sites)))
+    return Plan(config, sites, RunFolder.free(config), at_once)
 
 
 def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
@@ -193,11 +198,12 @@ def _submit(plan: Plan, superlink: SuperLink) -> None:
     settings.write_text(to_toml(plan.config))
     resources: dict[str, int | float] = {
         "num-supernodes": len(plan.sites),
-        "client-resources-num-cpus": max(1, (os.cpu_count() or 1) // plan.parallel),
+        "client-resources-num-cpus": max(1, _cores() // plan.parallel),
+        "init-args-num-cpus": _cores(),  # or Ray's own count may be less than one site asks for
     }
     gpus = _gpus()
     if gpus:
-        resources["client-resources-num-gpus"] = round(gpus / plan.parallel, 3)
+        resources["client-resources-num-gpus"] = round(min(1.0, gpus / plan.parallel), 3)
     federation = " ".join(f"{key}={value}" for key, value in resources.items())
     done = superlink.flwr(
         *("run", str(app_folder()), "own", "-c", str(settings)),
@@ -280,6 +286,11 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _cores() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> int:

@@ -19,7 +19,7 @@ from simulation.progress import Display
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130
 
 
-def run_simulation(config: RunConfig, parallel: int, as_json: bool) -> int:
+def run_simulation(config: RunConfig, parallel: int | None, as_json: bool) -> int:
     """Run a simulation from settings to results on standard output; words go to standard error.
 
     Returns:
