@@ -17,8 +17,27 @@ app = typer.Typer()
 runs = typer.Typer(help="List runs; print a run's tables again.", invoke_without_command=True)
 app.add_typer(runs, name="runs")
 
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Preset: a TOML file such as configs/demo.toml."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be given several times."),
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder that holds run folders.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+@app.command()
+def settings(config: ConfigOption = None, changes: SetOption = None) -> None:
+    """Print a run's settings, every key, as the one TOML file that `flwr run -c` takes.
+
+    Flower takes either a file or key=value pairs; this makes one file of both.
+    """
+    from server.folder import to_toml
+
+    sys.stdout.write(to_toml(load_run_config(config, changes or ())))
 
 
 @runs.callback()

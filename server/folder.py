@@ -13,6 +13,7 @@ events.*             TensorBoard
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -40,8 +41,12 @@ class RunFolder:
         Raises:
             ConfigError: if a run of that name is there already.
         """
-        name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
-        folder = cls((Path(config.run.output_dir).expanduser() / name).absolute())
+        out = Path(config.run.output_dir).expanduser().absolute()
+        if not config.run.name:
+            now = time.strftime("%Y%m%d-%H%M%S")
+            names = (now if i == 1 else f"{now}-{i}" for i in itertools.count(1))
+            return cls(next(out / name for name in names if not (out / name).exists()))
+        folder = cls(out / config.run.name)
         if folder.config.exists() or folder.outcome.exists():
             raise ConfigError(
                 f"run.name: {folder.path} holds a run already; give another name, or none to have "

@@ -10,17 +10,9 @@ import typer
 from rich.console import Console
 
 from configs.run import ConfigError, RunConfig, load_run_config
+from server.commands import ConfigOption, SetOption
 
 app = typer.Typer()
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="Preset: a TOML file such as configs/demo.toml."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be given several times."),
-]
 
 
 @app.command()

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from client.dataset import SiteData, load_site
+from client.dataset import load_site
 from configs import wire
 from configs.run import RunConfig
 from server.folder import RunFolder, read_lines, to_toml, write_json
@@ -50,7 +50,7 @@ class Plan:
     """A checked run, ready to start."""
 
     config: RunConfig  # with absolute folders and a name
-    sites: dict[str, SiteData]
+    sites: tuple[str, ...]
     folder: RunFolder
     parallel: int  # sites that compute at the same time
 
@@ -66,22 +66,22 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
         ConfigError, DataError, RunRefused: saying what does not fit.
     """
     root, manifests = simulated_sites(config.data, config.phantom)
-    sites = {name: load_site(manifest, config.data) for name, manifest in manifests.items()}
     classes = config.data.classes
-    check_classes(
-        classes,
-        {
-            name: site.splits[wire.TRAIN_SPLIT].class_counts(len(classes)).tolist()
-            for name, site in sites.items()
-        },
-    )
-    name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
-    output_dir = Path(config.run.output_dir).expanduser().absolute()
-    run = config.run.model_copy(update={"name": name, "output_dir": str(output_dir)})
-    data = config.data.model_copy(update={"root": str(root), "sites": tuple(sites)})
+    counts = {
+        name: load_site(manifest, config.data)
+        .splits[wire.TRAIN_SPLIT]
+        .class_counts(len(classes))
+        .tolist()
+        for name, manifest in manifests.items()
+    }
+    check_classes(classes, counts)
+    sites = tuple(manifests)
+    folder = RunFolder.free(config)
+    run = config.run.model_copy(update={"name": folder.name, "output_dir": str(folder.path.parent)})
+    data = config.data.model_copy(update={"root": str(root), "sites": sites})
     config = config.model_copy(update={"run": run, "data": data})
     at_once = parallel or (1 if _gpus() else min(_cores(), len(sites)))
-    return Plan(config, sites, RunFolder.free(config), at_once)
+    return Plan(config, sites, folder, at_once)
 
 
 def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
@@ -92,7 +92,10 @@ def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, once every process has ended.
     """
     home = plan.folder.path / "flower"
-    home.mkdir(parents=True)
+    try:
+        home.mkdir(parents=True)
+    except OSError as error:
+        raise LaunchError(f"run folder {plan.folder.path}: cannot be made: {error}") from None
     mark = uuid.uuid4().hex
     try:
         with _terminated_as_interrupt(), _superlink(home, mark) as superlink:
@@ -176,10 +179,11 @@ def _superlink(home: Path, mark: str) -> Iterator[SuperLink]:
         _wait_until_up(superlink, port)
         yield superlink
     finally:
-        superlink.look_around()
-        _end_all(superlink.family)
-        _end_all(_family(mark))  # what was being started meanwhile
-        process.wait()
+        with _deaf_to_interrupts():
+            superlink.look_around()
+            _end_all(superlink.family)
+            _end_all(_family(mark))  # what was being started meanwhile
+            process.wait()
 
 
 def _wait_until_up(superlink: SuperLink, port: int) -> None:
@@ -311,6 +315,16 @@ def _terminated_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """A second Ctrl-C must not keep the first from ending processes."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_all(processes: set[psutil.Process]) -> None:

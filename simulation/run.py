@@ -31,6 +31,9 @@ def run_simulation(config: RunConfig, parallel: int | None, as_json: bool) -> in
     except RunRefused as error:
         words.print(f"error: {error}", soft_wrap=True, markup=False)
         return MISTAKE
+    except KeyboardInterrupt:
+        words.print("stopped before anything was started")
+        return STOPPED
     words.print(f"run folder {planned.folder.path}", soft_wrap=True, highlight=False)
     try:
         with Display(planned.config, words) as display:

@@ -20,6 +20,7 @@ RUN_ELSEWHERE = {
     "polyclinic simulate": "tests/test_simulate.py",
     "polyclinic runs": "tests/test_commands.py",
     "polyclinic compare": "tests/test_commands.py",
+    "polyclinic settings": "tests/test_simulate.py",
     "polyclinic phantom": "tests/test_commands.py",
     "flwr build": "tests/test_bundle.py",
     "flwr run": "tests/test_simulate.py",

@@ -144,16 +144,17 @@ def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
     }
-    quoted = {
-        key: json.dumps(value)
-        for key, value in {**TINY, "run.output-dir": str(tmp_path), "run.name": "by-flwr"}.items()
-    }
-    settings = " ".join(f"{key}={value}" for key, value in quoted.items())
+    changes = {**TINY, "run.output-dir": str(tmp_path), "run.name": "by-flwr"}
+    settings = tmp_path / "run.toml"
+    with settings.open("w") as file:
+        words = [w for key, value in changes.items() for w in ("--set", f"{key}={value}")]
+        preset = str(root / "configs/demo.toml")
+        subprocess.run([PROGRAM, "settings", "--config", preset, *words], stdout=file, check=True)
     try:
         done = subprocess.run(
             [
-                *(str(folder / "flwr"), "run", str(root), "--stream"),
-                *("-c", settings, "--federation-config", "num-supernodes=3"),
+                *(str(folder / "flwr"), "run", str(root), "local", "--stream"),
+                *("-c", str(settings), "--federation-config", "num-supernodes=3"),
             ],
             env=environment,
             capture_output=True,

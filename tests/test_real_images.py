@@ -1,0 +1,64 @@
+"""The real images of three hospitals, where they lie beside the checkout; skipped where not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from client.dataset import load_site
+from client.manifest import read_sites
+from client.split import split_rows
+from configs.run import DataConfig
+from server.app import run
+from server.history import POOLED, read_history
+
+DATA = DataConfig(image_height=64, image_width=64, drop_labels=("normal",))
+
+
+def test_every_real_image_is_read_and_split_by_patient(real_images: Path) -> None:
+    sites = read_sites(real_images)
+    assert {name: len(m.rows) for name, m in sites.items()} == {
+        "breast": 100,
+        "busbra": 100,
+        "busi": 100,
+    }
+    for manifest in sites.values():
+        site = load_site(manifest, DATA)
+        assert not site.skipped
+        rows = [row for row in manifest.rows if row.label != "normal"]
+        assert sum(map(len, site.splits.values())) == len(rows)
+        for examples in site.splits.values():
+            assert examples.has_mask.all()
+            assert (examples.masks.mean(axis=(1, 2)) > 0.001).all()
+            assert examples.images.std(axis=(1, 2, 3)).min() > 5
+            assert set(np.unique(examples.labels)) == {0, 1}
+        groups = [{row.group for row in part} for part in split_rows(manifest, rows, DATA).values()]
+        assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+def test_normal_images_have_an_empty_mask_and_no_lesion(real_images: Path) -> None:
+    manifest = read_sites(real_images)["busi"]
+    data = DATA.model_copy(update={"drop_labels": (), "classes": ("benign", "malignant", "normal")})
+    site = load_site(manifest, data)
+    labels = Counter[int]()
+    for examples in site.splits.values():
+        labels.update(examples.labels.tolist())
+        normal = examples.labels == 2
+        assert not examples.masks[normal].any()
+        assert examples.has_mask[normal].all()
+    assert labels == {0: 40, 1: 40, 2: 20}
+
+
+def test_a_federation_trains_on_the_real_hospitals(real_images: Path, tiny, grid) -> None:
+    config = tiny(
+        data__root=str(real_images),
+        data__drop_labels="normal",
+        train__batch_size=16,
+        rounds__count=1,
+    )
+    folder = run(grid(config), config)
+    metrics = {line.site: line.metrics for line in read_history(folder.history) if line.metrics}
+    assert set(metrics) == {"breast", "busbra", "busi", POOLED}
+    assert all(m.images == m.lesions == m.labelled for m in metrics.values())
