@@ -1,0 +1,58 @@
+"""Which site a node is: deployed by its own file, or simulated by its number."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from client.manifest import DataError
+from client.site import open_site
+from configs.run import PhantomConfig
+from tests.conftest import rows_of, write_manifest
+
+
+def no_phantoms(_config: PhantomConfig, _sites: int) -> Path:
+    raise AssertionError("no phantom hospital is wanted here")
+
+
+def twelve() -> list[dict[str, str]]:
+    return rows_of(6) + rows_of(6, "malignant")
+
+
+def test_a_deployed_site_is_named_and_placed_by_its_own_file(site_folder, tiny) -> None:
+    folder = site_folder(twelve())
+    path = folder.parent / "site.yaml"
+    path.write_text(f"name: north\ndata-root: {folder.name}\n")
+    # what the run says of data.root is for simulation alone
+    site = open_site({"site-config": str(path)}, tiny(data__root="/elsewhere"), no_phantoms)
+    assert site.site == "north"
+    assert sum(map(len, site.splits.values())) == 12
+
+
+def test_simulated_sites_are_the_folders_sites_in_order(site_folder, tiny) -> None:
+    for name in ("b", "a"):
+        site_folder(twelve(), f"sites/{name}")
+    config = tiny(data__root=str(site_folder(twelve(), "sites/c").parent))
+    names = [
+        open_site({"partition-id": i, "num-partitions": 3}, config, no_phantoms).site
+        for i in range(3)
+    ]
+    assert names == ["a", "b", "c"]
+
+
+def test_data_are_loaded_once_and_again_after_the_manifest_was_edited(site_folder, tiny) -> None:
+    folder = site_folder(twelve())
+    config = tiny(data__root=str(folder))
+    node = {"partition-id": 0, "num-partitions": 1}
+    first = open_site(node, config, no_phantoms)
+    assert open_site(node, config, no_phantoms) is first
+    write_manifest(folder, twelve()[1:])
+    os.utime(folder / "labels.csv", ns=(1, 1))
+    assert sum(map(len, open_site(node, config, no_phantoms).splits.values())) == 11
+
+
+def test_a_node_that_says_neither_is_refused(tiny) -> None:
+    with pytest.raises(DataError, match=r"expected site-config .* or partition-id .* got gpu"):
+        open_site({"gpu": 1}, tiny(), no_phantoms)
