@@ -65,7 +65,15 @@ def client_app(phantom_root: PhantomRoot) -> ClientApp:
 
 Handler = Callable[[Message, RunConfig, SiteData], Message]
 
-REASONS = (ConfigError, DataError, DeviceError, EvaluationError, ProtocolError, TrainingError)
+REASONS = (
+    ConfigError,
+    DataError,
+    DeviceError,
+    EvaluationError,
+    OSError,  # the site's disk or files
+    ProtocolError,
+    TrainingError,
+)
 
 
 def _answer(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def _read_or_reason(manifest: Manifest, row: Row, config: DataConfig) -> Pixels 
         return f"{where}: image {row.image}: {image}"
     if row.mask is None:
         return _resized(image, None, config)
-    mask = _decoded(row.mask, "L")
+    mask = _decoded(row.mask, "mask")
     if isinstance(mask, str):
         return f"{where}: mask {row.mask}: {mask}"
     if mask.size != image.size:
@@ -123,18 +124,31 @@ def _read_or_reason(manifest: Manifest, row: Row, config: DataConfig) -> Pixels 
     return _resized(image, mask, config)
 
 
-def _decoded(path: Path, mode: str) -> Image.Image | str:
-    """The whole picture, or what is wrong with it. 16-bit greys keep their upper 8 bits."""
+def _decoded(path: Path, kind: Literal["L", "RGB", "mask"]) -> Image.Image | str:
+    """The whole picture, or what is wrong with it.
+
+    16-bit greys keep their upper 8 bits. A mask is 255 wherever any channel is not 0 (alpha aside),
+    whatever its depth: masks of 0/1 and of 0/255 both occur.
+    """
     try:
         with Image.open(path) as file:
             file.load()
+            if kind == "mask":
+                return _marked(file.convert("RGB") if file.mode in ("P", "RGBA", "LA") else file)
             if file.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert(mode)
-            return file.convert(mode)
+                return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert(kind)
+            if file.mode in ("I", "F"):
+                return "32 bits a pixel: expected 8 or 16; window it first"
+            return file.convert(kind)
     except FileNotFoundError:
         return "no such file"
     except _UNREADABLE as error:
         return f"cannot be decoded ({error})"
+
+
+def _marked(mask: Image.Image) -> Image.Image:
+    marked = np.asarray(mask) != 0
+    return Image.fromarray(np.uint8(255) * (marked.any(axis=2) if marked.ndim == 3 else marked))
 
 
 def _resized(image: Image.Image, mask: Image.Image | None, config: DataConfig) -> Pixels:
@@ -152,8 +166,7 @@ def _resized(image: Image.Image, mask: Image.Image | None, config: DataConfig) -
     if mask is None:
         return pixels, None
     marked = np.zeros((height, width), np.uint8)
-    full = mask.point(lambda value: 255 if value else 0)  # masks of 0/1 and of 0/255 both occur
-    marked[inside] = np.asarray(full.resize(size, Image.Resampling.BILINEAR)) > 127
+    marked[inside] = np.asarray(mask.resize(size, Image.Resampling.BILINEAR)) > 127
     return pixels, marked
 
 

@@ -16,7 +16,7 @@ class EvaluationError(RuntimeError):
     """A model cannot be evaluated. The message says why."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what .to() makes here is trained in the next round
 def evaluate(
     model: nn.Module,
     examples: Examples,

@@ -112,6 +112,8 @@ def _read(folder: Path) -> list[tuple[Row, str]]:
                     f"got {', '.join(header) or 'an empty file'}"
                 )
             rows = [_row(path, reader.line_num, cells) for cells in reader]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: expected a CSV file in UTF-8, {error}") from None
     if not rows:

@@ -50,10 +50,10 @@ def read_request(message: Message, layout: Layout) -> Request:
             f"got {digest[:12] or 'none'}; both must run the same release and model config"
         )
     arrays = content.array_records[wire.WEIGHTS]
-    weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
     try:
+        weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
         layout.check(weights)
-    except ValueError as error:
+    except (TypeError, ValueError, EOFError) as error:
         raise ProtocolError(f"weights from the server: {error}") from None
     return Request(int(str(asked[wire.NUMBER])), str(asked[wire.SPLIT]), weights)
 

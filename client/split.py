@@ -65,6 +65,11 @@ def _rank(seed: int, site: str, group: str) -> str:
 def _check(manifest: Manifest, splits: Splits, groups: int, share: dict[str, float]) -> None:
     wanted = {wire.TRAIN_SPLIT: 1.0, **share}
     empty = [name for name in wire.SPLITS if wanted[name] > 0 and not splits[name]]
+    if empty and all(row.split for rows in splits.values() for row in rows):
+        raise DataError(
+            f"site {manifest.site}: {manifest.path} names every row's split, but none is "
+            f"{' or '.join(empty)}; add such rows, or leave the cells of some empty"
+        )
     if empty:
         images = sum(map(len, splits.values()))
         raise DataError(

@@ -72,7 +72,9 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where a run's results go, and the seed from which all its randomness follows."""
 
-    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="Folder name; empty: by time.")
+    name: str = Field(
+        "", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", description="Folder name; empty: by time."
+    )
     output_dir: str = Field("runs", min_length=1, description="Folder that holds run folders.")
     seed: int = Field(0, ge=0)
 
@@ -267,6 +269,8 @@ class RunConfig(Section):
                     wanted = "true or false" if isinstance(known[key], bool) else "no true or false"
                     problems.append(f"{key}: expected {wanted}, got {value!r}")
                     continue
+                if isinstance(known[key], str) and isinstance(value, int | float):
+                    value = str(value)  # rounds.min-sites=2 is a text that looks like a number
                 section, _, name = key.partition(".")
                 nested.setdefault(section, {})[name] = value
         try:
@@ -319,6 +323,8 @@ def read_preset(path: Path) -> dict[str, Value]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such preset") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected TOML, {error}") from None
     return _flattened(tables, "")
@@ -352,7 +358,7 @@ def read_override(text: str) -> tuple[str, Value]:
     if isinstance(value, list):
         value = _join(tuple(value))
     if not isinstance(value, bool | int | float | str):
-        raise ConfigError(f"{key}: expected true, a number or text, got {raw!r}")
+        value = raw.strip()  # a date to TOML, a name to us
     return key.strip(), value
 
 

@@ -23,7 +23,6 @@ from server.report import metrics_table
 from server.rounds import (
     Evaluation,
     Federation,
-    Notify,
     Rounds,
     RunRefused,
     gather_sites,
@@ -57,7 +56,7 @@ def run(grid: Grid, config: RunConfig) -> RunFolder:
     try:
         federation, reports = gather_sites(grid, config, notify)
         write_json(folder.environment, _environment(config, reports))
-        _announce(notify, reports)
+        _announce(reports)
         rounds = _rounds(config, folder, federation)
         evaluation = rounds.run()
         status = "completed"
@@ -114,8 +113,7 @@ def _environment(config: RunConfig, reports: dict[str, SiteReport]) -> dict[str,
     }
 
 
-def _announce(notify: Notify, reports: dict[str, SiteReport]) -> None:
-    notify({"event": "sites", "sites": {name: vars(report) for name, report in reports.items()}})
+def _announce(reports: dict[str, SiteReport]) -> None:
     for name, report in reports.items():
         log.info("site %s: %s images", name, report.examples)
         for sentence in report.skipped:
@@ -124,7 +122,7 @@ def _announce(notify: Notify, reports: dict[str, SiteReport]) -> None:
 
 def _print_results(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> None:
     """The table and the folder, where ``flwr run --stream`` shows them."""
-    console = Console(width=110)
+    console = Console(width=110, markup=False, highlight=False)
     title = f"Best round's model on the held-out test images ({folder.name})"
     console.print(metrics_table(title, evaluation.metrics, config.data.positive))
     console.print(f"Run folder: {folder.path}", soft_wrap=True)

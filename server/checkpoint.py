@@ -24,6 +24,7 @@ class Best:
 
     number: int
     value: float
+    sites: int  # that evaluated it
 
 
 def network_of(config: RunConfig) -> MultiTaskUNet:
@@ -57,7 +58,7 @@ def save_round(
         "round": number,
         "layout": layout.digest,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "best": {"round": best.number, "value": best.value} if best else None,
+        "best": vars(best) if best else None,
     }
     write_json(folder.state(number), state)
     for old in folder.checkpoints()[: -config.rounds.keep_checkpoints]:

@@ -59,7 +59,7 @@ def list_runs(
         table.add_column(column)
     for row in rows:
         table.add_row(*("-" if value is None else str(value) for value in list(row.values())[:6]))
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
 
 
 @runs.command()
@@ -81,7 +81,7 @@ def show(
         content = [json.loads(line) for line in text.splitlines()]
         sys.stdout.write(json.dumps({**_summary(folder), "history": content}, indent=2) + "\n")
         return
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
     positive = load_run_config(folder / "config.toml").data.positive
     pooled = {
         f"round {line.round}": line.metrics

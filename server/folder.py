@@ -25,8 +25,6 @@ from typing import Any
 
 from configs.run import ConfigError, RunConfig
 
-OUTCOMES = ("completed", "failed", "refused")
-
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -64,6 +62,8 @@ class RunFolder:
             ConfigError: if a run of that name is there already.
         """
         folder = cls.free(config)
+        if not config.run.name:
+            folder.path.mkdir(parents=True)  # raises if another run took it this instant
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(folder.config, to_toml(config).encode())
         return folder
@@ -155,7 +155,14 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSON-lines file; none if there is no file."""
+    return read_lines_from(path, 0)[0]
+
+
+def read_lines_from(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+    """The complete lines from a byte position on, and the position behind them."""
     if not path.exists():
-        return []
-    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in complete.splitlines() if line]
+        return [], position
+    with path.open("rb") as file:
+        file.seek(position)
+        complete, newline, _ = file.read().rpartition(b"\n")
+    return [json.loads(line) for line in complete.splitlines()], position + len(complete + newline)

@@ -123,10 +123,10 @@ def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contributi
     if wire.WEIGHTS not in reply.content.array_records:
         raise ReplyError(f"expected a record {wire.WEIGHTS}, got none")
     arrays = reply.content.array_records[wire.WEIGHTS]
-    weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
     try:
+        weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
         layout.check(weights)
-    except ValueError as error:
+    except (TypeError, ValueError, EOFError) as error:
         raise ReplyError(f"weights: {error}") from None
     counts: dict[Group, int] = {
         "encoder": examples,

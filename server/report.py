@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from mtl_model.metrics import Metrics
+from server.history import POOLED
 
 _VALUES = {
     "Dice": "dice",
@@ -42,6 +43,6 @@ def metrics_table(title: str, rows: Mapping[str, Metrics], positive: str) -> Tab
             str(metrics.lesions),
             str(metrics.labelled),
             *("-" if value is None else f"{value:.3f}" for value in values),
-            end_section=name == list(rows)[-2] if len(rows) > 1 else False,
+            end_section=len(rows) > 1 and list(rows)[-2:] == [name, POOLED],
         )
     return table

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
@@ -25,7 +25,6 @@ from server.checkpoint import Best, save_round
 from server.folder import RunFolder, append_line, write_json
 from server.history import POOLED, Line, write_line
 from server.records import (
-    Refusal,
     ReplyError,
     SiteReport,
     TrainReport,
@@ -39,6 +38,7 @@ from server.records import (
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2  # between two looks for replies
+SETTLE_S = 1.0  # without a new site for so long, all are taken to be there
 
 Answer = TypeVar("Answer")
 Notify = Callable[[dict[str, object]], None]  # told of every event, for whoever watches
@@ -58,8 +58,7 @@ class Phase:
 
     name: str
     answered: Mapping[str, Message]  # by site
-    failed: dict[str, str]  # by site: why not
-    refusals: set[str] = field(default_factory=set)  # of the failed, those that said so themselves
+    silent: Mapping[str, str]  # by site: why there is no answer
 
 
 @dataclass(frozen=True)
@@ -121,73 +120,72 @@ class Federation:
 
     def read(
         self, phase: Phase, number: int, read: Callable[[Message, str], Answer]
-    ) -> dict[str, Answer]:
+    ) -> tuple[dict[str, Answer], dict[str, str]]:
         """Read every reply; one that cannot be used becomes a failure with its reason.
+
+        Returns:
+            The usable answers, and why the other sites have none; both by site.
 
         Raises:
             RunFailed: if fewer sites than needed gave a usable answer.
         """
         answers: dict[str, Answer] = {}
+        failed = dict(phase.silent)
         for site in sorted(phase.answered):
             try:
                 answers[site] = read(phase.answered[site], site)
             except ReplyError as error:
-                phase.failed[site] = str(error)
-                if isinstance(error, Refusal):
-                    phase.refusals.add(site)
-        for site, reason in phase.failed.items():
+                failed[site] = str(error)
+        for site, reason in failed.items():
             log.warning("round %d, %s: %s: %s", number, phase.name, site, reason)
         if len(answers) < self.needed:
-            reasons = "; ".join(f"{site}: {why}" for site, why in sorted(phase.failed.items()))
+            reasons = "; ".join(f"{site}: {why}" for site, why in sorted(failed.items()))
             raise RunFailed(
                 f"round {number}, {phase.name}: {len(answers)} of {len(self.nodes)} sites "
                 f"answered, {self.needed} are needed (rounds.min-sites): {reasons}"
             )
-        return answers
+        return answers, failed
 
 
 def gather_sites(
-    grid: Grid,
-    config: RunConfig,
-    notify: Notify,
+    grid: Grid, config: RunConfig, notify: Notify
 ) -> tuple[Federation, dict[str, SiteReport]]:
     """Wait for sites, ask who they are, and check that the run makes sense with their data.
 
     Raises:
-        RunRefused: if no site is there in time, a site cannot take part, two have the same name,
-            or a class occurs at none.
+        RunRefused: if too few sites are there in time or can take part (rounds.min-sites), two
+            have the same name, or a class occurs at none.
     """
-    nodes = _wait_for_nodes(grid, config.rounds)
-    unnamed = Federation(
-        grid, {f"node {node}": node for node in nodes}, 0, config.rounds.deadline_s, notify
-    )
-    phase = unnamed.ask(0, "describe", wire.DESCRIBE, question())
-    found = unnamed.read(phase, 0, lambda reply, _: read_description(reply, config.data))
-    needed = sites_needed(config.rounds.min_sites, len(nodes))
+    rounds = config.rounds
+    nodes = _wait_for_nodes(grid, rounds)
+    needed = sites_needed(rounds.min_sites, len(nodes))
+    unnamed = {f"node {node}": node for node in nodes}
+    asked = Federation(grid, unnamed, 0, rounds.deadline_s, notify)
+    phase = asked.ask(0, "describe", wire.DESCRIBE, question())
+    found, failed = asked.read(phase, 0, lambda reply, _: read_description(reply, config.data))
     if len(found) < needed:
-        reasons = "; ".join(dict.fromkeys(phase.failed.values()))
         raise RunRefused(
             f"{len(found)} of {len(nodes)} sites can take part, {needed} are needed "
-            f"(rounds.min-sites): {reasons}"
+            f"(rounds.min-sites): {'; '.join(dict.fromkeys(failed.values()))}"
         )
-    by_name: dict[str, int] = {}
+    by_name: dict[str, str] = {}
     for label, report in found.items():
         if report.name in by_name or report.name == POOLED:
             raise RunRefused(f"two sites are called {report.name!r}, or it is a reserved name")
-        by_name[report.name] = unnamed.nodes[label]
-    reports = {report.name: report for report in found.values()}
+        by_name[report.name] = label
+    reports = {name: found[by_name[name]] for name in sorted(by_name)}
     check_classes(
         config.data.classes, {name: r.classes[wire.TRAIN_SPLIT] for name, r in reports.items()}
     )
-    names = sorted(by_name)
-    federation = Federation(
-        grid,
-        {name: by_name[name] for name in names},
-        sites_needed(config.rounds.min_sites, len(names)),
-        config.rounds.deadline_s,
-        notify,
+    notify(
+        {
+            "event": "sites",
+            "sites": {name: vars(report) for name, report in reports.items()},
+            "failed": failed,
+        }
     )
-    return federation, {name: reports[name] for name in names}
+    named = {name: unnamed[by_name[name]] for name in reports}
+    return Federation(grid, named, needed, rounds.deadline_s, notify), reports
 
 
 def sites_needed(min_sites: str, sites: int) -> int:
@@ -200,16 +198,25 @@ def sites_needed(min_sites: str, sites: int) -> int:
 
 
 def _wait_for_nodes(grid: Grid, rounds: RoundsConfig) -> list[int]:
-    ends = time.monotonic() + rounds.wait_for_sites_s
+    """The connected nodes, once there are enough and no more come."""
     least = int(rounds.min_sites) if rounds.min_sites.isdigit() else 1
-    while len(nodes := sorted(grid.get_node_ids())) < least:
-        if time.monotonic() > ends:
+    started = last_change = time.monotonic()
+    nodes: list[int] = []
+    while True:
+        before, nodes = nodes, sorted(grid.get_node_ids())
+        now = time.monotonic()
+        if nodes != before:
+            last_change = now
+        if len(nodes) >= least and now - last_change >= SETTLE_S:
+            return nodes
+        if now - started > rounds.wait_for_sites_s:
+            if len(nodes) >= least:
+                return nodes
             raise RunRefused(
                 f"{len(nodes)} sites are connected, {least} are needed (rounds.min-sites), after "
                 f"{rounds.wait_for_sites_s:g} s (rounds.wait-for-sites-s)"
             )
         time.sleep(POLL_S)
-    return nodes
 
 
 def check_classes(classes: Sequence[str], counts: Mapping[str, Sequence[int]]) -> None:
@@ -263,24 +270,19 @@ class Rounds:
 
     def one_round(self, number: int) -> None:
         """Train at every site, average, evaluate at every site, save."""
-        down, up = self._bytes(self.weights), self._bytes(self.weights)
+        size = sum(array.nbytes for array in self.weights.values())
         content = task(number, self.layout, self.weights, wire.TRAIN_SPLIT)
         phase = self.federation.ask(number, "train", wire.TRAIN, content)
-        trained = self.federation.read(
+        trained, failed = self.federation.read(
             phase, number, lambda reply, site: read_training(reply, site, self.layout)
         )
         contributions: list[Contribution] = [c for c, _ in trained.values()]
         self.weights = average_by_task(contributions, self.weights)
         evaluation = self._evaluate(number, wire.VAL_SPLIT)
         self._choose(number, evaluation)
-        save_round(self.folder, self.config, self.layout, self.weights, number, self.best)
         reports: dict[str, TrainReport] = {site: report for site, (_, report) in trained.items()}
+        why = {"train": failed, "evaluate": evaluation.failed}
         for site in (*self.federation.nodes, POOLED):
-            failed = {
-                name: reasons[site]
-                for name, reasons in (("train", phase.failed), ("evaluate", evaluation.failed))
-                if site in reasons
-            }
             self._record(
                 Line(
                     number,
@@ -288,17 +290,20 @@ class Rounds:
                     wire.VAL_SPLIT,
                     evaluation.metrics.get(site),
                     reports.get(site),
-                    failed,
-                    bytes_down=0 if site == POOLED else 2 * down,  # to train, and to evaluate
-                    bytes_up=up if site in reports else 0,
+                    {phase: reasons[site] for phase, reasons in why.items() if site in reasons},
+                    bytes_down=0 if site == POOLED else 2 * size,  # to train, and to evaluate
+                    bytes_up=size if site in reports else 0,
                 )
             )
+        # after its history: a round whose state is there is complete
+        save_round(self.folder, self.config, self.layout, self.weights, number, self.best)
         self.federation.notify(
             {
                 "event": "round",
                 "round": number,
                 "best": self.best.number if self.best else None,
                 "metrics": {site: vars(m) for site, m in evaluation.metrics.items()},
+                "failed": failed | evaluation.failed,
             }
         )
 
@@ -327,26 +332,26 @@ class Rounds:
         content = task(number, self.layout, self.weights, split)
         phase = self.federation.ask(number, f"evaluate on {split}", wire.EVALUATE, content)
         data = self.config.data
-        sums: dict[str, MetricSums] = self.federation.read(
+        sums, failed = self.federation.read(
             phase, number, lambda reply, _: read_evaluation(reply, data)
         )
         positive = data.classes.index(data.positive)
         metrics = {site: compute(s, positive) for site, s in sums.items()}
         metrics[POOLED] = compute(_total(sums.values(), len(data.classes)), positive)
-        return Evaluation(metrics, phase.failed)
+        return Evaluation(metrics, failed)
 
     def _choose(self, number: int, evaluation: Evaluation) -> None:
+        """A round beats another that no more sites evaluated; fewer sites make another value."""
         value = evaluation.metrics[POOLED].value(self.config.evaluate.select_by)
-        if value is not None and (self.best is None or value > self.best.value):
-            self.best, self.best_weights = Best(number, value), self.weights
+        if value is None:
+            return
+        sites = len(evaluation.metrics) - 1
+        if self.best is None or (sites, value) > (self.best.sites, self.best.value):
+            self.best, self.best_weights = Best(number, value, sites), self.weights
 
     def _record(self, line: Line) -> None:
         write_line(self.folder.history, line)
         self.watch(line)
-
-    @staticmethod
-    def _bytes(weights: Packed) -> int:
-        return sum(array.nbytes for array in weights.values())
 
 
 def _total(sums: Iterable[MetricSums], classes: int) -> MetricSums:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from configs.run import ConfigError, RunConfig, load_run_config
 from server.commands import ConfigOption, SetOption
@@ -85,12 +84,16 @@ def phantom(
     """Write phantom hospitals: synthetic ultrasound as ordinary site folders."""
     from simulation.phantom import write_phantoms
 
+    folders = [out.absolute() / f"site-{number}" for number in range(1, sites + 1)]
+    for folder in folders:
+        if folder.exists():
+            raise ConfigError(f"--out: {folder} is there already; it is not written over")
     write_phantoms(
         out, sites=sites, examples=examples, seed=seed, size=size, normal_fraction=normal_fraction
     )
-    for folder in sorted(out.absolute().glob("site-*")):
+    for folder in folders:
         images = len(list((folder / "images").iterdir()))
-        Console().print(f"{folder}: {images} images", soft_wrap=True)
+        typer.echo(f"{folder}: {images} images")
 
 
 @app.command()

@@ -69,7 +69,7 @@ def compare_run(run: Path, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
-        out = Console(width=None if sys.stdout.isatty() else 110)
+        out = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
         for title, field in _SHOWN.items():
             out.print(_table(f"{title} on the held-out test images", comparison, field))
     return 0
@@ -120,7 +120,9 @@ def _trained_and_tested(
     positive = config.data.classes.index(config.data.positive)
     best, best_state = float("-inf"), copy.deepcopy(network.state_dict())
     rounds = range(1, config.rounds.count + 1)
-    for number in track(rounds, name, console=Console(stderr=True), transient=True):
+    for number in track(
+        rounds, name, console=Console(stderr=True, markup=False, highlight=False), transient=True
+    ):
         train_one_round(
             network,
             splits[wire.TRAIN_SPLIT],

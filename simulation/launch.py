@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,8 +30,8 @@ import psutil
 from client.dataset import load_site
 from configs import wire
 from configs.run import RunConfig
-from server.folder import RunFolder, read_lines, to_toml, write_json
-from server.rounds import check_classes
+from server.folder import RunFolder, read_lines_from, to_toml, write_json
+from server.rounds import RunRefused, check_classes, sites_needed
 from simulation.sites import simulated_sites
 
 START_S = 60.0  # longest wait for the SuperLink's first answer
@@ -76,6 +77,11 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
     }
     check_classes(classes, counts)
     sites = tuple(manifests)
+    if sites_needed(config.rounds.min_sites, len(sites)) > len(sites):
+        raise RunRefused(
+            f"rounds.min-sites: expected at most {len(sites)}, the number of sites, got "
+            f"{config.rounds.min_sites}"
+        )
     folder = RunFolder.free(config)
     run = config.run.model_copy(update={"name": folder.name, "output_dir": str(folder.path.parent)})
     data = config.data.model_copy(update={"root": str(root), "sites": sites})
@@ -207,12 +213,17 @@ def _submit(plan: Plan, superlink: SuperLink) -> None:
     }
     gpus = _gpus()
     if gpus:
-        resources["client-resources-num-gpus"] = round(min(1.0, gpus / plan.parallel), 3)
+        resources["client-resources-num-gpus"] = (
+            math.floor(1000 * min(1.0, gpus / plan.parallel)) / 1000
+        )
     federation = " ".join(f"{key}={value}" for key, value in resources.items())
-    done = superlink.flwr(
-        *("run", str(app_folder()), "own", "-c", str(settings)),
-        *("--federation-config", federation),
-    )
+    try:
+        done = superlink.flwr(
+            *("run", str(app_folder()), "own", "-c", str(settings)),
+            *("--federation-config", federation),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(f"flwr run did not end in {error.timeout:g} s") from None
     if done.returncode:
         raise LaunchError(f"flwr run failed:\n{done.stdout}{done.stderr}")
 
@@ -223,12 +234,12 @@ def _followed(plan: Plan, superlink: SuperLink, follow: Callable[[Event], None])
     In silence it is looked whether the server's process is still there, and, since that process
     starts late and may end before its first word, Flower is asked how the run stands.
     """
-    seen, silence, asked_after = 0, time.monotonic(), SILENCE_S
+    position, silence, asked_after = 0, time.monotonic(), SILENCE_S
     server: psutil.Process | None = None
     while True:
         gone = server is not None and not _runs(server)
-        events = read_lines(plan.folder.progress)
-        for event in events[seen:]:
+        events, position = read_lines_from(plan.folder.progress, position)
+        for event in events:
             follow(event)
             if event["event"] == "end":
                 return event
@@ -236,13 +247,13 @@ def _followed(plan: Plan, superlink: SuperLink, follow: Callable[[Event], None])
             raise LaunchError(f"the run's server process ended:\n{superlink.last_words()}")
         if superlink.process.poll() is not None:
             raise LaunchError(f"flower-superlink ended:\n{superlink.last_words()}")
-        if len(events) > seen:
-            seen, silence, asked_after = len(events), time.monotonic(), SILENCE_S
+        if events:
+            silence, asked_after = time.monotonic(), SILENCE_S
             server = superlink.look_around()
         elif time.monotonic() - silence > asked_after:
             asked_after *= 2
             status = run_status(superlink)
-            if status.startswith("finished"):
+            if status and status.startswith("finished"):
                 raise LaunchError(f"Flower says {status}:\n{superlink.last_words()}")
         time.sleep(0.2)
 
@@ -253,13 +264,16 @@ def _runs(process: psutil.Process) -> bool:
     return False
 
 
-def run_status(superlink: SuperLink) -> str:
-    """Flower's word for how the run stands, ``finished:failed`` for example."""
-    done = superlink.flwr("ls", "own", "--format", "json")
+def run_status(superlink: SuperLink) -> str | None:
+    """Flower's word for how the run stands, ``finished:failed`` for example.
+
+    None if it gives none this time: a busy machine must not end a run that goes on.
+    """
     try:
+        done = superlink.flwr("ls", "own", "--format", "json")
         return str(json.loads(done.stdout)["runs"][0]["status"])
-    except (json.JSONDecodeError, KeyError, IndexError):
-        raise LaunchError(f"flwr ls failed:\n{done.stdout}{done.stderr}") from None
+    except (json.JSONDecodeError, KeyError, IndexError, subprocess.TimeoutExpired):
+        return None
 
 
 def app_folder() -> Path:
@@ -305,26 +319,31 @@ def _gpus() -> int:
 
 @contextlib.contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a launch as Ctrl-C does: with its processes."""
+    """SIGTERM, and a terminal that closes, end a launch as Ctrl-C does: with its processes."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with _handling({signal.SIGTERM, signal.SIGHUP}, interrupt):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+
+def _deaf_to_interrupts() -> contextlib.AbstractContextManager[None]:
+    """A second Ctrl-C must not keep the first from ending processes."""
+    return _handling({signal.SIGINT, signal.SIGTERM, signal.SIGHUP}, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """A second Ctrl-C must not keep the first from ending processes."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _handling(
+    signals: set[signal.Signals],
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers,
+) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handled in before.items():
+            signal.signal(number, handled)
 
 
 def _end_all(processes: set[psutil.Process]) -> None:

@@ -67,8 +67,10 @@ class Display:
             self._say(event)
         elif kind == "sites":
             self._sites(event["sites"])
+            self._failed(event["failed"])
         elif kind == "round":
             self._round(event)
+            self._failed(event["failed"])
 
     def _say(self, event: Mapping[str, Any]) -> None:
         round_ = f"round {event['round']}, " if event["round"] else ""
@@ -82,6 +84,10 @@ class Display:
             self.console.print(f"site {name}: {counts} images on {site['device']}{skipped}")
             for sentence in site["skipped"][:5]:
                 self.console.print(f"  left out: {sentence}", style="yellow", soft_wrap=True)
+
+    def _failed(self, failed: Mapping[str, str]) -> None:
+        for site, reason in failed.items():
+            self.console.print(f"  {site} did not take part: {reason}", style="yellow")
 
     def _round(self, event: Mapping[str, Any]) -> None:
         rows = {site: Metrics(**values) for site, values in event["metrics"].items()}

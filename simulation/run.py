@@ -25,21 +25,22 @@ def run_simulation(config: RunConfig, parallel: int | None, as_json: bool) -> in
     Returns:
         The exit status: 0 done, 1 failed, 2 the user's mistake, 130 stopped.
     """
-    words = Console(stderr=True)
+    words = Console(stderr=True, markup=False)
+    words.print("reading images", highlight=False)
     try:
         planned = plan(config, parallel)
     except RunRefused as error:
-        words.print(f"error: {error}", soft_wrap=True, markup=False)
+        words.print(f"error: {error}", soft_wrap=True)
         return MISTAKE
     except KeyboardInterrupt:
         words.print("stopped before anything was started")
         return STOPPED
-    words.print(f"run folder {planned.folder.path}", soft_wrap=True, highlight=False)
+    words.print(f"run folder {planned.folder.path}", soft_wrap=True)
     try:
         with Display(planned.config, words) as display:
             end = launch(planned, display.follow)
     except LaunchError as error:
-        words.print(f"error: {error}", soft_wrap=True, markup=False)
+        words.print(f"error: {error}", soft_wrap=True)
         return FAILED
     except KeyboardInterrupt:
         words.print(f"stopped; what was saved is in {planned.folder.path}", soft_wrap=True)
@@ -51,7 +52,7 @@ def run_simulation(config: RunConfig, parallel: int | None, as_json: bool) -> in
             soft_wrap=True,
             markup=False,
         )
-        return MISTAKE if end["status"] == "refused" else FAILED
+        return FAILED
     _print_results(planned, end, as_json)
     return DONE
 
@@ -65,7 +66,7 @@ def _print_results(planned: Plan, end: dict[str, Any], as_json: bool) -> None:
         return
     rows = {site: Metrics(**values) for site, values in results["sites"].items()}
     rows[POOLED] = Metrics(**results[POOLED])
-    out = Console(width=None if sys.stdout.isatty() else 110)
+    out = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
     title = f"Round {results['round']}, the best on validation, on the held-out test images"
     out.print(metrics_table(title, rows, results["positive"]))
     out.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)

@@ -43,6 +43,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         (["--data", "nowhere"], "nowhere: expected a folder, found none"),
         (["--set", "phantom.without-masks=site-9"], "site-9"),
         (["--set", "data.classes=benign,malignant,cyst"], "no site has a training image of class"),
+        (["--set", "rounds.min-sites=7"], "rounds.min-sites: expected at most 3"),
+        (["--config", "."], "cannot be read: Is a directory"),
         (["--bogus"], "No such option"),
     ],
 )
@@ -120,6 +122,21 @@ def test_phantoms_are_written_anywhere(cli, tmp_path: Path) -> None:
     assert status == 0
     assert [path.name for path in sorted((tmp_path / "p").iterdir())] == ["site-1", "site-2"]
     assert f"{tmp_path / 'p' / 'site-1'}: 10 images" in out.replace("\n", "")
+
+
+def test_phantoms_are_not_written_over(cli, tmp_path: Path) -> None:
+    assert cli("phantom", "--out", "p", "--sites", 1, "--examples", 10)[0] == 0
+    status, _, err = cli("phantom", "--out", "p", "--sites", 2, "--examples", 20)
+    assert status == 2
+    assert "site-1 is there already" in err
+
+
+def test_a_run_folder_that_cannot_be_made_ends_with_1_and_no_traceback(cli, tmp_path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    status, _, err = cli("simulate", "--out", "runs", "--set", "phantom.examples=10")
+    assert status == 1
+    assert "runs" in err
+    assert "Traceback" not in err
 
 
 def test_runs_are_listed_and_shown_again(cli, tiny, grid, tmp_path: Path) -> None:

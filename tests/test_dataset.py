@@ -69,6 +69,25 @@ def test_masks_of_one_and_of_255_mean_the_same(site_folder) -> None:
     assert load(folder).fingerprint == before.fingerprint
 
 
+@pytest.mark.parametrize("mode", ["16 bit", "palette", "rgba", "1 bit"])
+def test_a_mask_of_any_depth_means_the_same(site_folder, mode: str) -> None:
+    folder = site_folder(ten())
+    before = load(folder)
+    for path in (folder / "masks").iterdir():
+        inside = np.asarray(Image.open(path)) > 0
+        if mode == "16 bit":
+            other = Image.fromarray(inside.astype(np.uint16))
+        elif mode == "palette":
+            other = Image.fromarray(inside.astype(np.uint8)).convert("P")
+            other.putpalette([0, 0, 0, 200, 0, 0])
+        elif mode == "rgba":
+            other = Image.fromarray(np.stack([inside * 9] * 3 + [inside * 0 + 255], 2).astype("u1"))
+        else:
+            other = Image.fromarray(inside)
+        other.save(path)
+    assert load(folder).fingerprint == before.fingerprint
+
+
 def test_rows_without_a_mask_or_a_label_are_kept_for_the_other_task(site_folder) -> None:
     rows = ten()
     for row in rows:
@@ -96,6 +115,11 @@ def no_image(folder: Path) -> None:
     (folder / "images/benign0.png").write_text("<html>")
 
 
+def too_deep(folder: Path) -> None:
+    pixels = np.linspace(0, 1, 40 * 48, dtype=np.float32).reshape(40, 48)
+    Image.fromarray(pixels).save(folder / "images/benign0.png", format="tiff")
+
+
 def lose_mask(folder: Path) -> None:
     (folder / "masks/benign0.png").unlink()
 
@@ -107,6 +131,7 @@ def other_size(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
+        (too_deep, r"image .*benign0.png: 32 bits a pixel: expected 8 or 16"),
         (break_image, r"image .*benign0.png: cannot be decoded"),
         (no_image, r"image .*benign0.png: cannot be decoded"),
         (lose_image, r"image .*benign0.png: no such file"),

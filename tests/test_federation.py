@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
 from client.dataset import load_site
@@ -77,16 +77,34 @@ def test_pooled_values_are_those_of_all_sites_images_together(tiny, grid) -> Non
 
 
 def test_the_best_rounds_weights_are_kept_and_tested(tiny, grid) -> None:
-    config = tiny(rounds__count=3, rounds__keep_checkpoints=2)
-    folder = run(grid(config), config)
+    config = tiny(rounds__count=3, rounds__keep_checkpoints=3, evaluate__select_by="dice")
+    federation = grid(config)
+    evaluated = 0
+
+    def worse_after_round_1(_partition: int, reply: Message) -> Message:
+        nonlocal evaluated
+        if reply.metadata.message_type == wire.EVALUATE:
+            evaluated += 1
+            if evaluated > 3:
+                reply.content.metric_records[wire.SUMS]["dice"] = [0.0]
+        return reply
+
+    federation.tamper = worse_after_round_1
+    folder = run(federation, config)
     outcome = json.loads(folder.outcome.read_text())
-    assert folder.checkpoints() == [2, 3]
+    assert folder.checkpoints() == [1, 2, 3]
     scores = {
-        line.round: line.metrics.value("score")
+        line.round: line.metrics.dice
         for line in read_history(folder.history)
         if line.site == POOLED and line.split == "val"
     }
-    assert outcome["best-round"] == max(scores, key=scores.get)
+    assert scores[1] > scores[2] == scores[3] == 0
+    assert outcome["best-round"] == 1
+    kept, of_round = load_file(folder.best), load_file(folder.checkpoint(1))
+    assert all(torch.equal(kept[name], of_round[name]) for name in of_round)
+    sent = federation.sent[-1].content.array_records[wire.WEIGHTS]
+    packed = Layout.of(network_of(config)).pack(kept)
+    assert all(np.array_equal(sent[key].numpy(), packed[key]) for key in packed)
     network = network_of(config)
     load_weights(folder.best, network)
     state = json.loads(folder.state(3).read_text())
@@ -95,6 +113,11 @@ def test_the_best_rounds_weights_are_kept_and_tested(tiny, grid) -> None:
         load_weights(folder.outcome, network)
     with pytest.raises(ValueError, match=r"best.safetensors: expected weights"):
         load_weights(folder.best, network_of(tiny(model__dfe="none")))
+
+
+def test_only_the_last_checkpoints_are_kept(tiny, grid) -> None:
+    config = tiny(rounds__count=3, rounds__keep_checkpoints=2)
+    assert run(grid(config), config).checkpoints() == [2, 3]
 
 
 def test_the_same_seed_gives_the_same_run_twice_and_another_seed_another(tiny, grid) -> None:
@@ -173,6 +196,21 @@ def other_shape(partition: int, reply: Message) -> Message:
     return reply
 
 
+def foreign_bytes(partition: int, reply: Message) -> Message:
+    if partition == 1 and trained(reply):
+        record = reply.content.array_records[wire.WEIGHTS]
+        record["encoder/float32"] = Array("float32", (3,), "pickle", b"xx")
+    return reply
+
+
+def cut_bytes(partition: int, reply: Message) -> Message:
+    if partition == 1 and trained(reply):
+        record = reply.content.array_records[wire.WEIGHTS]
+        whole = record["encoder/float32"]
+        record["encoder/float32"] = Array(whole.dtype, whole.shape, whole.stype, whole.data[:50])
+    return reply
+
+
 def no_counts(partition: int, reply: Message) -> Message:
     if partition == 1 and trained(reply):
         reply.content.metric_records[wire.SUMS][wire.EXAMPLES] = -4
@@ -195,6 +233,8 @@ def trained(reply: Message) -> bool:
         (lost, "no answer in 2 s"),
         (not_finite, r"encoder/float32: expected finite values, got 1 of"),
         (other_shape, r"encoder/float32: expected \d+ values of float32, got shape \(3,\)"),
+        (foreign_bytes, "weights: "),
+        (cut_bytes, "weights: "),
         (no_counts, "examples: expected a count, got -4"),
         (empty, "expected records site and sums, got other"),
     ],
@@ -265,6 +305,25 @@ def test_data_that_cannot_be_used_refuse_the_run_before_any_training(
     with pytest.raises(RunRefused, match=r"nowhere: expected a folder, found none"):
         run(federation, config)
     assert {m.metadata.message_type for m in federation.sent} == {wire.DESCRIBE}
+
+
+def test_a_site_that_cannot_take_part_is_told_where_the_others_go_on(tiny, grid) -> None:
+    config = tiny(rounds__count=1, rounds__min_sites="50%")
+    federation = grid(config)
+
+    def without_data(partition: int, reply: Message) -> Message:
+        if partition == 1 and reply.metadata.message_type == wire.DESCRIBE:
+            about = ConfigRecord({wire.REFUSAL: "the disk is on fire"})
+            reply.content = RecordDict({wire.SITE: about, wire.SUMS: MetricRecord()})
+        return reply
+
+    federation.tamper = without_data
+    folder = run(federation, config)
+    events = [json.loads(text) for text in folder.progress.read_text().splitlines()]
+    (sites,) = (event for event in events if event["event"] == "sites")
+    assert list(sites["sites"]) == ["site-1", "site-3"]
+    assert list(sites["failed"].values()) == ["the disk is on fire"]
+    assert {line.site for line in read_history(folder.history)} == {"site-1", "site-3", POOLED}
 
 
 def test_more_sites_in_the_data_than_simulated_are_refused_with_what_to_add(

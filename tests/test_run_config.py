@@ -59,6 +59,7 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("loss.class-weights", "1,2,3", "loss.class-weights: expected 2 numbers"),
         ("loss.class-weights", "1..2,3", "loss.class-weights"),
         ("run.name", "a/b", "run.name"),
+        ("run.name", "..", "run.name"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_refused_by_name(key: str, value, said: str) -> None:
@@ -93,6 +94,15 @@ def test_settings_survive_flat_table_and_toml(flat) -> None:
     config = RunConfig.from_flat(flat)
     assert RunConfig.from_flat(config.to_flat()) == config
     assert RunConfig.from_flat(flatten_dict(tomllib.loads(to_toml(config)))) == config
+
+
+def test_a_text_that_looks_like_a_number_may_be_given_as_one() -> None:
+    overrides = ["rounds.min-sites=2", "model.head-stages=4", "run.name=2024-05-01"]
+    config = load_run_config(None, overrides)
+    assert config.rounds.min_sites == "2"
+    assert config.model.head_stages == (4,)
+    assert config.run.name == "2024-05-01"
+    assert load_run_config(None, ["run.name=20240501"]).run.name == "20240501"
 
 
 def test_an_override_reads_toml_values_and_plain_text() -> None:

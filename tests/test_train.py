@@ -8,7 +8,7 @@ import torch
 
 from client.dataset import Examples
 from client.device import DeviceError, find_device
-from client.evaluate import evaluate
+from client.evaluate import EvaluationError, evaluate
 from client.train import (
     Round,
     TrainingError,
@@ -169,6 +169,31 @@ def test_evaluation_counts_every_image_once_for_the_tasks_it_is_annotated_for() 
     assert no_masks.dice is None
     assert no_masks.accuracy == both.accuracy
     assert metrics(some(0)).images == 0
+
+
+def test_a_network_that_was_evaluated_first_can_be_trained(monkeypatch) -> None:
+    """As on a GPU, where the first message may be an evaluation and memory is laid out anew."""
+    for module in ("client.train", "client.evaluate"):
+        monkeypatch.setattr(f"{module}.memory_format", lambda _device: torch.channels_last)
+    model = small(size=(32, 32))
+    evaluate(model, some(), data=DATA, batch_size=5, precision="fp32", device=CPU)
+    result = train_one_round(
+        model,
+        some(),
+        Round(1, 2, 0, "a"),
+        data=DATA,
+        train=TrainConfig(batch_size=4),
+        loss=LossConfig(),
+        device=CPU,
+    )
+    assert result.steps == 3
+
+
+def test_a_model_whose_output_is_not_finite_is_refused() -> None:
+    model = small(size=(32, 32))
+    torch.nn.init.constant_(model.head.out.bias, float("nan"))
+    with pytest.raises(EvaluationError, match="output is not finite"):
+        evaluate(model, some(), data=DATA, batch_size=5, precision="fp32", device=CPU)
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
