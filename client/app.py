@@ -33,8 +33,8 @@ from client.records import (
 from client.site import PhantomRoot, open_site
 from client.train import Round, TrainingError, train_one_round
 from configs import VERSION, wire
-from configs.run import ConfigError, RunConfig
-from mtl_model.network import MultiTaskUNet, build_model
+from configs.run import ConfigError, DataConfig, ModelConfig, RunConfig
+from mtl_model.network import MultiTaskUNet, network_of
 from mtl_model.packing import Layout
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _evaluate(message: Message, config: RunConfig, site: SiteData) -> Message:
 
 def _received(message: Message, config: RunConfig) -> tuple[MultiTaskUNet, Layout, Request]:
     """The network of the config, holding the weights that came."""
-    model = _network(config)
+    model = _network(config.model, config.data)
     layout = Layout.of(model)
     request = read_request(message, layout)
     model.load_state_dict(layout.unpack(request.weights))
@@ -142,12 +142,6 @@ def _received(message: Message, config: RunConfig) -> tuple[MultiTaskUNet, Layou
 
 
 @lru_cache(maxsize=1)
-def _network(config: RunConfig) -> MultiTaskUNet:
+def _network(model: ModelConfig, data: DataConfig) -> MultiTaskUNet:
     """Built once a process: its weights are replaced by every message."""
-    return build_model(
-        config.model,
-        size=(config.data.image_height, config.data.image_width),
-        in_channels=config.data.channels,
-        image_classes=len(config.data.classes),
-        seed=0,
-    )
+    return network_of(model, data, seed=0)

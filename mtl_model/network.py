@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.run import ModelConfig
+from configs.run import DataConfig, ModelConfig
 from mtl_model.blocks import norm_layer
 from mtl_model.decoder import Decoder
 from mtl_model.dfe import build_dfe
@@ -81,6 +81,17 @@ def build_model(
         if seed is not None:
             torch.manual_seed(seed)
         return _build(config, size, in_channels, image_classes, mask_classes)
+
+
+def network_of(model: ModelConfig, data: DataConfig, seed: int) -> MultiTaskUNet:
+    """Build the network that a run's settings ask for: as ``build_model``, for the run's images."""
+    return build_model(
+        model,
+        size=(data.image_height, data.image_width),
+        in_channels=data.channels,
+        image_classes=len(data.classes),
+        seed=seed,
+    )
 
 
 def _build(

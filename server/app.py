@@ -14,8 +14,8 @@ from rich.console import Console
 
 from configs import VERSION
 from configs.run import RunConfig
+from mtl_model.network import network_of
 from mtl_model.packing import Layout
-from server.checkpoint import network_of
 from server.folder import RunFolder, write_json
 from server.history import Line
 from server.records import SiteReport
@@ -82,7 +82,7 @@ def run(grid: Grid, config: RunConfig) -> RunFolder:
 def _rounds(config: RunConfig, folder: RunFolder, federation: Federation) -> Rounds:
     from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed here alone
 
-    network = network_of(config)
+    network = network_of(config.model, config.data, config.run.seed)
     layout = Layout.of(network)
     writer = SummaryWriter(str(folder.path))
 

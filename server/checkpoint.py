@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from configs.run import RunConfig
-from mtl_model.network import MultiTaskUNet, build_model
+from mtl_model.network import MultiTaskUNet
 from mtl_model.packing import Layout, Packed
 from server.folder import RunFolder, write_atomically, write_json
 
@@ -25,17 +25,6 @@ class Best:
     number: int
     value: float
     sites: int  # that evaluated it
-
-
-def network_of(config: RunConfig) -> MultiTaskUNet:
-    """The network that a run trains, with the weights that it starts from."""
-    return build_model(
-        config.model,
-        size=(config.data.image_height, config.data.image_width),
-        in_channels=config.data.channels,
-        image_classes=len(config.data.classes),
-        seed=config.run.seed,
-    )
 
 
 def save_round(

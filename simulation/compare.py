@@ -25,8 +25,7 @@ from client.train import Round, steps_of_round, train_one_round
 from configs import wire
 from configs.run import ConfigError, RunConfig, load_run_config
 from mtl_model.metrics import Metrics, MetricSums, compute, empty_sums
-from mtl_model.network import MultiTaskUNet
-from server.checkpoint import network_of
+from mtl_model.network import MultiTaskUNet, network_of
 from server.folder import RunFolder, write_json
 from server.history import POOLED
 from simulation.sites import simulated_sites
@@ -116,7 +115,7 @@ def _trained_and_tested(
 ) -> dict[str, Metrics]:
     train = config.train.model_copy(update={"local_steps": steps})
     device = find_device(train.device)
-    network = network_of(config)
+    network = network_of(config.model, config.data, config.run.seed)
     positive = config.data.classes.index(config.data.positive)
     best, best_state = float("-inf"), copy.deepcopy(network.state_dict())
     rounds = range(1, config.rounds.count + 1)

@@ -13,13 +13,18 @@ from safetensors.torch import load_file
 
 from client.dataset import load_site
 from configs import wire
-from configs.run import ConfigError, load_run_config
+from configs.run import ConfigError, RunConfig, load_run_config
+from mtl_model.network import MultiTaskUNet, network_of
 from mtl_model.packing import Layout
 from server.app import run
-from server.checkpoint import load_weights, network_of
+from server.checkpoint import load_weights
 from server.history import POOLED, read_history
 from server.rounds import RunFailed, RunRefused, sites_needed
 from simulation.sites import simulated_sites
+
+
+def network(config: RunConfig) -> MultiTaskUNet:
+    return network_of(config.model, config.data, seed=0)
 
 
 def metrics_of(folder, split: str, number: int) -> dict[str, object]:
@@ -103,16 +108,16 @@ def test_the_best_rounds_weights_are_kept_and_tested(tiny, grid) -> None:
     kept, of_round = load_file(folder.best), load_file(folder.checkpoint(1))
     assert all(torch.equal(kept[name], of_round[name]) for name in of_round)
     sent = federation.sent[-1].content.array_records[wire.WEIGHTS]
-    packed = Layout.of(network_of(config)).pack(kept)
+    packed = Layout.of(network(config)).pack(kept)
     assert all(np.array_equal(sent[key].numpy(), packed[key]) for key in packed)
-    network = network_of(config)
-    load_weights(folder.best, network)
+    fresh = network(config)
+    load_weights(folder.best, fresh)
     state = json.loads(folder.state(3).read_text())
-    assert state["layout"] == Layout.of(network).digest
+    assert state["layout"] == Layout.of(fresh).digest
     with pytest.raises(ValueError, match=r"outcome.json: expected weights of this run's network"):
-        load_weights(folder.outcome, network)
+        load_weights(folder.outcome, fresh)
     with pytest.raises(ValueError, match=r"best.safetensors: expected weights"):
-        load_weights(folder.best, network_of(tiny(model__dfe="none")))
+        load_weights(folder.best, network(tiny(model__dfe="none")))
 
 
 def test_only_the_last_checkpoints_are_kept(tiny, grid) -> None:
@@ -160,9 +165,9 @@ def test_a_head_is_averaged_only_over_sites_that_trained_it(tiny, grid) -> None:
     federation = grid(config)
     federation.tamper = keep
     folder = run(federation, config)
-    network = network_of(config)
-    load_weights(folder.checkpoint(1), network)
-    averaged = Layout.of(network).pack(network.state_dict())
+    fresh = network(config)
+    load_weights(folder.checkpoint(1), fresh)
+    averaged = Layout.of(fresh).pack(fresh.state_dict())
     assert np.array_equal(averaged["segmentation/float32"], replies[2]["segmentation/float32"])
     assert not np.array_equal(averaged["encoder/float32"], replies[2]["encoder/float32"])
 
