@@ -178,6 +178,12 @@ class Metrics:
     specificity: float | None
     auc: float | None
 
+    def brief(self) -> str:
+        """The main values on one line."""
+        named = {"Dice": self.dice, "balanced accuracy": self.balanced_accuracy, "AUC": self.auc}
+        values = (f"{n} {'-' if v is None else f'{v:.3f}'}" for n, v in named.items())
+        return f"{', '.join(values)} (n {self.images})"
+
     def value(self, name: str) -> float | None:
         """A value by its configured name: a field in kebab-case, or ``score``, the mean of Dice and
         balanced accuracy (of the one that is defined, if only one is)."""

@@ -38,9 +38,21 @@ def server_app() -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        _log_to_stream()
         run(grid, RunConfig.from_flat(context.run_config))
 
     return app
+
+
+def _log_to_stream() -> None:
+    """Show the coordinator's own words in ``flwr run --stream``, and no library's."""
+    ours = logging.getLogger("server")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
 
 
 def run(grid: Grid, config: RunConfig) -> RunFolder:
@@ -115,7 +127,8 @@ def _environment(config: RunConfig, reports: dict[str, SiteReport]) -> dict[str,
 
 def _announce(reports: dict[str, SiteReport]) -> None:
     for name, report in reports.items():
-        log.info("site %s: %s images", name, report.examples)
+        counts = ", ".join(f"{split} {n}" for split, n in report.examples.items())
+        log.info("site %s: %s images on %s", name, counts, report.device)
         for sentence in report.skipped:
             log.warning("site %s left out: %s", name, sentence)
 

@@ -295,6 +295,8 @@ class Rounds:
                     bytes_up=size if site in reports else 0,
                 )
             )
+        for site, metrics in evaluation.metrics.items():
+            log.info("round %d/%d: %s: %s", number, self.config.rounds.count, site, metrics.brief())
         # after its history: a round whose state is there is complete
         save_round(self.folder, self.config, self.layout, self.weights, number, self.best)
         self.federation.notify(

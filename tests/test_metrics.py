@@ -92,6 +92,7 @@ def test_what_is_undefined_is_none_and_never_a_number() -> None:
         None
     }
     assert nothing.value("score") is None
+    assert nothing.brief() == "Dice -, balanced accuracy -, AUC - (n 0)"
     targets = Targets(torch.zeros(2, 1, 4, 4), torch.tensor([False, False]), torch.tensor([0, 0]))
     one_class = compute(batch_sums(Prediction(None, torch.eye(2)), targets, 2), positive=1)
     assert one_class.dice is None

@@ -172,6 +172,7 @@ def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
             timeout=240,
             check=False,
         )
+        assert "INFO: round 2/2: pooled: Dice 0." in done.stdout, done.stdout
         assert "Best round's model on the held-out test images" in done.stdout, done.stdout
         outcome = json.loads((tmp_path / "by-flwr" / "outcome.json").read_text())
         assert outcome["status"] == "completed"
