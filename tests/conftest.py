@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -132,3 +133,9 @@ def rows_of(count: int, label: str = "benign", prefix: str = "") -> list[dict[st
         }
         for i in range(count)
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
