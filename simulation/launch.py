@@ -3,7 +3,7 @@
 What ``flwr run .`` does by itself, made safe: its SuperLink may be one that another checkout left
 running, it simulates two sites unless told otherwise, and it exits 0 when the run failed. Here
 the SuperLink listens on a free port with its own FLWR_HOME under the run folder, the number of
-sites follows from the data, and every process is gone at the end, however the end comes.
+sites follows from the data, and every process is gone at the end, also after Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
