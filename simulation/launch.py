@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 
 from client.dataset import load_site
+from client.device import find_device
 from configs import wire
 from configs.run import RunConfig
 from server.folder import RunFolder, read_lines_from, to_toml, write_json
@@ -64,8 +65,9 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
             as there are cores and sites, since small layers gain little from a second core.
 
     Raises:
-        ConfigError, DataError, RunRefused: saying what does not fit.
+        ConfigError, DataError, DeviceError, RunRefused: saying what does not fit.
     """
+    find_device(config.train.device)
     root, manifests = simulated_sites(config.data, config.phantom)
     classes = config.data.classes
     counts = {

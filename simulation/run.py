@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from client.device import DeviceError
 from configs.run import RunConfig
 from mtl_model.metrics import Metrics
 from server.history import POOLED
@@ -29,7 +30,7 @@ def run_simulation(config: RunConfig, parallel: int | None, as_json: bool) -> in
     words.print("reading images", highlight=False)
     try:
         planned = plan(config, parallel)
-    except RunRefused as error:
+    except (DeviceError, RunRefused) as error:
         words.print(f"error: {error}", soft_wrap=True)
         return MISTAKE
     except KeyboardInterrupt:
