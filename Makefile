@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test quick lint install clean
+.PHONY: demo test long quick lint install clean
 
 demo: $(VENV)/.installed  ## three phantom hospitals train together, about two minutes
 	$(BIN)/polyclinic simulate --config configs/demo.toml
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
+	$(BIN)/python -m pytest -m long
 
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .

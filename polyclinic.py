@@ -6,10 +6,12 @@ import sys
 
 import typer
 
+import client.commands
 import server.commands
 import simulation.commands
 from client.manifest import DataError
 from configs import VERSION
+from configs.passport import ModelFileError
 from configs.run import ConfigError
 
 app = typer.Typer(
@@ -20,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(simulation.commands.app)
 app.add_typer(server.commands.app)
+app.add_typer(client.commands.app)
 
 
 @app.callback(invoke_without_command=True)
@@ -33,7 +36,7 @@ def main() -> None:
     """Run the command line; what the user can mend ends with one line and exit status 2."""
     try:
         app()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, ModelFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

@@ -33,7 +33,8 @@ from client.records import (
 from client.site import PhantomRoot, open_site
 from client.train import Round, TrainingError, train_one_round
 from configs import VERSION, wire
-from configs.run import ConfigError, DataConfig, ModelConfig, RunConfig
+from configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
+from mtl_model.distance import DistanceError, check_distances
 from mtl_model.network import MultiTaskUNet, network_of
 from mtl_model.packing import Layout
 
@@ -69,6 +70,7 @@ REASONS = (
     ConfigError,
     DataError,
     DeviceError,
+    DistanceError,
     EvaluationError,
     OSError,  # the site's disk or files
     ProtocolError,
@@ -90,8 +92,10 @@ def _answer(
 
 def _describe(message: Message, config: RunConfig, site: SiteData) -> Message:
     device = find_device(config.train.device)
+    if config.evaluate.hd95:
+        check_distances()
     versions = {"polyclinic": VERSION, "flwr": flwr.__version__, "torch": torch.__version__}
-    return describe_reply(message, site, config.data, str(device), versions)
+    return describe_reply(message, site, str(device), versions)
 
 
 def _train(message: Message, config: RunConfig, site: SiteData) -> Message:
@@ -128,13 +132,14 @@ def _evaluate(message: Message, config: RunConfig, site: SiteData) -> Message:
         batch_size=config.evaluate.batch_size,
         precision=config.train.precision,
         device=find_device(config.train.device),
+        hd95=config.evaluate.hd95,
     )
     return evaluate_reply(message, site, sums, time.perf_counter() - started)
 
 
 def _received(message: Message, config: RunConfig) -> tuple[MultiTaskUNet, Layout, Request]:
     """The network of the config, holding the weights that came."""
-    model = _network(config.model, config.data)
+    model = _network(config.model, config.data, config.loss)
     layout = Layout.of(model)
     request = read_request(message, layout)
     model.load_state_dict(layout.unpack(request.weights))
@@ -142,6 +147,6 @@ def _received(message: Message, config: RunConfig) -> tuple[MultiTaskUNet, Layou
 
 
 @lru_cache(maxsize=1)
-def _network(model: ModelConfig, data: DataConfig) -> MultiTaskUNet:
+def _network(model: ModelConfig, data: DataConfig, loss: LossConfig) -> MultiTaskUNet:
     """Built once a process: its weights are replaced by every message."""
-    return network_of(model, data, seed=0)
+    return network_of(model, data, loss, seed=0)

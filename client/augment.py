@@ -13,7 +13,7 @@ import albumentations as A
 
 
 class Augmentation:
-    """Random changes of an image and its mask, the same for the same (seed, index).
+    """Random changes of an image and its masks, the same for the same (seed, index).
 
     The published recipe's horizontal flip and rotation up to 25 degrees, with mild changes of
     scale, gain and contrast, as scanners differ. Vertical flips are left out: sound comes from
@@ -34,13 +34,15 @@ class Augmentation:
         )
 
     def __call__(
-        self, image: NDArray[np.uint8], mask: NDArray[np.uint8], index: int
+        self, image: NDArray[np.uint8], masks: NDArray[np.uint8], index: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Change one example.
 
         Shapes:
-            image: (H, W, C); mask: (H, W)
+            image: (H, W, C); masks: (H, W, M)
         """
         self.pipeline.set_random_seed((self.seed + index) % 2**32)
-        changed = self.pipeline(image=image, mask=mask)
-        return np.ascontiguousarray(changed["image"]), np.ascontiguousarray(changed["mask"])
+        # each mask by itself: OpenCV rounds two channels otherwise than one or four, and classes
+        # that exclude each other must go on doing so
+        changed = self.pipeline(image=image, masks=list(np.moveaxis(masks, 2, 0)))
+        return np.ascontiguousarray(changed["image"]), np.stack(changed["masks"], axis=2)

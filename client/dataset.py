@@ -6,25 +6,21 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from client.augment import Augmentation
-from client.manifest import DataError, Manifest, Row
+from client.manifest import MASK_OF, DataError, Manifest, Row
+from client.pixels import Pixels, Unusable, read_pixels
 from client.split import split_rows
-from configs.run import DataConfig
+from configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig
 from mtl_model.losses import Targets
 from mtl_model.tasks import Task
-
-# A corrupt file shows as any of these, depending on where Pillow meets it.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -32,9 +28,10 @@ class Examples:
     """Images of one split with what is known of each; n examples, in the manifest's order."""
 
     images: NDArray[np.uint8]  # (n, H, W, C)
-    masks: NDArray[np.uint8]  # (n, H, W), 0 or 1; 0 where there is none
-    has_mask: NDArray[np.bool_]  # (n,)
-    labels: NDArray[np.int64]  # (n,), -1 for none
+    masks: NDArray[np.uint8]  # (n, H, W, M), 0 or 1; 0 where there is none
+    has_mask: NDArray[np.bool_]  # (n, M)
+    labels: NDArray[np.uint8]  # (n, K), 1 for each class that an image is of
+    has_label: NDArray[np.bool_]  # (n,)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,13 +42,22 @@ class Examples:
         tasks: list[Task] = []
         if self.has_mask.any():
             tasks.append("segmentation")
-        if (self.labels >= 0).any():
+        if self.has_label.any():
             tasks.append("classification")
         return tuple(tasks)
 
-    def class_counts(self, classes: int) -> NDArray[np.int64]:
+    @property
+    def with_mask(self) -> int:
+        """Examples of which at least one mask class is annotated."""
+        return int(self.has_mask.any(axis=1).sum())
+
+    @property
+    def with_label(self) -> int:
+        return int(self.has_label.sum())
+
+    def class_counts(self) -> NDArray[np.int64]:
         """(K,) examples of each class."""
-        return np.bincount(self.labels[self.labels >= 0], minlength=classes)
+        return self.labels[self.has_label].sum(axis=0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,13 @@ def load_site(manifest: Manifest, config: DataConfig) -> SiteData:
 
     Raises:
         DataError: for an unknown label, too few images to split, or, if ``on_error`` is
-            ``refuse``, the first row whose image or mask is missing, unreadable or of another
-            size. Otherwise such rows are left out and reported in ``skipped``.
+            ``refuse``, the first row whose image or mask is missing, unreadable, of another size
+            or with an index that is no class. Otherwise such rows are left out and reported in
+            ``skipped``.
     """
-    rows = [row for row in manifest.rows if row.label not in config.drop_labels]
+    rows = [row for row in manifest.rows if not _dropped(row, config)]
     _check_labels(manifest, rows, config)
+    _check_masks(manifest, rows, config)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
         read = list(pool.map(lambda row: _read_or_reason(manifest, row, config), rows))
     skipped = tuple(found for found in read if isinstance(found, str))
@@ -87,117 +95,91 @@ def load_site(manifest: Manifest, config: DataConfig) -> SiteData:
         raise DataError(f"site {manifest.site}: none of {len(rows)} images can be used{first}")
     usable = [row for row in rows if row.line in pixels]
     splits = {
-        name: _examples([(row, *pixels[row.line]) for row in members], config)
+        name: _examples([(row, pixels[row.line]) for row in members], config)
         for name, members in split_rows(manifest, usable, config).items()
     }
     return SiteData(manifest.site, splits, skipped, _fingerprint(splits))
 
 
+def _dropped(row: Row, config: DataConfig) -> bool:
+    return not set(config.drop_labels).isdisjoint(row.labels(config.label_kind) or ())
+
+
 def _check_labels(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> None:
     for row in rows:
-        if row.label is not None and row.label not in config.classes:
+        unknown = sorted((row.labels(config.label_kind) or frozenset()) - set(config.classes))
+        if unknown:
+            several = f", several joined by {LABEL_SEPARATOR!r}, {NO_LABEL}"
             raise DataError(
                 f"{manifest.path}: row {row.line}: label: expected {', '.join(config.classes)} "
-                f"(data.classes) or nothing, got {row.label!r}; rows of a label that the task "
+                f"(data.classes){several if config.label_kind == 'multi-label' else ''} or "
+                f"nothing, got {unknown[0]!r}; rows of a label that the task "
                 "does not need are left out with data.drop-labels"
             )
 
 
-Pixels = tuple[NDArray[np.uint8], NDArray[np.uint8] | None]
+def _check_masks(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> None:
+    """Masks under other columns than the run's would be left alone without a word."""
+    one_file = any(row.mask is not None for row in rows)
+    of_class = sorted({name for row in rows for name, _ in row.masks_of})
+    if config.mask_kind == "exclusive":
+        if of_class and not one_file:
+            raise DataError(
+                f"{manifest.path}: expected masks in a column mask (data.mask-kind exclusive), got "
+                f"{', '.join(MASK_OF + name for name in of_class)} alone"
+            )
+    elif (of_class or one_file) and set(config.mask_classes).isdisjoint(of_class):
+        raise DataError(
+            f"{manifest.path}: expected masks in columns "
+            f"{', '.join(MASK_OF + name for name in config.mask_classes)} (data.mask-classes), "
+            f"got {', '.join([MASK_OF + name for name in of_class] or ['mask'])}"
+        )
 
 
 def _read_or_reason(manifest: Manifest, row: Row, config: DataConfig) -> Pixels | str:
-    where = f"{manifest.path}: row {row.line}"
-    image = _decoded(row.image, "RGB" if config.channels == 3 else "L")
-    if isinstance(image, str):
-        return f"{where}: image {row.image}: {image}"
-    if row.mask is None:
-        return _resized(image, None, config)
-    mask = _decoded(row.mask, "mask")
-    if isinstance(mask, str):
-        return f"{where}: mask {row.mask}: {mask}"
-    if mask.size != image.size:
-        return (
-            f"{where}: mask {row.mask}: expected the image's size, "
-            f"{image.width} x {image.height}, got {mask.width} x {mask.height}"
-        )
-    return _resized(image, mask, config)
-
-
-def _decoded(path: Path, kind: Literal["L", "RGB", "mask"]) -> Image.Image | str:
-    """The whole picture, or what is wrong with it.
-
-    16-bit greys keep their upper 8 bits. A mask is 255 wherever any channel is not 0 (alpha aside),
-    whatever its depth: masks of 0/1 and of 0/255 both occur.
-    """
     try:
-        with Image.open(path) as file:
-            file.load()
-            if kind == "mask":
-                return _marked(file.convert("RGB") if file.mode in ("P", "RGBA", "LA") else file)
-            if file.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert(kind)
-            if file.mode in ("I", "F"):
-                return "32 bits a pixel: expected 8 or 16; window it first"
-            return file.convert(kind)
-    except FileNotFoundError:
-        return "no such file"
-    except _UNREADABLE as error:
-        return f"cannot be decoded ({error})"
+        return read_pixels(row, config)
+    except Unusable as reason:
+        return f"{manifest.path}: row {row.line}: {reason}"
 
 
-def _marked(mask: Image.Image) -> Image.Image:
-    marked = np.asarray(mask) != 0
-    return Image.fromarray(np.uint8(255) * (marked.any(axis=2) if marked.ndim == 3 else marked))
-
-
-def _resized(image: Image.Image, mask: Image.Image | None, config: DataConfig) -> Pixels:
-    height, width = config.image_height, config.image_width
-    if config.resize == "pad":
-        scale = min(height / image.height, width / image.width)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    else:
-        size = (width, height)
-    top, left = (height - size[1]) // 2, (width - size[0]) // 2
-    inside = (slice(top, top + size[1]), slice(left, left + size[0]))
-    pixels = np.zeros((height, width, config.channels), np.uint8)
-    small = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-    pixels[inside] = small.reshape(size[1], size[0], config.channels)
-    if mask is None:
-        return pixels, None
-    marked = np.zeros((height, width), np.uint8)
-    marked[inside] = np.asarray(mask.resize(size, Image.Resampling.BILINEAR)) > 127
-    return pixels, marked
-
-
-def _examples(
-    rows: Sequence[tuple[Row, NDArray[np.uint8], NDArray[np.uint8] | None]], config: DataConfig
-) -> Examples:
-    shape = (len(rows), config.image_height, config.image_width)
+def _examples(rows: Sequence[tuple[Row, Pixels]], config: DataConfig) -> Examples:
+    n, classes = len(rows), len(config.mask_classes)
+    shape = (n, config.image_height, config.image_width)
     images = np.zeros((*shape, config.channels), np.uint8)
-    masks = np.zeros(shape, np.uint8)
-    has_mask = np.zeros(len(rows), np.bool_)
-    labels = np.full(len(rows), -1, np.int64)
-    for i, (row, image, mask) in enumerate(rows):
-        images[i] = image
-        if mask is not None:
-            masks[i] = mask
-            has_mask[i] = True
-        if row.label is not None:
-            labels[i] = config.classes.index(row.label)
-    return Examples(images, masks, has_mask, labels)
+    masks = np.zeros((*shape, classes), np.uint8)
+    has_mask = np.zeros((n, classes), np.bool_)
+    labels = np.zeros((n, len(config.classes)), np.uint8)
+    has_label = np.zeros(n, np.bool_)
+    for i, (row, pixels) in enumerate(rows):
+        images[i], masks[i], has_mask[i] = pixels.image, pixels.masks, pixels.has_mask
+        names = row.labels(config.label_kind)
+        if names is not None:
+            labels[i] = [name in names for name in config.classes]
+            has_label[i] = True
+    return Examples(images, masks, has_mask, labels, has_label)
 
 
 def _fingerprint(splits: dict[str, Examples]) -> str:
     digest = hashlib.sha256()
     for name, examples in splits.items():
         digest.update(name.encode())
-        for array in (examples.images, examples.masks, examples.has_mask, examples.labels):
+        for array in vars(examples).values():
             digest.update(array.tobytes())
     return digest.hexdigest()
 
 
-class ExampleDataset(Dataset[tuple[Tensor, Tensor, bool, int]]):
+class Example(NamedTuple):
+    """One item of a data set, or, stacked, a batch of them: each field with B in front."""
+
+    image: Tensor  # (H, W, C), uint8
+    masks: Tensor  # (H, W, M), uint8
+    has_mask: Tensor  # (M,), bool
+    labels: Tensor  # (K,), uint8
+    has_label: Tensor  # (), bool
+
+
+class ExampleDataset(Dataset[Example]):
     """Examples one by one, augmented if asked; item i of a pass is the same on every machine."""
 
     def __init__(self, examples: Examples, augmentation: Augmentation | None = None) -> None:
@@ -207,42 +189,46 @@ class ExampleDataset(Dataset[tuple[Tensor, Tensor, bool, int]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, bool, int]:
+    def __getitem__(self, index: int) -> Example:
         e = self.examples
-        image, mask = e.images[index], e.masks[index]
+        image, masks = e.images[index], e.masks[index]
         if self.augmentation is not None:
-            image, mask = self.augmentation(image, mask, index)
-        return (
+            image, masks = self.augmentation(image, masks, index)
+        return Example(
             torch.from_numpy(image),
-            torch.from_numpy(mask),
-            bool(e.has_mask[index]),
-            int(e.labels[index]),
+            torch.from_numpy(masks),
+            torch.from_numpy(e.has_mask[index]),
+            torch.from_numpy(e.labels[index]),
+            torch.tensor(e.has_label[index]),
         )
 
 
-def to_batch(
-    images: Tensor,
-    masks: Tensor,
-    has_mask: Tensor,
-    labels: Tensor,
-    normalise: str,
-    device: torch.device,
-) -> tuple[Tensor, Targets]:
+def to_batch(batch: Example, normalise: str, device: torch.device) -> tuple[Tensor, Targets]:
     """Bytes to what the network takes.
 
     Shapes:
-        images: (B, H, W, C) uint8; masks: (B, H, W) uint8; has_mask, labels: (B,)
-        out:    (B, C, H, W) float32, and Targets with masks (B, 1, H, W)
+        out: (B, C, H, W) float32, and Targets with masks (B, M, H, W)
     """
-    x = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
-    if normalise == "image":
-        deviation, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True, correction=0)
-        x = (x - mean) / (deviation + 1.0)  # + 1 grey level: a blank image becomes 0, not noise
-    else:
-        x = (x / 255 - 0.5) / 0.25
+    x = normalised(batch.image.to(device, non_blocking=True), normalise)
+    masks = batch.masks.to(device, non_blocking=True).permute(0, 3, 1, 2)
     targets = Targets(
-        masks.to(device, non_blocking=True).unsqueeze(1).float(),
-        has_mask.to(device),
-        labels.to(device),
+        masks.float(),
+        batch.has_mask.to(device),
+        batch.labels.to(device).float(),
+        batch.has_label.to(device),
     )
     return x, targets
+
+
+def normalised(images: Tensor, normalise: str) -> Tensor:
+    """Bytes to what the network takes, images alone.
+
+    Shapes:
+        images: (B, H, W, C), uint8
+        out:    (B, C, H, W), float32
+    """
+    x = images.permute(0, 3, 1, 2).float()
+    if normalise == "image":
+        deviation, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True, correction=0)
+        return (x - mean) / (deviation + 1.0)  # + 1 grey level: a blank image becomes 0, not noise
+    return (x / 255 - 0.5) / 0.25

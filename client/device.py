@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+from typing import cast
 
 import torch
+from torch import nn
 
 
 class DeviceError(ValueError):
@@ -27,14 +31,33 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """bfloat16 where asked for; ``auto`` asks for it on a GPU that has it."""
     wanted = precision == "bf16" or (
         precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
-    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
+    return torch.bfloat16 if wanted else torch.float32
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """channels_last is what a GPU's tensor cores read."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Let layers that bear it compute in the precision's type."""
+    dtype = dtype_of(precision, device)
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """A faster form of a model that shares its weights.
+
+    The first batch of each shape compiles for a minute or more.
+
+    Raises:
+        DeviceError: if there is no compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise DeviceError(
+            f"train.compile: expected a C++ compiler ({compiler}; $CXX names another), found none"
+        )
+    return cast(nn.Module, torch.compile(model, dynamic=False))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from client.dataset import ExampleDataset, Examples, to_batch
-from client.device import autocast, memory_format
+from client.device import dtype_of
 from configs.run import DataConfig
-from mtl_model.metrics import MetricSums, batch_sums, empty_sums
+from mtl_model.inference import InferenceForm
+from mtl_model.network import MultiTaskUNet
+from mtl_model.sums import Classes, MetricSums, batch_sums, empty_sums
 
 
 class EvaluationError(RuntimeError):
@@ -18,31 +19,36 @@ class EvaluationError(RuntimeError):
 
 @torch.no_grad()  # not inference_mode: what .to() makes here is trained in the next round
 def evaluate(
-    model: nn.Module,
+    model: MultiTaskUNet,
     examples: Examples,
     *,
     data: DataConfig,
     batch_size: int,
     precision: str,
     device: torch.device,
+    hd95: bool = False,
 ) -> MetricSums:
     """Count how a model does on a site's examples, for the tasks that they are annotated for.
 
+    Args:
+        hd95: measure distances between outlines too, which takes MONAI and time.
+
     Raises:
         EvaluationError: if the model's output is not finite.
+        DistanceError: if distances are asked for and MONAI is not installed.
     """
-    classes = len(data.classes)
-    model.to(device).to(memory_format=memory_format(device)).eval()
-    sums = empty_sums(mask_classes=1, image_classes=classes)
+    classes = Classes.of(data)
+    ready = InferenceForm(model.to(device), dtype_of(precision, device))
+    sums = empty_sums(classes)
     loader = DataLoader(ExampleDataset(examples), batch_size=batch_size)
-    for pixels, masks, has_mask, labels in loader:
-        images, targets = to_batch(pixels, masks, has_mask, labels, data.normalise, device)
-        with autocast(device, precision):
-            prediction = model(images, examples.tasks)
-        if not all(logits is None or logits.isfinite().all() for logits in prediction):
+    for batch in loader:
+        images, targets = to_batch(batch, data.normalise, device)
+        prediction = ready(images, examples.tasks)
+        logits = (prediction.mask_logits, prediction.class_logits)
+        if not all(found is None or found.isfinite().all() for found in logits):
             raise EvaluationError(
                 "the model's output is not finite; try a smaller train.learning-rate or "
                 "train.precision = 'fp32'"
             )
-        sums = sums + batch_sums(prediction, targets, classes)
+        sums = sums + batch_sums(prediction, targets, classes, hd95)
     return sums

@@ -1,8 +1,8 @@
 """A site's folder: which images it has, and what is known of each.
 
-A folder holds ``labels.csv`` with a column ``image`` and any of ``mask``, ``label``, ``group``,
-``split``, ``site``; other columns are left alone. Paths are relative to the folder. An empty cell
-means "not annotated". docs/data.md is the user's guide.
+A folder holds ``labels.csv`` with a column ``image`` and any of ``mask``, ``mask-<class>``,
+``label``, ``group``, ``split``, ``site``; other columns are left alone. Paths are relative to the
+folder. An empty cell means "not annotated". docs/data.md is the user's guide.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import wire
+from configs.run import LABEL_SEPARATOR, NO_LABEL, LabelKind
 
 MANIFEST = "labels.csv"
+MASK_OF = "mask-"  # a column for each class of overlapping masks: mask-mass, mask-vessel
 _COLUMNS = ("image", "mask", "label", "group", "split", "site")
 
 
@@ -32,6 +34,17 @@ class Row:
     label: str | None
     group: str  # what must not be split: the patient; the image itself where none is given
     split: str | None
+    masks_of: tuple[tuple[str, Path], ...] = ()  # by mask class, where each has its own
+
+    def labels(self, kind: LabelKind) -> frozenset[str] | None:
+        """The image's classes as its cell names them; None where it is not annotated."""
+        if self.label is None:
+            return None
+        if kind == "exclusive":
+            return frozenset({self.label})
+        if self.label == NO_LABEL:
+            return frozenset()
+        return frozenset(name.strip() for name in self.label.split(LABEL_SEPARATOR))
 
 
 @dataclass(frozen=True)
@@ -145,5 +158,10 @@ def _row(path: Path, line: int, cells: dict[str, str | None]) -> tuple[Row, str]
         label=text["label"] or None,
         group=text["group"] or text["image"],
         split=text["split"] or None,
+        masks_of=tuple(
+            (column.removeprefix(MASK_OF), path.parent / cell.strip())
+            for column, cell in cells.items()
+            if column and column.startswith(MASK_OF) and cell and cell.strip()
+        ),
     )
     return row, text["site"]

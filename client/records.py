@@ -11,9 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from client.dataset import Examples, SiteData
 from client.train import TrainResult
 from configs import wire
-from configs.run import DataConfig
-from mtl_model.metrics import MetricSums
 from mtl_model.packing import Layout, Packed
+from mtl_model.sums import MetricSums
 
 MetricRecordValues = int | float | list[int] | list[float]
 
@@ -59,13 +58,13 @@ def read_request(message: Message, layout: Layout) -> Request:
 
 
 def describe_reply(
-    message: Message, site: SiteData, data: DataConfig, device: str, versions: dict[str, str]
+    message: Message, site: SiteData, device: str, versions: dict[str, str]
 ) -> Message:
     """Say who this site is and what it has, by split and class."""
     counts: dict[str, MetricRecordValues] = {}
     for name, examples in site.splits.items():
         counts[name] = _counts(examples)
-        counts[f"{name}.{wire.CLASSES}"] = examples.class_counts(len(data.classes)).tolist()
+        counts[f"{name}.{wire.CLASSES}"] = examples.class_counts().tolist()
     about = ConfigRecord(
         {
             wire.NAME: site.site,
@@ -113,4 +112,4 @@ def _reply(message: Message, about: ConfigRecord, sums: MetricRecord) -> Message
 
 
 def _counts(examples: Examples) -> list[int]:
-    return [len(examples), int(examples.has_mask.sum()), int((examples.labels >= 0).sum())]
+    return [len(examples), examples.with_mask, examples.with_label]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from client.manifest import DataError, Manifest, Row
 from configs import wire
-from configs.run import DataConfig
+from configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig, LabelKind
 
 Splits = dict[str, list[Row]]
 
@@ -16,9 +16,10 @@ def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> S
     """Divide a site's rows into train, val and test.
 
     A group (patient) is never divided. Rows that name their split keep it. The others are
-    stratified by label and ordered by a hash of seed, site and group, so that the same data give
-    the same split on every machine. Where a label has too few groups for its share, what is left
-    over is passed on to the next label, so that the site's totals hold.
+    stratified by label (multi-label: by the set of labels) and ordered by a hash of seed, site and
+    group, so that the same data give the same split on every machine. Where a label has too few
+    groups for its share, what is left over is passed on to the next label, so that the site's
+    totals hold.
 
     Raises:
         DataError: if a group's rows name different splits, or a split that was asked for is empty.
@@ -39,7 +40,7 @@ def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> S
         if named:
             splits[named.pop()] += members
         else:
-            labels = sorted({row.label or "" for row in members})
+            labels = sorted({_stratum(row, config.label_kind) for row in members})
             strata.setdefault("+".join(labels), []).append(group)
     owed = {wire.TEST_SPLIT: 0.0, wire.VAL_SPLIT: 0.0}
     share = {wire.TEST_SPLIT: config.test_fraction, wire.VAL_SPLIT: config.val_fraction}
@@ -56,6 +57,13 @@ def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> S
                 owed[name] -= len(members)
     _check(manifest, splits, len(groups), share)
     return {name: sorted(members, key=lambda row: row.line) for name, members in splits.items()}
+
+
+def _stratum(row: Row, kind: LabelKind) -> str:
+    labels = row.labels(kind)
+    if labels is None:
+        return ""
+    return LABEL_SEPARATOR.join(sorted(labels)) or NO_LABEL
 
 
 def _rank(seed: int, site: str, group: str) -> str:

@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from torch.utils.data import DataLoader
 
 from client.augment import Augmentation
 from client.dataset import ExampleDataset, Examples, to_batch
-from client.device import autocast, memory_format
+from client.device import autocast, compiled
 from configs.run import DataConfig, LossConfig, TrainConfig
 from mtl_model.losses import Targets, balanced_class_weights, multi_task_loss
+from mtl_model.network import MultiTaskUNet
+from mtl_model.uncertainty import LogVariance
 
 
 class TrainingError(RuntimeError):
@@ -52,7 +55,7 @@ class TrainResult:
 
 
 def train_one_round(
-    model: nn.Module,
+    model: MultiTaskUNet,
     examples: Examples,
     where: Round,
     *,
@@ -77,27 +80,27 @@ def train_one_round(
     torch.manual_seed(next(seeds))  # drop path
     steps = steps_of_round(len(examples), train)
     class_weights = class_weights_of(examples, data, loss).to(device)
-    model.to(device).to(memory_format=memory_format(device)).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
-    )
+    model.to(device).to(memory_format=torch.channels_last).train()
+    optimizer = _optimizer(model, train)
+    model.set_grad_checkpointing(train.grad_checkpointing)
+    forward = compiled(model) if train.compile else model
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     batches = _batches(examples, steps, seeds, data, train, device)
     for step, (images, targets) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(train, where, step, steps)
         with autocast(device, train.precision):
-            prediction = model(images, tasks)
+            prediction = forward(images, tasks)
         losses = multi_task_loss(prediction, targets, loss, class_weights)
-        optimizer.zero_grad(set_to_none=True)
         losses.total.mean().backward()
         if train.clip_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # here, or gradients would lie beside activations
         totals += torch.stack(
             [
                 losses.segmentation.detach().sum(),
-                targets.has_mask.sum(),
+                targets.has_mask.any(1).sum(),
                 losses.classification.detach().sum(),
                 targets.has_label.sum(),
             ]
@@ -127,12 +130,26 @@ def learning_rate(train: TrainConfig, where: Round, step: int, steps: int) -> fl
     return train.learning_rate * (1 - done / (where.rounds * steps)) ** train.poly_power
 
 
+def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, which does not decay the tasks' log variances: 0 is no better a weight than others."""
+    learned = [module.value for module in model.modules() if isinstance(module, LogVariance)]
+    apart = set(map(id, learned))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+    groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": learned, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
+    )
+
+
 def class_weights_of(examples: Examples, data: DataConfig, loss: LossConfig) -> Tensor:
     """(K,) weights of the classification loss, from config or from these examples' labels."""
     if loss.class_weights == "none":
         return torch.ones(len(data.classes))
     if loss.class_weights == "balanced":
-        return balanced_class_weights(torch.from_numpy(examples.class_counts(len(data.classes))))
+        return balanced_class_weights(torch.from_numpy(examples.class_counts()))
     return torch.tensor([float(weight) for weight in loss.class_weights.split(",")])
 
 
@@ -155,8 +172,7 @@ def _batches(
             pin_memory=device.type == "cuda",
         )
         for batch in loader:
-            images, masks, has_mask, labels = batch
-            yield to_batch(images, masks, has_mask, labels, data.normalise, device)
+            yield to_batch(batch, data.normalise, device)
             steps -= 1
             if steps == 0:
                 return

@@ -57,6 +57,11 @@ Counts = Annotated[
 ]
 
 
+LabelKind = Literal["exclusive", "multi-label"]
+LABEL_SEPARATOR = ";"  # between the classes of a multi-label cell
+NO_LABEL = "none"  # such a cell of an image that is known to have none of them
+
+
 class Section(BaseModel):
     """One table of settings: frozen, kebab-case outside, snake_case inside, nothing unknown."""
 
@@ -85,11 +90,18 @@ class DataConfig(Section):
     root: str = Field("", description="Simulated sites' data; empty: phantom hospitals.")
     sites: Names = Field((), description="Only these sites; empty: all.")
     classes: Names = Field(("benign", "malignant"), description="Image classes, in order.")
+    label_kind: LabelKind = Field(
+        "exclusive", description="exclusive: an image has one class; multi-label: any of them."
+    )
     positive: str = Field("malignant", description="Class that sensitivity and AUC refer to.")
     drop_labels: Names = Field((), description="Labels whose rows are left out.")
+    mask_classes: Names = Field(("lesion",), description="What masks outline, in order.")
+    mask_kind: Literal["exclusive", "overlapping"] = Field(
+        "exclusive", description="exclusive: a pixel has one class at most; overlapping: any."
+    )
     image_height: int = Field(64, ge=32, le=2048, description="Pixels after resizing.")
     image_width: int = Field(64, ge=32, le=2048, description="Pixels after resizing.")
-    channels: Literal[1, 3] = 1
+    channels: Literal[1, 3, 4] = Field(1, description="Grey, RGB or RGBA.")
     resize: Literal["pad", "stretch"] = Field("pad", description="pad keeps the aspect ratio.")
     normalise: Literal["image", "fixed"] = Field(
         "image", description="image: each image to mean 0, deviation 1; fixed: (x/255-0.5)/0.25."
@@ -101,12 +113,42 @@ class DataConfig(Section):
         "skip", description="What an image that cannot be read does to its site."
     )
 
+    @property
+    def indexed_masks(self) -> bool:
+        """Whether a mask file holds an index a pixel: 0 background, k the k-th mask class."""
+        return self.mask_kind == "exclusive" and len(self.mask_classes) > 1
+
+    @property
+    def mask_channels(self) -> int:
+        """Maps of mask logits: one a class, and one of background before them where a softmax
+        tells the classes apart."""
+        return len(self.mask_classes) + self.indexed_masks
+
+    @model_validator(mode="after")
+    def _named_classes(self) -> Self:
+        least = 2 if self.label_kind == "exclusive" else 1
+        if len(self.classes) < least:
+            raise ValueError(
+                f"data.classes: expected at least {'two names' if least == 2 else 'one name'}, "
+                f"got {_join(self.classes)!r}"
+            )
+        if not 1 <= len(self.mask_classes) <= 255:  # an index is a byte
+            raise ValueError(
+                f"data.mask-classes: expected 1 to 255 names, got {len(self.mask_classes)}"
+            )
+        for key, names in (("classes", self.classes), ("mask-classes", self.mask_classes)):
+            if len(set(names)) != len(names):
+                raise ValueError(f"data.{key}: expected distinct names, got {_join(names)!r}")
+        for name in self.classes:
+            if self.label_kind == "multi-label" and (name == NO_LABEL or LABEL_SEPARATOR in name):
+                raise ValueError(
+                    f"data.classes: expected names without {LABEL_SEPARATOR!r} and none called "
+                    f"{NO_LABEL!r}, which multi-label cells are written with, got {name!r}"
+                )
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(self.classes) < 2:
-            raise ValueError(f"data.classes: expected at least two names, got {self.classes!r}")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"data.classes: expected distinct names, got {_join(self.classes)!r}")
         if self.positive not in self.classes:
             raise ValueError(
                 f"data.positive: expected one of data.classes ({_join(self.classes)}), "
@@ -137,18 +179,53 @@ class PhantomConfig(Section):
     without_labels: Names = Field((), description="Sites that have no labels.")
 
 
-class ModelConfig(Section):
-    """The network's shape (docs/architecture.md, "The network"). Defaults: the published one."""
+# What model.preset stands for: for every name, the settings in which it differs from the defaults.
+PRESETS: Mapping[str, Mapping[str, Value]] = {
+    "full": {},
+    "light": {
+        "backbone": "resnet18",
+        "stride": 4,
+        "mlp-ratio": 2.0,
+        "dfe": "none",
+    },
+}
 
-    backbone: str = Field("resnet34", pattern=r"^resnet(18|34)$", description="timm ResNet.")
-    width: int = Field(64, ge=16, multiple_of=16, description="Channels of the first stage.")
-    depths: Counts = Field((), description="CNN blocks of the 4 stages; empty: backbone's.")
+
+class ModelConfig(Section):
+    """The network's shape (docs/model.md). Defaults: the published one, but for group norm.
+
+    A preset changes the settings that are at their defaults; others given beside it stay. (Flower
+    hands over every key, so that a default that was written out cannot be told from one that was
+    not: to have a default in place of a preset's value, name the settings instead of the preset.)
+    """
+
+    preset: Literal["full", "light"] = Field(
+        "full", description="light: a tenth of the operations; what it changes may still be set."
+    )
+    backbone: str = Field(
+        "resnet34", pattern=r"^[a-z0-9_.]+$", description="timm model that is the CNN path."
+    )
+    pretrained: str = Field(
+        "none",
+        min_length=1,
+        description="CNN path's first weights: none, timm (downloads), or a file at the server.",
+    )
+    stride: Literal[2, 4] = Field(
+        2, description="Image side over the first map's; 4: the backbone's own, 2: half its stem's."
+    )
+    width: int = Field(
+        0, ge=0, multiple_of=16, description="Channels of a ResNet's first stage; 0: its own."
+    )
+    depths: Counts = Field((), description="Blocks of a ResNet's 4 stages; empty: its own.")
     swin_depth: int = Field(2, ge=0, le=8, description="Transformer blocks a stage.")
-    head_channels: int = Field(32, ge=4, description="Channels of one attention head.")
-    window: int = Field(0, ge=0, description="Window side, pixels; 0: image side // 16.")
+    head_channels: int = Field(32, ge=4, description="Least channels of one attention head.")
+    window: int = Field(0, ge=0, description="Window side, tokens; 0: the deepest map's side.")
     mlp_ratio: float = Field(4.0, gt=0.0)
     drop_path: float = Field(0.1, ge=0.0, lt=1.0, description="Of the last block; 0 at the first.")
     block_order: Literal["sequential", "parallel"] = "sequential"
+    token_mixing: Literal["proper", "published"] = Field(
+        "proper", description="published: channels and tokens mixed up, as in the authors' code."
+    )
     norm: Literal["group", "batch"] = "group"
     dfe: Literal["concat", "sum", "none"] = "concat"
     dfe_rates: Counts = Field((6, 12, 18), description="Dilations; cut to the map's side - 1.")
@@ -156,15 +233,24 @@ class ModelConfig(Section):
     head_stages: Counts = Field((3, 4), description="Encoder stages that the classifier sees.")
     head_width: int = Field(32, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: object) -> object:
+        if not isinstance(given, Mapping):
+            return given  # a section that was already read
+        settings = dict(given)
+        for key, value in PRESETS.get(str(given.get("preset", "full")), {}).items():
+            name = key.replace("-", "_")
+            default = cls.model_fields[name].default
+            if all(settings.get(k, default) == default for k in (key, name)):
+                settings.pop(name, None)
+                settings[key] = value
+        return settings
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.depths and len(self.depths) != 4:
             raise ValueError(f"model.depths: expected 4 numbers, got {_join(self.depths)!r}")
-        if self.width % self.head_channels:
-            raise ValueError(
-                "model.head-channels: expected a divisor of model.width "
-                f"({self.width}), got {self.head_channels}"
-            )
         if len(self.dfe_rates) != 3:
             raise ValueError(f"model.dfe-rates: expected 3 numbers, got {_join(self.dfe_rates)!r}")
         if not self.head_stages or not set(self.head_stages) <= {1, 2, 3, 4}:
@@ -177,13 +263,39 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The two tasks' losses and how they are weighed against each other."""
 
-    segmentation: Literal["dice", "dice+bce"] = "dice"
+    segmentation: Literal["dice", "dice+ce", "dice+focal"] = Field(
+        "dice", description="Soft Dice alone, or with cross-entropy or focal loss a pixel."
+    )
+    focal_gamma: float = Field(
+        2.0, ge=0.0, description="How much focal loss spares easy pixels; 0: cross-entropy."
+    )
+    classification: Literal["cross-entropy", "soft-margin"] = Field(
+        "cross-entropy", description="soft-margin: each class for itself; multi-label needs it."
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of a label given to all classes; soft-margin: to 0.5.",
+    )
     classification_weight: float = Field(0.25, ge=0.0, description="Segmentation counts 1.")
+    weighting: Literal["fixed", "uncertainty"] = Field(
+        "fixed", description="uncertainty: the two weights are learned, from the fixed ones on."
+    )
     class_weights: Annotated[
-        str, Field(pattern=r"^(none|balanced|\d+(\.\d+)?(,\d+(\.\d+)?)+)$")
+        str, Field(pattern=r"^(none|balanced|\d+(\.\d+)?(,\d+(\.\d+)?)*)$")
     ] = Field(
         "balanced", description="none, balanced (from the site's own labels), or one a class."
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.weighting == "uncertainty" and self.classification_weight == 0:
+            raise ValueError(
+                "loss.classification-weight: expected more than 0 for loss.weighting "
+                "uncertainty, which starts there, got 0"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -198,6 +310,12 @@ class TrainConfig(Section):
     clip_norm: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0: no clipping.")
     augment: bool = True
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU.")
+    grad_checkpointing: bool = Field(
+        False, description="Compute activations again instead of keeping them: memory for time."
+    )
+    compile: bool = Field(
+        False, description="torch.compile training; takes minutes at first, and a C++ compiler."
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
 
@@ -228,6 +346,9 @@ class EvaluateConfig(Section):
     select_by: Literal["score", "dice", "balanced-accuracy", "auc"] = Field(
         "score", description="Pooled value on val; score: mean of dice and balanced-accuracy."
     )
+    hd95: bool = Field(
+        False, description="95th percentile Hausdorff distance, pixels; wants polyclinic[metrics]."
+    )
 
 
 class RunConfig(Section):
@@ -246,10 +367,17 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         weights = self.loss.class_weights
-        if "," in weights and len(weights.split(",")) != len(self.data.classes):
+        if weights not in ("none", "balanced") and len(weights.split(",")) != len(
+            self.data.classes
+        ):
             raise ValueError(
                 f"loss.class-weights: expected {len(self.data.classes)} numbers, one a class of "
                 f"data.classes ({_join(self.data.classes)}), got {weights!r}"
+            )
+        if self.data.label_kind == "multi-label" and self.loss.classification != "soft-margin":
+            raise ValueError(
+                "loss.classification: expected soft-margin, since with data.label-kind multi-label "
+                f"an image may have several classes or none, got {self.loss.classification!r}"
             )
         return self
 

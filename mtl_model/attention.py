@@ -9,77 +9,94 @@ qkv projection. The usual folding of windows into the batch would make per-examp
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
-from mtl_model.blocks import ChannelAttention
+from mtl_model.blocks import ChannelAttention, recomputed
+
+TokenMixing = Literal["proper", "published"]
 
 
 class RelativePositionBias(nn.Module):
     """A learned number for each head and each offset between two tokens of a window.
 
     A module of its own that is called with the examples, and answers once for each, so that the
-    gradient of its table can be told apart by example.
+    gradient of its table can be told apart by example. They come last, because Opacus counts
+    examples in a module's last argument.
 
     Shapes:
-        in:  (B, ...), only B is read
-        out: (B, heads, N, N), a view: the same numbers for every example
+        index:    (n, n), which entry of the table each pair of tokens takes
+        examples: (B, ...), only B is read
+        out:      (B, heads, n, n), a view: the same numbers for every example
     """
-
-    index: Tensor
 
     def __init__(self, window: int, heads: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.empty(heads, (2 * window - 1) ** 2))
         nn.init.trunc_normal_(self.table, std=0.02)
-        self.register_buffer("index", _offset_index(window), persistent=False)
 
-    def forward(self, examples: Tensor) -> Tensor:
-        bias = self.table[:, self.index]  # (heads, N, N)
+    def forward(self, index: Tensor, examples: Tensor) -> Tensor:
+        bias = self.table[:, index]  # (heads, n, n)
         return bias.expand(examples.shape[0], *bias.shape)
 
 
-def _offset_index(window: int) -> Tensor:
-    """(N, N): which of the (2w - 1)^2 offsets lies between token i and token j of a window."""
-    rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    position = torch.stack([rows.flatten(), columns.flatten()])  # (2, N)
-    offset = position[:, :, None] - position[:, None, :] + window - 1  # 0 .. 2w - 2
-    return offset[0] * (2 * window - 1) + offset[1]
+def offset_index(window: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Which entry of a bias table lies between tokens i and j of a rectangle.
 
+    Args:
+        window: side that the table was made for; rows and columns are at most as many.
 
-@lru_cache(maxsize=64)
-def _apart(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor | None:
-    """(windows, 1, N, N) of 0 and -inf: which tokens of a window must not see each other.
-
-    Tokens of one window are apart if the shift brought them together from opposite edges, or if
-    one of them is padding. None where no window holds such a pair.
+    Shapes:
+        out: (n, n) with n = rows * columns
     """
-    high, wide = _padded(height, window), _padded(width, window)
-    if shift == 0 and (high, wide) == (height, width):
-        return None
-    region = torch.full((high, wide), -1)  # padding
-    edges = (slice(0, -window), slice(-window, -shift), slice(-shift, None)) if shift else ()
-    region[:height, :width] = 0
-    if shift:
-        region = region.roll((-shift, -shift), (0, 1))
-        padding = region < 0
-        for i, rows in enumerate(edges):
-            for j, columns in enumerate(edges):
-                region[rows, columns] = 3 * i + j
-        region[padding] = -1
-    parts = region.view(high // window, window, wide // window, window).transpose(1, 2)
-    parts = parts.reshape(-1, window * window)  # (windows, N)
-    together = parts[:, :, None] == parts[:, None, :]
-    mask = torch.zeros(together.shape).masked_fill_(~together, float("-inf"))
-    return mask.unsqueeze(1).to(device)
+    # A compiler makes it part of its graph; it warns of caches.
+    find = _offset_index if torch.compiler.is_compiling() else _cached_offset_index
+    return find(window, rows, columns, device)
 
 
-def _padded(length: int, window: int) -> int:
-    return -(-length // window) * window
+def _offset_index(window: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    position = torch.stack([axis.flatten() for axis in grid])  # (2, n)
+    offset = position[:, :, None] - position[:, None, :] + window - 1  # 0 .. 2w - 2
+    return (offset[0] * (2 * window - 1) + offset[1]).to(device)
+
+
+@lru_cache(maxsize=256)
+def _cached_offset_index(window: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is made while predicting may be trained with later
+        return _offset_index(window, rows, columns, device)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Neighbouring windows of one height (or width) along an axis."""
+
+    start: int
+    size: int  # of one window
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size * self.count
+
+
+def strips(length: int, window: int, shift: int) -> list[Strip]:
+    """Cut an axis at ``shift`` and then every ``window`` tokens: three strips at most.
+
+    The windows of Swin are these, without its roll and its mask: tokens that a roll would bring
+    together from opposite edges must not see each other anyway.
+    """
+    whole = max(length - shift, 0) // window
+    cut = [Strip(0, min(shift, length), 1), Strip(shift, window, whole)]
+    cut.append(Strip(cut[1].end, length - cut[1].end, 1))
+    return [strip for strip in cut if strip.size > 0 and strip.count > 0]
 
 
 class WindowAttention(nn.Module):
@@ -104,49 +121,128 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, h, w, c = x.shape
-        side, heads = self.window, self.heads
-        high, wide = _padded(h, side), _padded(w, side)
         qkv = self.qkv(x)
-        if (high, wide) != (h, w):
-            qkv = F.pad(qkv, (0, 0, 0, wide - w, 0, high - h))
-        if self.shift:
-            qkv = qkv.roll((-self.shift, -self.shift), (1, 2))
-        grid = (b, high // side, side, wide // side, side)
-        qkv = qkv.view(*grid, 3, heads, c // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, b, -1, heads, side * side, c // heads)  # (B, windows, heads, N, d)
-        bias = self.bias(x).unsqueeze(1)  # (B, 1, heads, N, N)
-        mask = _apart(h, w, side, self.shift, x.device)
-        if mask is not None:
-            bias = bias + mask
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        x = x.view(b, grid[1], grid[3], heads, side, side, c // heads).permute(0, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(b, high, wide, c)
-        if self.shift:
-            x = x.roll((self.shift, self.shift), (1, 2))
-        return self.out(x[:, :h, :w])
+        columns = strips(x.shape[2], self.window, self.shift)
+        rows = [
+            _joined([self._attend(x, qkv, down, across) for across in columns], dim=2)
+            for down in strips(x.shape[1], self.window, self.shift)
+        ]
+        return self.out(_joined(rows, dim=1))
+
+    def _attend(self, x: Tensor, qkv: Tensor, down: Strip, across: Strip) -> Tensor:
+        """The windows where two strips cross: (B, down, across, C)."""
+        b, heads = x.shape[0], self.heads
+        part = qkv[:, down.start : down.end, across.start : across.end]
+        cut = (b, down.count, down.size, across.count, across.size, 3, heads, -1)
+        part = part.reshape(cut).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = part.reshape(3, b, down.count * across.count, heads, down.size * across.size, -1)
+        index = offset_index(self.window, down.size, across.size, x.device)
+        # Detached: a hook on the bias would wait for a gradient that it does not give the examples.
+        bias = self.bias(index, x.detach()).to(q.dtype)
+        out = windowed_attention(q, k, v, bias)
+        out = out.view(b, down.count, across.count, heads, down.size, across.size, -1)
+        out = out.permute(0, 1, 4, 2, 5, 3, 6)
+        return out.reshape(b, down.end - down.start, across.end - across.start, -1)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v in every window.
+
+    Shapes:
+        q, k, v: (B, windows, heads, n, d)
+        bias:    (B, heads, n, n)
+        out:     (B, windows, heads, n, d)
+    """
+    if bias.requires_grad and torch.is_grad_enabled() and q.device.type == "cpu":
+        return _Recomputed.apply(q, k, v, bias)
+    return _fused(q, k, v, bias)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """One call of scaled_dot_product_attention, windows beside examples."""
+    b, windows, heads, n, _ = q.shape
+    everywhere = bias.unsqueeze(1).expand(b, windows, heads, n, n).flatten(0, 1)
+    out = F.scaled_dot_product_attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=everywhere
+    )
+    return out.unflatten(0, (b, windows))
+
+
+# Scores that are worked on at a time in the backward pass: few enough to stay in a core's cache.
+CHUNK = 2**20
+
+
+class _Recomputed(torch.autograd.Function):
+    """Attention that keeps no scores for the backward pass but computes them again, in chunks.
+
+    PyTorch's fused CPU kernel gives no gradient of the bias: without this, training would take
+    the unfused way and keep three (B, windows, heads, n, n) tensors a block.
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        # Detached: the fused kernel declines a bias that says it requires a gradient.
+        return _fused(q.detach(), k.detach(), v.detach(), bias.detach())
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, bias, out = ctx.saved_tensors  # type: ignore[attr-defined]
+        b, windows, heads, n, d = q.shape
+        scale = d**-0.5
+        slope = (grad.float() * out.float()).sum(-1, keepdim=True)  # of the softmax's denominator
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dbias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        step = max(1, CHUNK // (heads * n * n))
+        for i in range(b):
+            for start in range(0, windows, step):
+                at = (i, slice(start, start + step))
+                scores = torch.matmul(q[at] * scale, k[at].transpose(-1, -2)) + bias[i]
+                weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+                rounded = weights.to(q.dtype)
+                torch.matmul(rounded.transpose(-1, -2), grad[at], out=dv[at])
+                dscores = torch.matmul(grad[at], v[at].transpose(-1, -2)).float()
+                dscores = dscores.sub_(slope[at]).mul_(weights)
+                dbias[i] += dscores.sum(0)
+                rounded = dscores.to(q.dtype).mul_(scale)
+                torch.matmul(rounded, k[at], out=dq[at])
+                torch.matmul(rounded.transpose(-1, -2), q[at], out=dk[at])
+        return dq, dk, dv, dbias.to(bias.dtype)
 
 
 class TokenMlp(nn.Module):
     """The block's two-layer perceptron, with channel attention at its end.
 
-    The published code reshapes (B, N, C) to (B, C, H, W) before the channel attention, which
-    mixes tokens with channels; here the axes are moved properly.
+    Args:
+        mixing: ``proper`` moves the channels in front for the channel attention; ``published``
+            reads the numbers of (B, H, W, C) as (B, C, H, W) without moving any, and back, as the
+            authors' code does, which mixes tokens with channels.
 
     Shapes:
         in and out: (B, H, W, C)
     """
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, ratio: float, mixing: TokenMixing) -> None:
         super().__init__()
         hidden = int(channels * ratio)
         self.expand = nn.Linear(channels, hidden)
         self.act = nn.GELU()
         self.shrink = nn.Linear(hidden, channels)
         self.attention = ChannelAttention()
+        self.mixing = mixing
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.shrink(self.act(self.expand(x)))
+        if self.mixing == "published":
+            b, h, w, c = x.shape
+            return self.attention(x.reshape(b, c, h, w)).reshape(b, h, w, c)
         return self.attention(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -165,12 +261,13 @@ class SwinBlock(nn.Module):
         shift: int,
         mlp_ratio: float,
         drop_path: float,
+        token_mixing: TokenMixing,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attention = WindowAttention(channels, heads, window, shift)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = TokenMlp(channels, mlp_ratio)
+        self.mlp = TokenMlp(channels, mlp_ratio, token_mixing)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,16 +295,23 @@ class SwinLayer(nn.Module):
         side: int,
         mlp_ratio: float,
         drop_paths: list[float],
+        token_mixing: TokenMixing,
     ) -> None:
         super().__init__()
         window = min(window, side)
         shift = window // 2 if window < side else 0
+        self.grad_checkpointing = False
         self.blocks = nn.Sequential(
             *(
-                SwinBlock(channels, heads, window, shift if i % 2 else 0, mlp_ratio, rate)
+                SwinBlock(
+                    channels, heads, window, shift if i % 2 else 0, mlp_ratio, rate, token_mixing
+                )
                 for i, rate in enumerate(drop_paths)
             )
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = recomputed(block, x) if self.grad_checkpointing else block(x)
+        return x.permute(0, 3, 1, 2)

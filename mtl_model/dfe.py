@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mtl_model.blocks import ConvNorm, NormLayer, SpatialAttention
+from mtl_model.blocks import ConvNorm, JoinedConv, NormLayer, SpatialAttention
 
 
 def build_dfe(
@@ -49,13 +49,14 @@ class ConcatEnhancement(nn.Module):
         self.dilated = nn.ModuleList(
             ConvNorm(channels, channels, 3, norm, dilation=rate) for rate in rates
         )
-        self.fuse = ConvNorm(channels * (1 + len(rates)), channels, 3, norm, act=False)
+        self.fuse = JoinedConv([channels] * (1 + len(rates)), channels, 3)
+        self.fuse_norm = norm(channels)
         self.shortcut = ConvNorm(channels, channels, 1, norm, act=False)
         self.attention = SpatialAttention()
 
     def forward(self, x: Tensor) -> Tensor:
         branches = [self.point(x), *(branch(x) for branch in self.dilated)]
-        fused = self.fuse(torch.cat(branches, dim=1))
+        fused = self.fuse_norm(self.fuse(branches))
         return self.attention(torch.relu(fused + self.shortcut(x)))
 
 

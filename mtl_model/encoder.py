@@ -1,39 +1,40 @@
-"""The ResFormer encoder: a ResNet and a Swin-style transformer, joined at every stage.
+"""The ResFormer encoder: convolution and Swin-style attention, joined at every stage.
 
 Paper: "Multi-scale Feature Enhancement in Multi-task Learning for Medical Image Analysis",
-arXiv 2412.00351. Written from its description. The CNN path is timm's ResNet with a stem of
-stride 1, so that the four stages lie at 1/2, 1/4, 1/8 and 1/16 of the image's side.
+arXiv 2412.00351. Written from its description.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from mtl_model.attention import SwinLayer
-from mtl_model.blocks import ChannelAttention, NormLayer
-
-STAGES = 4
+from mtl_model.attention import SwinLayer, TokenMixing
+from mtl_model.backbone import STAGES, ConvPath
+from mtl_model.blocks import ChannelAttention
 
 
 class PatchEmbed(nn.Module):
     """Tokens straight from the image: four convolutions of growing reach, side by side.
 
+    Args:
+        stride: s of the convolutions; their kernels are s, 2s, 4s and 8s.
+
     Shapes:
-        in:  (B, in_channels, H, W), H and W even
-        out: (B, out_channels, H / 2, W / 2)
+        in:  (B, in_channels, H, W), H and W multiples of s
+        out: (B, out_channels, H / s, W / s)
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        shares = {2: out_channels // 2, 4: out_channels // 4}  # kernel: channels
-        shares |= {8: out_channels // 8, 16: out_channels // 8}
+        shares = [out_channels // 2, out_channels // 4, out_channels // 8]
+        shares.append(out_channels - sum(shares))
+        kernels = [stride * 2**k for k in range(len(shares))]
         self.reach = nn.ModuleList(
-            nn.Conv2d(in_channels, channels, kernel, stride=2, padding=(kernel - 2) // 2)
-            for kernel, channels in shares.items()
+            nn.Conv2d(in_channels, share, kernel, stride, padding=(kernel - stride) // 2)
+            for share, kernel in zip(shares, kernels, strict=True)
         )
         self.attention = ChannelAttention()
         self.norm = nn.LayerNorm(out_channels)
@@ -54,8 +55,9 @@ class PatchMerging(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_channels)
-        self.near = nn.Conv2d(in_channels, out_channels // 2, kernel_size=2, stride=2)
-        self.far = nn.Conv2d(in_channels, out_channels // 2, kernel_size=4, stride=2, padding=1)
+        near = out_channels // 2
+        self.near = nn.Conv2d(in_channels, near, kernel_size=2, stride=2)
+        self.far = nn.Conv2d(in_channels, out_channels - near, kernel_size=4, stride=2, padding=1)
         self.attention = ChannelAttention()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,28 +69,27 @@ class ResFormer(nn.Module):
     """Four maps of growing channels and shrinking side, each seen by convolution and attention.
 
     Args:
-        backbone: name of a timm ResNet of basic blocks.
-        width: channels of the first stage; each further stage doubles them.
-        depths: CNN blocks of each stage; empty for the backbone's own.
+        cnn: the convolutional path, whose stages give the maps their channels and sides.
         swin_depth: transformer blocks of each stage.
-        head_channels: channels of one attention head.
+        head_channels: least channels of one attention head; there are as many heads as divide a
+            stage's channels.
         window: side of an attention window, in tokens.
         side: smaller side of the image that the network is built for, in pixels.
         drop_path: rate of the last transformer block; earlier ones rise to it from 0.
         block_order: ``sequential`` feeds what stage and tokens give into the transformer layer;
-            ``parallel`` adds the transformer layer beside the stage.
+            ``parallel`` adds the transformer layer beside the stage. (Its first stage reads stem
+            and tokens added up if the stem's map has the stage's shape, as a ResNet-34's has, and
+            else each path reads its own.)
 
     Shapes:
-        in:  (B, in_channels, H, W), H and W multiples of 16
-        out: four maps, (B, width * 2^k, H / 2^(k+1), W / 2^(k+1)) for k = 0..3
+        in:  (B, in_channels, H, W), H and W multiples of ``stride``
+        out: four maps, (B, channels[k], H / (cnn.stride * 2^k), W / (cnn.stride * 2^k))
     """
 
     def __init__(
         self,
+        cnn: ConvPath,
         in_channels: int,
-        backbone: str,
-        width: int,
-        depths: tuple[int, ...],
         swin_depth: int,
         head_channels: int,
         window: int,
@@ -96,13 +97,14 @@ class ResFormer(nn.Module):
         mlp_ratio: float,
         drop_path: float,
         block_order: Literal["sequential", "parallel"],
-        norm: NormLayer,
+        token_mixing: TokenMixing,
     ) -> None:
         super().__init__()
         self.block_order = block_order
-        self.channels = tuple(width * 2**k for k in range(STAGES))
-        self.stem, self.stages = _resnet(backbone, in_channels, self.channels, depths, norm)
-        entries: list[nn.Module] = [PatchEmbed(in_channels, width)]
+        self.cnn = cnn
+        self.channels = cnn.channels
+        self.stride = cnn.stride * 2 ** (STAGES - 1)  # image side over the deepest map's
+        entries: list[nn.Module] = [PatchEmbed(in_channels, self.channels[0], cnn.stride)]
         for before, after in zip(self.channels, self.channels[1:], strict=False):
             entries.append(PatchMerging(before, after))
         self.tokens = nn.ModuleList(entries)
@@ -111,14 +113,21 @@ class ResFormer(nn.Module):
         self.swins = nn.ModuleList(
             SwinLayer(
                 channels,
-                channels // head_channels,
+                heads_of(channels, head_channels),
                 window,
-                side // 2 ** (k + 1),
+                side // (cnn.stride * 2**k),
                 mlp_ratio,
                 rates[k * swin_depth : (k + 1) * swin_depth],
+                token_mixing,
             )
             for k, channels in enumerate(self.channels)
         )
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Keep no activations inside transformer blocks and the shallow, large stages."""
+        for module in self.modules():
+            if isinstance(module, ConvPath | SwinLayer):
+                module.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> list[Tensor]:
         through = self._sequential if self.block_order == "sequential" else self._parallel
@@ -126,52 +135,23 @@ class ResFormer(nn.Module):
 
     def _sequential(self, image: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []
-        into_stage, into_tokens = self.stem(image), image
-        for stage, tokens, swin in zip(self.stages, self.tokens, self.swins, strict=True):
-            maps.append(swin(stage(into_stage) + tokens(into_tokens)))
+        into_stage, into_tokens = self.cnn.stemmed(image), image
+        for k, (tokens, swin) in enumerate(zip(self.tokens, self.swins, strict=True)):
+            maps.append(swin(self.cnn.staged(k, into_stage) + tokens(into_tokens)))
             into_stage = into_tokens = maps[-1]
         return maps
 
     def _parallel(self, image: Tensor) -> list[Tensor]:
-        x = self.stem(image) + self.tokens[0](image)
-        maps = [self.stages[0](x) + self.swins[0](x)]
-        for stage, tokens, swin in zip(
-            self.stages[1:], self.tokens[1:], self.swins[1:], strict=True
-        ):
-            maps.append(stage(maps[-1]) + swin(tokens(maps[-1])))
+        into_stage, into_swin = self.cnn.stemmed(image), self.tokens[0](image)
+        if self.cnn.stem_fits:
+            into_stage = into_swin = into_stage + into_swin
+        maps = [self.cnn.staged(0, into_stage) + self.swins[0](into_swin)]
+        for k in range(1, STAGES):
+            into_swin = self.tokens[k](maps[-1])
+            maps.append(self.cnn.staged(k, maps[-1]) + self.swins[k](into_swin))
         return maps
 
 
-def _resnet(
-    backbone: str,
-    in_channels: int,
-    channels: tuple[int, ...],
-    depths: tuple[int, ...],
-    norm: NormLayer,
-) -> tuple[nn.Sequential, nn.ModuleList]:
-    """A timm ResNet's stem (7x7, here with stride 1, and pooling) and its four stages.
-
-    timm fixes 64 channels between a plain stem and stage 1; its deep stem is as wide as told. So
-    the network is made with a deep stem and the convolution is put in its place.
-    """
-    shape: dict[str, Any] = {"layers": depths} if depths else {}
-    resnet: Any = timm.create_model(
-        backbone,
-        pretrained=False,
-        num_classes=0,
-        in_chans=in_channels,
-        channels=channels,
-        norm_layer=norm,
-        stem_type="deep",
-        stem_width=channels[0] // 2,
-        zero_init_last=False,  # a block that starts as identity gives its first norm no gradient
-        **shape,
-    )
-    resnet.conv1 = nn.Conv2d(in_channels, channels[0], kernel_size=7, padding=3, bias=False)
-    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
-    for module in resnet.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False  # hooks on the norm before it must see its output unchanged
-    stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.act1, resnet.maxpool)
-    stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
-    return stem, stages
+def heads_of(channels: int, least: int) -> int:
+    """Most attention heads that divide the channels into parts of at least ``least``."""
+    return max(h for h in range(1, max(channels // least, 1) + 1) if channels % h == 0)

@@ -15,6 +15,8 @@ _GROUP_OF_PART: dict[str, Group] = {
     "dfe": "segmentation",
     "decoder": "segmentation",
     "head": "classification",
+    "uncertainty.segmentation": "segmentation",
+    "uncertainty.classification": "classification",
 }
 
 
@@ -24,7 +26,7 @@ def group_of(name: str) -> Group:
     Raises:
         ValueError: if no part of the network has that name.
     """
-    part = name.partition(".")[0]
-    if part not in _GROUP_OF_PART:
-        raise ValueError(f"{name}: expected a name under {', '.join(_GROUP_OF_PART)}")
-    return _GROUP_OF_PART[part]
+    for part, group in _GROUP_OF_PART.items():
+        if name.startswith(f"{part}."):
+            return group
+    raise ValueError(f"{name}: expected a name under {', '.join(_GROUP_OF_PART)}")

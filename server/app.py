@@ -14,12 +14,16 @@ from rich.console import Console
 
 from configs import VERSION
 from configs.run import RunConfig
-from mtl_model.network import network_of
+from mtl_model.backbone import BackboneError
+from mtl_model.metrics import Metrics
+from mtl_model.network import MultiTaskUNet
 from mtl_model.packing import Layout
+from mtl_model.pretrained import PretrainedError
 from server.folder import RunFolder, write_json
 from server.history import Line
+from server.initial import initial_network
 from server.records import SiteReport
-from server.report import metrics_table
+from server.report import class_tables, metrics_table
 from server.rounds import (
     Evaluation,
     Federation,
@@ -66,10 +70,11 @@ def run(grid: Grid, config: RunConfig) -> RunFolder:
     started = time.time()
     status, reason, rounds = "failed", "", None
     try:
+        network = _initial(config)
         federation, reports = gather_sites(grid, config, notify)
         write_json(folder.environment, _environment(config, reports))
         _announce(reports)
-        rounds = _rounds(config, folder, federation)
+        rounds = _rounds(config, folder, federation, network)
         evaluation = rounds.run()
         status = "completed"
     except BaseException as error:
@@ -91,23 +96,39 @@ def run(grid: Grid, config: RunConfig) -> RunFolder:
     return folder
 
 
-def _rounds(config: RunConfig, folder: RunFolder, federation: Federation) -> Rounds:
+def _initial(config: RunConfig) -> MultiTaskUNet:
+    try:
+        return initial_network(config.model, config.data, config.loss, config.run.seed)
+    except (BackboneError, PretrainedError) as error:
+        raise RunRefused(str(error)) from None
+
+
+def _rounds(
+    config: RunConfig, folder: RunFolder, federation: Federation, network: MultiTaskUNet
+) -> Rounds:
     from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed here alone
 
-    network = network_of(config.model, config.data, config.run.seed)
     layout = Layout.of(network)
     writer = SummaryWriter(str(folder.path))
 
     def watch(line: Line) -> None:
-        for name, value in vars(line.metrics).items() if line.metrics else ():
-            if isinstance(value, float):
-                writer.add_scalar(f"{line.split}-{name}/{line.site}", value, line.round)
+        for name, value in _scalars(line.metrics).items() if line.metrics else ():
+            writer.add_scalar(f"{line.split}-{name}/{line.site}", value, line.round)
         for name, value in vars(line.train).items() if line.train else ():
             if value is not None:
                 writer.add_scalar(f"train-{name}/{line.site}", value, line.round)
         writer.flush()
 
     return Rounds(config, folder, federation, layout, layout.pack(network.state_dict()), watch)
+
+
+def _scalars(metrics: Metrics) -> dict[str, float]:
+    """Every value that is defined, a class's own under the class's name ("dice-mass")."""
+    found = vars(metrics)
+    for by_class in (metrics.mask_classes, metrics.image_classes):
+        for name, of_class in by_class.items():
+            found = found | {f"{field}-{name}": value for field, value in vars(of_class).items()}
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def _environment(config: RunConfig, reports: dict[str, SiteReport]) -> dict[str, object]:
@@ -138,4 +159,6 @@ def _print_results(config: RunConfig, folder: RunFolder, evaluation: Evaluation)
     console = Console(width=110, markup=False, highlight=False)
     title = f"Best round's model on the held-out test images ({folder.name})"
     console.print(metrics_table(title, evaluation.metrics, config.data.positive))
+    for table in class_tables(evaluation.metrics, config.data):
+        console.print(table)
     console.print(f"Run folder: {folder.path}", soft_wrap=True)

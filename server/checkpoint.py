@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from configs import VERSION
 from configs.run import RunConfig
 from mtl_model.network import MultiTaskUNet
 from mtl_model.packing import Layout, Packed
@@ -61,6 +62,7 @@ def _serialised(config: RunConfig, layout: Layout, weights: Packed, number: int)
         "layout": layout.digest,
         "round": str(number),
         "classes": ",".join(config.data.classes),
+        "polyclinic-version": VERSION,
     }
     return save(layout.unpack(weights), metadata)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,9 +13,14 @@ from rich.table import Table
 
 from configs.run import ConfigError, load_run_config
 
+if TYPE_CHECKING:  # it brings torch
+    from server.export import Exported
+
 app = typer.Typer()
 runs = typer.Typer(help="List runs; print a run's tables again.", invoke_without_command=True)
 app.add_typer(runs, name="runs")
+model = typer.Typer(help="Look at the network that settings ask for.", no_args_is_help=True)
+app.add_typer(model, name="model")
 
 ConfigOption = Annotated[
     Path | None,
@@ -38,6 +43,54 @@ def settings(config: ConfigOption = None, changes: SetOption = None) -> None:
     from server.folder import to_toml
 
     sys.stdout.write(to_toml(load_run_config(config, changes or ())))
+
+
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="Pixels: 224, or height x width as 256x320.")
+]
+
+
+@model.command()
+def info(
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    size: SizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a network's parameters, operations and output shapes, part by part, for one image."""
+    overrides = list(changes or ())
+    if size is not None:
+        height, width = read_size(size)
+        overrides += [f"data.image-height={height}", f"data.image-width={width}"]
+    settings = load_run_config(config, overrides)
+
+    from dataclasses import asdict
+
+    from mtl_model.backbone import BackboneError
+    from mtl_model.summary import summarise
+    from server.report import summary_table
+
+    try:
+        summary = summarise(settings.model, settings.data, settings.loss)
+    except BackboneError as error:
+        raise ConfigError(str(error)) from None
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(summary), indent=2) + "\n")
+        return
+    console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
+    console.print(summary_table(summary, settings))
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Height and width from ``224`` or ``256x320``.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise ConfigError(f"--size: expected pixels as 224 or 256x320, got {text!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 @runs.callback()
@@ -70,11 +123,9 @@ def show(
 ) -> None:
     """Print a run's tables: every round's pooled values, and every site on the test images."""
     from server.history import POOLED, read_history
-    from server.report import metrics_table
+    from server.report import class_tables, metrics_table
 
-    folder = out / name if (out / name).is_dir() else Path(name)
-    if not (folder / "config.toml").is_file():
-        raise ConfigError(f"{name}: no such run under {out.absolute()}")
+    folder = _folder_of(name, out)
     lines = read_history(folder / "history.jsonl")
     if as_json:
         text = (folder / "history.jsonl").read_text(encoding="utf-8") if lines else ""
@@ -82,13 +133,13 @@ def show(
         sys.stdout.write(json.dumps({**_summary(folder), "history": content}, indent=2) + "\n")
         return
     console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
-    positive = load_run_config(folder / "config.toml").data.positive
+    data = load_run_config(folder / "config.toml").data
     pooled = {
         f"round {line.round}": line.metrics
         for line in lines
         if line.site == POOLED and line.split == "val" and line.metrics
     }
-    console.print(metrics_table("All sites' validation images pooled", pooled, positive))
+    console.print(metrics_table("All sites' validation images pooled", pooled, data.positive))
     for split, title in (("val", "validation"), ("test", "held-out test")):
         last = max((line.round for line in lines if line.split == split), default=None)
         rows = {
@@ -98,10 +149,98 @@ def show(
         }
         if rows:
             heading = f"Round {last} on the {title} images"
-            console.print(metrics_table(heading, rows, positive))
+            console.print(metrics_table(heading, rows, data.positive))
+            for table in class_tables(rows, data):
+                console.print(table)
     summary = _summary(folder)
     console.print(f"{summary['status']}" + (f": {summary['reason']}" if summary["reason"] else ""))
     console.print(f"run folder: {folder.absolute()}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .onnx, .pt or .safetensors.")],
+    kind: Annotated[
+        str | None,
+        typer.Option("--format", help="onnx, torchscript or safetensors; by default, by the file."),
+    ] = None,
+    number: Annotated[
+        int | None, typer.Option("--round", min=1, help="A kept round; by default the best.")
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0.0, help="Largest difference of a logit, relative to the largest logit."),
+    ] = 1e-4,
+    card: Annotated[
+        Path | None, typer.Option(help="Model card to write; by default FILE with .md behind it.")
+    ] = None,
+    runs_folder: Annotated[
+        Path, typer.Option("--runs", help="Folder that holds run folders.")
+    ] = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's model as a file for other programs, and a model card beside it.
+
+    The file is tried against the network first; one that differs is not kept (exit status 1).
+    """
+    folder = _folder_of(run, runs_folder)
+    card = card or out.with_name(f"{out.name}.md")
+    for path in (out, card):
+        if path.exists():
+            raise ConfigError(f"{path}: is there already; it is not written over")
+
+    # torch takes seconds to import; a mistyped name need not wait for it
+    from mtl_model.saved import format_of
+    from server.card import model_card
+    from server.export import ParityError, chosen_checkpoint, export_model
+    from server.folder import RunFolder, write_atomically
+
+    found = RunFolder(folder.absolute())
+    words = Console(stderr=True, markup=False, highlight=False)
+    chosen = format_of(out, kind)
+    checkpoint = chosen_checkpoint(found, number)
+    try:
+        with words.status(f"writing {chosen} and trying it (onnx: about a minute)"):
+            exported = export_model(checkpoint, found.name, chosen, out, tolerance)
+    except ParityError as error:
+        words.print(f"error: {error}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    write_atomically(card, model_card(found, exported).encode())
+    _print_exported(exported, card, as_json)
+
+
+def _print_exported(exported: Exported, card: Path, as_json: bool) -> None:
+    number = exported.passport.round
+    if as_json:
+        content = {
+            "file": str(exported.path),
+            "card": str(card),
+            "format": exported.format,
+            "round": number,
+            "sha256": exported.sha256,
+            "weights-sha256": exported.passport.weights_sha256,
+            "parity": {
+                p.output: {"absolute": p.absolute, "relative": p.relative} for p in exported.parity
+            },
+            "inputs": exported.inputs,
+        }
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        return
+    shapes = ", ".join("x".join(map(str, shape)) for shape in exported.inputs)
+    sys.stdout.write(f"difference from the network over inputs of {shapes}:\n")
+    for parity in exported.parity:
+        sys.stdout.write(f"  {parity}\n")
+    sys.stdout.write(f"{exported.path}: round {number}, {exported.bytes:,} bytes\n")
+    sys.stdout.write(f"{card}: its model card, with parts for the owner to fill in\n")
+
+
+def _folder_of(name: str, out: Path) -> Path:
+    """A run's folder, by its name or path."""
+    folder = out / name if (out / name).is_dir() else Path(name)
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"{name}: no such run under {out.absolute()}")
+    return folder
 
 
 def _summary(folder: Path) -> dict[str, object]:

@@ -31,7 +31,7 @@ class Line:
     def from_json(cls, content: Mapping[str, Any]) -> Line:
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
         if known.get("metrics"):
-            known["metrics"] = Metrics(**known["metrics"])
+            known["metrics"] = Metrics.from_json(known["metrics"])
         if known.get("train"):
             known["train"] = TrainReport(**known["train"])
         return cls(**known)

@@ -17,8 +17,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from configs import wire
 from configs.run import DataConfig
-from mtl_model.metrics import MetricSums
 from mtl_model.packing import Layout, Packed
+from mtl_model.sums import Classes, MetricSums
 from mtl_model.tasks import Group
 from server.aggregate import Contribution
 
@@ -156,7 +156,8 @@ def read_evaluation(reply: Message, data: DataConfig) -> MetricSums:
         if key != wire.SECONDS
     }
     try:
-        return MetricSums.from_lists(lists, mask_classes=1, image_classes=len(data.classes))
+        size = (data.image_height, data.image_width)
+        return MetricSums.from_lists(lists, Classes.of(data), size)
     except ValueError as error:
         raise ReplyError(f"evaluation: {error}") from None
 

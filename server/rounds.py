@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
@@ -18,8 +18,9 @@ from flwr.serverapp import Grid
 
 from configs import wire
 from configs.run import RoundsConfig, RunConfig
-from mtl_model.metrics import Metrics, MetricSums, compute, empty_sums
+from mtl_model.metrics import Metrics, compute
 from mtl_model.packing import Layout, Packed
+from mtl_model.sums import Classes, empty_sums
 from server.aggregate import Contribution, average_by_task
 from server.checkpoint import Best, save_round
 from server.folder import RunFolder, append_line, write_json
@@ -304,7 +305,7 @@ class Rounds:
                 "event": "round",
                 "round": number,
                 "best": self.best.number if self.best else None,
-                "metrics": {site: vars(m) for site, m in evaluation.metrics.items()},
+                "metrics": {site: asdict(m) for site, m in evaluation.metrics.items()},
                 "failed": failed | evaluation.failed,
             }
         )
@@ -323,8 +324,8 @@ class Rounds:
                 "split": wire.TEST_SPLIT,
                 "round": number,
                 "positive": self.config.data.positive,
-                "sites": {s: vars(m) for s, m in evaluation.metrics.items() if s != POOLED},
-                POOLED: vars(evaluation.metrics[POOLED]),
+                "sites": {s: asdict(m) for s, m in evaluation.metrics.items() if s != POOLED},
+                POOLED: asdict(evaluation.metrics[POOLED]),
                 "failed": evaluation.failed,
             },
         )
@@ -337,9 +338,9 @@ class Rounds:
         sums, failed = self.federation.read(
             phase, number, lambda reply, _: read_evaluation(reply, data)
         )
-        positive = data.classes.index(data.positive)
-        metrics = {site: compute(s, positive) for site, s in sums.items()}
-        metrics[POOLED] = compute(_total(sums.values(), len(data.classes)), positive)
+        classes = Classes.of(data)
+        metrics = {site: compute(s, classes) for site, s in sums.items()}
+        metrics[POOLED] = compute(sum(sums.values(), empty_sums(classes)), classes)
         return Evaluation(metrics, failed)
 
     def _choose(self, number: int, evaluation: Evaluation) -> None:
@@ -354,13 +355,6 @@ class Rounds:
     def _record(self, line: Line) -> None:
         write_line(self.folder.history, line)
         self.watch(line)
-
-
-def _total(sums: Iterable[MetricSums], classes: int) -> MetricSums:
-    total = empty_sums(mask_classes=1, image_classes=classes)
-    for part in sums:
-        total = total + part
-    return total
 
 
 def progress_writer(folder: RunFolder) -> Notify:

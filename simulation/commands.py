@@ -12,6 +12,8 @@ from configs.run import ConfigError, RunConfig, load_run_config
 from server.commands import ConfigOption, SetOption
 
 app = typer.Typer()
+bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -108,3 +110,25 @@ def compare(
     from simulation.compare import compare_run
 
     raise typer.Exit(compare_run(run, as_json))
+
+
+@bench.command("model")
+def bench_model(
+    size: Annotated[int, typer.Option(min=64, help="Side of the images, pixels.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    turns: Annotated[int, typer.Option(min=1, help="Times that each network is timed.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    only: Annotated[
+        str | None, typer.Option(help="Contestants by name, with commas; the first is the base.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Time the network beside itself written plainly and beside others, in turns.
+
+    Milliseconds an image and peak memory, of inference and of a training step. The others need
+    `pip install 'polyclinic[bench]'`.
+    """
+    from simulation.bench import run_bench
+
+    run_bench(size, batch, threads, turns, device, only, as_json)

@@ -11,6 +11,7 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,12 @@ from client.evaluate import evaluate
 from client.train import Round, steps_of_round, train_one_round
 from configs import wire
 from configs.run import ConfigError, RunConfig, load_run_config
-from mtl_model.metrics import Metrics, MetricSums, compute, empty_sums
-from mtl_model.network import MultiTaskUNet, network_of
+from mtl_model.metrics import Metrics, compute
+from mtl_model.network import MultiTaskUNet
+from mtl_model.sums import Classes, MetricSums, empty_sums
 from server.folder import RunFolder, write_json
 from server.history import POOLED
+from server.initial import initial_network
 from simulation.sites import simulated_sites
 
 FEDERATED = "federated"
@@ -59,9 +62,9 @@ def compare_run(run: Path, as_json: bool) -> int:
         config, "all pooled", pool(list(sites.values())), sites, _mean_steps(config, sites)
     )
     federated = {**results["sites"], POOLED: results[POOLED]}
-    comparison[FEDERATED] = {site: Metrics(**values) for site, values in federated.items()}
+    comparison[FEDERATED] = {site: Metrics.from_json(values) for site, values in federated.items()}
     content = {
-        model: {site: vars(metrics) for site, metrics in tested.items()}
+        model: {site: asdict(metrics) for site, metrics in tested.items()}
         for model, tested in comparison.items()
     }
     write_json(folder.path / "compare.json", content)
@@ -97,10 +100,10 @@ def pool(sites: Sequence[SiteData]) -> dict[str, Examples]:
     """All sites' examples as if they were one site's, split by split."""
     return {
         split: Examples(
-            np.concatenate([site.splits[split].images for site in sites]),
-            np.concatenate([site.splits[split].masks for site in sites]),
-            np.concatenate([site.splits[split].has_mask for site in sites]),
-            np.concatenate([site.splits[split].labels for site in sites]),
+            *(
+                np.concatenate([getattr(site.splits[split], part.name) for site in sites])
+                for part in fields(Examples)
+            )
         )
         for split in wire.SPLITS
     }
@@ -115,8 +118,8 @@ def _trained_and_tested(
 ) -> dict[str, Metrics]:
     train = config.train.model_copy(update={"local_steps": steps})
     device = find_device(train.device)
-    network = network_of(config.model, config.data, config.run.seed)
-    positive = config.data.classes.index(config.data.positive)
+    network = initial_network(config.model, config.data, config.loss, config.run.seed)
+    classes = Classes.of(config.data)
     best, best_state = float("-inf"), copy.deepcopy(network.state_dict())
     rounds = range(1, config.rounds.count + 1)
     for number in track(
@@ -131,7 +134,7 @@ def _trained_and_tested(
             loss=config.loss,
             device=device,
         )
-        on_val = compute(_sums(config, network, splits[wire.VAL_SPLIT]), positive)
+        on_val = compute(_sums(config, network, splits[wire.VAL_SPLIT]), classes)
         value = on_val.value(config.evaluate.select_by)
         if value is not None and value > best:
             best, best_state = value, copy.deepcopy(network.state_dict())
@@ -139,8 +142,8 @@ def _trained_and_tested(
     tested = {
         site: _sums(config, network, data.splits[wire.TEST_SPLIT]) for site, data in sites.items()
     }
-    total = sum(tested.values(), empty_sums(1, len(config.data.classes)))
-    return {site: compute(s, positive) for site, s in {**tested, POOLED: total}.items()}
+    total = sum(tested.values(), empty_sums(classes))
+    return {site: compute(s, classes) for site, s in {**tested, POOLED: total}.items()}
 
 
 def _sums(config: RunConfig, network: MultiTaskUNet, examples: Examples) -> MetricSums:
@@ -151,6 +154,7 @@ def _sums(config: RunConfig, network: MultiTaskUNet, examples: Examples) -> Metr
         batch_size=config.evaluate.batch_size,
         precision=config.train.precision,
         device=find_device(config.train.device),
+        hd95=config.evaluate.hd95,
     )
 
 

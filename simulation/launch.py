@@ -31,7 +31,9 @@ from client.dataset import load_site
 from client.device import find_device
 from configs import wire
 from configs.run import RunConfig
+from mtl_model.distance import check_distances
 from server.folder import RunFolder, read_lines_from, to_toml, write_json
+from server.initial import initial_network
 from server.rounds import RunRefused, check_classes, sites_needed
 from simulation.sites import simulated_sites
 
@@ -65,16 +67,16 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
             as there are cores and sites, since small layers gain little from a second core.
 
     Raises:
-        ConfigError, DataError, DeviceError, RunRefused: saying what does not fit.
+        BackboneError, ConfigError, DataError, DeviceError, DistanceError, PretrainedError,
+        RunRefused: saying what does not fit.
     """
     find_device(config.train.device)
+    if config.evaluate.hd95:
+        check_distances()
     root, manifests = simulated_sites(config.data, config.phantom)
     classes = config.data.classes
     counts = {
-        name: load_site(manifest, config.data)
-        .splits[wire.TRAIN_SPLIT]
-        .class_counts(len(classes))
-        .tolist()
+        name: load_site(manifest, config.data).splits[wire.TRAIN_SPLIT].class_counts().tolist()
         for name, manifest in manifests.items()
     }
     check_classes(classes, counts)
@@ -84,10 +86,15 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
             f"rounds.min-sites: expected at most {len(sites)}, the number of sites, got "
             f"{config.rounds.min_sites}"
         )
+    model = config.model
+    if model.pretrained not in ("none", "timm"):
+        file = str(Path(model.pretrained).expanduser().absolute())
+        model = model.model_copy(update={"pretrained": file})
+    initial_network(model, config.data, config.loss, config.run.seed)
     folder = RunFolder.free(config)
     run = config.run.model_copy(update={"name": folder.name, "output_dir": str(folder.path.parent)})
     data = config.data.model_copy(update={"root": str(root), "sites": sites})
-    config = config.model_copy(update={"run": run, "data": data})
+    config = config.model_copy(update={"run": run, "data": data, "model": model})
     at_once = parallel or (1 if _gpus() else min(_cores(), len(sites)))
     return Plan(config, sites, folder, at_once)
 

@@ -90,7 +90,7 @@ class Display:
             self.console.print(f"  {site} did not take part: {reason}", style="yellow")
 
     def _round(self, event: Mapping[str, Any]) -> None:
-        rows = {site: Metrics(**values) for site, values in event["metrics"].items()}
+        rows = {site: Metrics.from_json(values) for site, values in event["metrics"].items()}
         self.progress.update(self.task, completed=event["round"])
         if self.console.is_terminal:
             title = f"Round {event['round']} on the validation images (best: {event['best']})"

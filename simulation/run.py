@@ -10,9 +10,12 @@ from rich.console import Console
 
 from client.device import DeviceError
 from configs.run import RunConfig
+from mtl_model.backbone import BackboneError
+from mtl_model.distance import DistanceError
 from mtl_model.metrics import Metrics
+from mtl_model.pretrained import PretrainedError
 from server.history import POOLED
-from server.report import metrics_table
+from server.report import class_tables, metrics_table
 from server.rounds import RunRefused
 from simulation.launch import LaunchError, Plan, launch, plan
 from simulation.progress import Display
@@ -30,7 +33,7 @@ def run_simulation(config: RunConfig, parallel: int | None, as_json: bool) -> in
     words.print("reading images", highlight=False)
     try:
         planned = plan(config, parallel)
-    except (DeviceError, RunRefused) as error:
+    except (BackboneError, DeviceError, DistanceError, PretrainedError, RunRefused) as error:
         words.print(f"error: {error}", soft_wrap=True)
         return MISTAKE
     except KeyboardInterrupt:
@@ -65,9 +68,11 @@ def _print_results(planned: Plan, end: dict[str, Any], as_json: bool) -> None:
         summary = {"run": str(folder.path), "seconds": end["seconds"], **results}
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
         return
-    rows = {site: Metrics(**values) for site, values in results["sites"].items()}
-    rows[POOLED] = Metrics(**results[POOLED])
+    rows = {site: Metrics.from_json(values) for site, values in results["sites"].items()}
+    rows[POOLED] = Metrics.from_json(results[POOLED])
     out = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
     title = f"Round {results['round']}, the best on validation, on the held-out test images"
     out.print(metrics_table(title, rows, results["positive"]))
+    for table in class_tables(rows, planned.config.data):
+        out.print(table)
     out.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first 
 import numpy as np
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from configs.run import RunConfig
 from tests.memory_grid import MemoryGrid
@@ -64,8 +67,8 @@ def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
     return make
 
 
-@pytest.fixture
-def flower_identity() -> Iterator[None]:
+@contextlib.contextmanager
+def pretended_task() -> Iterator[None]:
     """flwr refuses to build a Message outside of a task; pretend to be in one."""
     from flwr.supercore.task_identity import TaskIdentity
 
@@ -78,6 +81,12 @@ def flower_identity() -> Iterator[None]:
 
 
 @pytest.fixture
+def flower_identity() -> Iterator[None]:
+    with pretended_task():
+        yield
+
+
+@pytest.fixture
 def grid(flower_identity: None) -> Callable[[RunConfig], MemoryGrid]:
     """A federation of a config's simulated sites in this process."""
     from apps import client
@@ -86,6 +95,63 @@ def grid(flower_identity: None) -> Callable[[RunConfig], MemoryGrid]:
         return MemoryGrid(client, config.to_flat(), sites)
 
     return make
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Call the command line in this process: arguments in; exit status, stdout, stderr out."""
+    import polyclinic
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["polyclinic", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            polyclinic.main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two rounds, its phantoms beside it in ``phantoms``."""
+    from apps import client
+    from server.app import run
+    from simulation.phantom import write_phantoms
+
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("finished")
+    write_phantoms(place / "phantoms", sites=2, examples=14, seed=0, size=48, normal_fraction=0.0)
+    named = {"run.output-dir": str(place / "runs"), "run.name": "a-run"}
+    # exporters need a second for every few layers, and dilated enhancement has most of them
+    named |= {"data.root": str(place / "phantoms"), "model.dfe": "none"}
+    config = RunConfig.from_flat({**TINY, **named})
+    with pretended_task():
+        return run(MemoryGrid(client, config.to_flat(), 2), config).path
+
+
+@pytest.fixture(scope="session")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """That run's model in every format, as the command line writes it."""
+    import polyclinic
+
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("exported")
+    files = {
+        kind: place / f"model{suffix}"
+        for kind, suffix in (
+            ("safetensors", ".safetensors"),
+            ("torchscript", ".pt"),
+            ("onnx", ".onnx"),
+        )
+    }
+    for kind, path in files.items():
+        arguments = ["export", str(finished_run), "--format", kind, "--out", str(path)]
+        done = CliRunner().invoke(polyclinic.app, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    return files
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_model.attention import SwinLayer, WindowAttention
+import mtl_model.attention as attention_module
+from mtl_model.attention import SwinLayer, WindowAttention, strips
+from mtl_model.encoder import heads_of
 
 
 def plain(attention: WindowAttention, x: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def plain(attention: WindowAttention, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("size", [(8, 8), (8, 12), (6, 9), (3, 8)])
-def test_windows_cut_and_masked_equal_the_definition(size: tuple[int, int], shift: int) -> None:
+def test_windows_equal_the_definition(size: tuple[int, int], shift: int) -> None:
     torch.manual_seed(0)
     attention = WindowAttention(channels=8, heads=2, window=4, shift=shift)
     torch.nn.init.normal_(attention.bias.table)
@@ -44,10 +46,67 @@ def test_windows_cut_and_masked_equal_the_definition(size: tuple[int, int], shif
             torch.testing.assert_close(ours[example], plain(attention, x[example]))
 
 
+@pytest.mark.parametrize("size", [(8, 8), (6, 9)])
+def test_gradients_computed_again_in_chunks_equal_those_of_kept_scores(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    attention = WindowAttention(channels=8, heads=2, window=4, shift=2)
+    torch.nn.init.normal_(attention.bias.table)
+    x = torch.randn(2, *size, 8, requires_grad=True)
+
+    def gradients(chunk: int | None) -> list[Tensor]:
+        if chunk:
+            monkeypatch.setattr(attention_module, "CHUNK", chunk)
+        else:
+            monkeypatch.setattr(attention_module, "windowed_attention", attention_module._fused)
+        loss = attention(x).square().sum()
+        return list(torch.autograd.grad(loss, [x, *attention.parameters()]))
+
+    recomputed = [gradients(chunk) for chunk in (1, 1000, 2**20)]
+    kept = gradients(None)
+    for found in recomputed:
+        for ours, expected in zip(found, kept, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "shift", "cut"),
+    [
+        (8, 4, 0, [(0, 4, 2)]),
+        (8, 4, 2, [(0, 2, 1), (2, 4, 1), (6, 2, 1)]),
+        (9, 4, 2, [(0, 2, 1), (2, 4, 1), (6, 3, 1)]),
+        (9, 4, 0, [(0, 4, 2), (8, 1, 1)]),
+        (3, 4, 0, [(0, 3, 1)]),
+        (3, 4, 2, [(0, 2, 1), (2, 1, 1)]),
+        (1, 4, 2, [(0, 1, 1)]),
+    ],
+)
+def test_an_axis_is_cut_at_the_shift_and_then_every_window(
+    length: int, window: int, shift: int, cut: list[tuple[int, int, int]]
+) -> None:
+    assert [(s.start, s.size, s.count) for s in strips(length, window, shift)] == cut
+
+
 def test_a_map_of_one_window_is_not_shifted() -> None:
     def layer(side: int) -> SwinLayer:
-        return SwinLayer(8, 2, window=4, side=side, mlp_ratio=2.0, drop_paths=[0.0, 0.0])
+        return SwinLayer(
+            8, 2, window=4, side=side, mlp_ratio=2.0, drop_paths=[0.0, 0.0], token_mixing="proper"
+        )
 
     assert [block.attention.shift for block in layer(4).blocks] == [0, 0]
     assert [block.attention.shift for block in layer(8).blocks] == [0, 2]
     assert [block.attention.window for block in layer(2).blocks] == [2, 2]
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(64, 2), (24, 1), (112, 2), (320, 10), (16, 1)])
+def test_heads_divide_the_channels_and_are_no_smaller_than_asked(channels: int, heads: int) -> None:
+    assert heads_of(channels, least=32) == heads
+
+
+def test_an_attention_that_predicted_first_can_be_trained() -> None:
+    attention = WindowAttention(channels=8, heads=2, window=5, shift=0)
+    with torch.inference_mode():
+        attention(torch.randn(1, 5, 5, 8))
+    attention(torch.randn(1, 5, 5, 8)).sum().backward()
+    assert attention.bias.table.grad is not None

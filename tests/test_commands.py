@@ -5,30 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-import polyclinic
 from server.app import run
 from simulation.compare import compare_run
 from tests.conftest import rows_of, write_manifest
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Call the command line in this process: arguments in; exit status, stdout, stderr out."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["polyclinic", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            polyclinic.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -184,3 +167,34 @@ def test_a_run_is_compared_with_training_alone_and_pooled(
 
 def test_version_is_printed(cli) -> None:
     assert cli("--version")[1].strip() == "0.1.0"
+
+
+def test_model_info_counts_parts_that_add_up_to_the_whole(cli) -> None:
+    wanted = ["--size", "64x96", "--set", "model.preset=light", "--set", "data.channels=3"]
+    status, out, _ = cli("model", "info", *wanted, "--json")
+    assert status == 0
+    counted = json.loads(out)
+    assert counted["parameters"] == sum(part["parameters"] for part in counted["parts"])
+    assert counted["gmacs"] == pytest.approx(sum(part["gmacs"] for part in counted["parts"]))
+    assert counted["state_bytes"] == 4 * counted["parameters"]
+    shapes = {part["name"]: part["outputs"] for part in counted["parts"]}
+    assert shapes["encoder, transformer"] == [[64, 16, 24], [128, 8, 12], [256, 4, 6], [512, 2, 3]]
+    assert shapes["decoder"] == [[1, 64, 96]]
+    status, out, _ = cli("model", "info", *wanted)
+    assert f"{counted['parameters']:,}" in out
+    assert "decoder" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--size", "22x"], "--size: expected pixels as 224 or 256x320, got '22x'"),
+        (["--size", "16"], "data.image-height: expected greater than or equal to 32"),
+        (["--set", "model.backbone=resnet35"], "timm has no model 'resnet35'; did you mean"),
+        (["--set", "model.preset=heavy"], "model.preset: expected 'full' or 'light'"),
+    ],
+)
+def test_model_info_of_what_cannot_be_built_ends_with_2(cli, arguments, said) -> None:
+    status, out, err = cli("model", "info", *arguments)
+    assert (status, out) == (2, "")
+    assert said in err

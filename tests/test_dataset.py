@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from client.augment import Augmentation
-from client.dataset import ExampleDataset, load_site, to_batch
+from client.dataset import Example, ExampleDataset, load_site, to_batch
 from client.manifest import DataError, read_sites
 from configs.run import DataConfig
 from tests.conftest import rows_of, write_manifest
@@ -33,7 +33,8 @@ def test_a_site_is_split_resized_and_counted(site_folder) -> None:
     assert train.images.shape[1:] == (32, 32, 1)
     assert train.images.dtype == np.uint8
     assert set(np.unique(train.masks)) == {0, 1}
-    assert train.class_counts(2).sum() == len(train)
+    assert train.masks.shape[1:] == (32, 32, 1)
+    assert train.class_counts().sum() == len(train)
     assert train.tasks == ("segmentation", "classification")
 
 
@@ -99,7 +100,8 @@ def test_rows_without_a_mask_or_a_label_are_kept_for_the_other_task(site_folder)
         row["label"] = ""
     labels_gone = load(site_folder(rows, "b")).splits["train"]
     assert labels_gone.tasks == ("segmentation",)
-    assert (labels_gone.labels == -1).all()
+    assert not labels_gone.has_label.any()
+    assert not labels_gone.labels.any()
 
 
 def break_image(folder: Path) -> None:
@@ -188,28 +190,30 @@ def test_the_fingerprint_follows_the_pixels(site_folder) -> None:
 def test_each_image_is_brought_to_one_brightness_or_a_fixed_scale() -> None:
     images = torch.randint(50, 90, (2, 8, 8, 1), dtype=torch.uint8)
     images[1] += 100
-    rest = (torch.zeros(2, 8, 8, dtype=torch.uint8), torch.ones(2, dtype=torch.bool))
-    labels = torch.zeros(2, dtype=torch.int64)
-    x, targets = to_batch(images, *rest, labels, "image", torch.device("cpu"))
+    known = torch.ones(2, dtype=torch.bool)
+    labels = torch.eye(2, dtype=torch.uint8)
+    batch = Example(images, torch.zeros_like(images), known[:, None], labels, known)
+    x, targets = to_batch(batch, "image", torch.device("cpu"))
     assert x.shape == (2, 1, 8, 8)
     assert x.mean(dim=(1, 2, 3)).abs().max() < 1e-5
     assert targets.masks.shape == (2, 1, 8, 8)
-    fixed, _ = to_batch(images, *rest, labels, "fixed", torch.device("cpu"))
+    assert targets.labels.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    fixed, _ = to_batch(batch, "fixed", torch.device("cpu"))
     torch.testing.assert_close(fixed[0, 0], (images[0, ..., 0].float() / 255 - 0.5) / 0.25)
-    blank, _ = to_batch(images * 0, *rest, labels, "image", torch.device("cpu"))
+    blank, _ = to_batch(batch._replace(image=images * 0), "image", torch.device("cpu"))
     assert not blank.any()
 
 
 def test_augmentation_is_the_same_for_the_same_seed_and_moves_image_and_mask_alike() -> None:
-    mask = np.zeros((32, 32), np.uint8)
+    mask = np.zeros((32, 32, 1), np.uint8)
     mask[4:16, 8:20] = 1
-    image = (mask * 200)[..., None]
+    image = mask * np.uint8(200)
     first = [Augmentation(3)(image, mask, i) for i in range(8)]
     again = [Augmentation(3)(image, mask, i) for i in reversed(range(8))][::-1]
     for (a, b), (c, d) in zip(first, again, strict=True):
         assert np.array_equal(a, c)
         assert np.array_equal(b, d)
-        overlap = ((a[..., 0] > 100) & (b == 1)).sum() / (b == 1).sum()
+        overlap = ((a > 100) & (b == 1)).sum() / (b == 1).sum()
         assert overlap > 0.85
     assert len({b.tobytes() for _, b in first}) > 4
     assert not np.array_equal(first[0][1], Augmentation(4)(image, mask, 0)[1])
@@ -217,8 +221,9 @@ def test_augmentation_is_the_same_for_the_same_seed_and_moves_image_and_mask_ali
 
 def test_a_dataset_gives_examples_in_order(site_folder) -> None:
     examples = load(site_folder(ten())).splits["train"]
-    image, mask, has_mask, label = ExampleDataset(examples)[2]
-    assert torch.equal(image, torch.from_numpy(examples.images[2]))
-    assert mask.shape == (32, 32)
-    assert has_mask is True
-    assert label == examples.labels[2]
+    example = ExampleDataset(examples)[2]
+    assert torch.equal(example.image, torch.from_numpy(examples.images[2]))
+    assert example.masks.shape == (32, 32, 1)
+    assert example.has_mask.tolist() == [True]
+    assert example.labels.tolist() == examples.labels[2].tolist()
+    assert example.has_label.item() is True

@@ -24,7 +24,7 @@ from simulation.sites import simulated_sites
 
 
 def network(config: RunConfig) -> MultiTaskUNet:
-    return network_of(config.model, config.data, seed=0)
+    return network_of(config.model, config.data, config.loss, seed=0)
 
 
 def metrics_of(folder, split: str, number: int) -> dict[str, object]:

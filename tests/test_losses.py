@@ -1,19 +1,26 @@
-"""Losses: by hand, against an independent implementation, and masked where nothing is known."""
+"""Losses: by hand, against independent implementations, and masked where nothing is known."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.losses import DiceFocalLoss, DiceLoss, FocalLoss
+from torch import Tensor
 
 from configs.run import LossConfig
 from mtl_model.losses import (
     Targets,
     balanced_class_weights,
+    classification_loss,
+    focal_loss,
     multi_task_loss,
+    segmentation_loss,
     soft_dice_loss,
 )
 from mtl_model.network import Prediction
+
+KINDS = ["one binary", "overlapping", "exclusive"]
 
 
 def batch() -> tuple[Prediction, Targets]:
@@ -22,8 +29,27 @@ def batch() -> tuple[Prediction, Targets]:
         torch.randn(4, 1, 8, 8, generator=generator), torch.randn(4, 3, generator=generator)
     )
     masks = (torch.rand(4, 1, 8, 8, generator=generator) > 0.5).float()
-    known = torch.tensor([True, False, True, False])
-    return prediction, Targets(masks, known, torch.tensor([2, 0, -1, -1]))
+    known = torch.tensor([[True], [False], [True], [False]])
+    labels = torch.eye(3)[[2, 0, 0, 0]]
+    return prediction, Targets(masks, known, labels, torch.tensor([True, True, False, False]))
+
+
+def some_masks(kind: str, n: int = 4) -> tuple[Tensor, Tensor]:
+    """Logits and masks; example 0 shows no mask class at all."""
+    generator = torch.Generator().manual_seed(1)
+    classes = 1 if kind == "one binary" else 3
+    if kind == "exclusive":
+        index = torch.randint(4, (n, 8, 8), generator=generator)
+        masks = F.one_hot(index, 4).movedim(3, 1)[:, 1:].float()
+    else:
+        masks = (torch.rand(n, classes, 8, 8, generator=generator) > 0.6).float()
+    masks[0] = 0
+    maps = classes + (kind == "exclusive")
+    return 3 * torch.randn(n, maps, 8, 8, generator=generator), masks
+
+
+def with_background(masks: Tensor) -> Tensor:
+    return torch.cat([1 - masks.sum(1, keepdim=True), masks], dim=1)
 
 
 def test_soft_dice_by_hand() -> None:
@@ -35,11 +61,102 @@ def test_soft_dice_by_hand() -> None:
 def test_an_empty_mask_met_with_an_empty_prediction_costs_nothing() -> None:
     loss = soft_dice_loss(torch.full((1, 1, 4, 4), -100.0), torch.zeros(1, 1, 4, 4))
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    background = torch.tensor([100.0, 0.0, 0.0])[None, :, None, None].expand(1, 3, 4, 4)
+    for loss in (soft_dice_loss, lambda *maps: focal_loss(*maps, gamma=2.0)):
+        assert loss(background, torch.zeros(1, 2, 4, 4)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_soft_dice_agrees_with_monai(kind: str) -> None:
+    logits, masks = some_masks(kind)
+    if kind == "exclusive":
+        reference = DiceLoss(softmax=True, include_background=False, **dice_settings())
+        expected = reference(logits, with_background(masks))
+    else:
+        expected = DiceLoss(sigmoid=True, **dice_settings())(logits, masks)
+    torch.testing.assert_close(soft_dice_loss(logits, masks), expected[..., 0, 0])
+
+
+def dice_settings() -> dict[str, object]:
+    return {"reduction": "none", "smooth_nr": 1.0, "smooth_dr": 1.0}
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_focal_loss_agrees_with_monai(kind: str, gamma: float) -> None:
+    logits, masks = some_masks(kind)
+    if kind == "exclusive":
+        # MONAI keeps a pixel's loss at its class and 0 at the others; one pixel costs their sum
+        reference = FocalLoss(use_softmax=True, gamma=gamma, reduction="none")
+        expected = reference(logits, with_background(masks)).sum(1, keepdim=True)
+    else:
+        expected = FocalLoss(gamma=gamma, reduction="none")(logits, masks)
+    torch.testing.assert_close(focal_loss(logits, masks, gamma), expected.mean(dim=(2, 3)))
+
+
+def test_dice_plus_focal_agrees_with_monai() -> None:
+    logits, masks = some_masks("overlapping")
+    ours = segmentation_loss(
+        logits, masks, torch.ones(4, 3, dtype=torch.bool), LossConfig(segmentation="dice+focal")
+    )
+    reference = DiceFocalLoss(
+        sigmoid=True, gamma=2.0, smooth_nr=1.0, smooth_dr=1.0, reduction="mean"
+    )
+    each = [reference(logits[i : i + 1], masks[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(ours, torch.stack(each))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_segmentation_loss_is_dice_plus_cross_entropy(kind: str) -> None:
+    logits, masks = some_masks(kind)
+    known = torch.ones(masks.shape[:2], dtype=torch.bool)
+    both = segmentation_loss(logits, masks, known, LossConfig(segmentation="dice+ce"))
+    dice = segmentation_loss(logits, masks, known, LossConfig(segmentation="dice"))
+    if kind == "exclusive":
+        entropy = F.cross_entropy(logits, with_background(masks).argmax(1), reduction="none")
+        expected = entropy.mean(dim=(1, 2))
+    else:
+        entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
+        expected = entropy.mean(dim=(1, 2, 3))
+    torch.testing.assert_close(both - dice, expected)
+
+
+@pytest.mark.parametrize("segmentation", ["dice", "dice+ce", "dice+focal"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_stay_finite_for_logits_of_any_size(
+    kind: str, segmentation: str
+) -> None:
+    logits, masks = some_masks(kind)
+    logits = (200 * logits).requires_grad_()
+    known = torch.ones(masks.shape[:2], dtype=torch.bool)
+    config = LossConfig(segmentation=segmentation, focal_gamma=0.5)
+    loss = segmentation_loss(logits, masks, known, config)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+def test_the_segmentation_loss_is_the_mean_over_annotated_mask_classes() -> None:
+    logits, masks = some_masks("overlapping")
+    known = torch.tensor(
+        [[True, True, True], [True, False, True], [False, False, True], [False, False, False]]
+    )
+    logits.requires_grad_()
+    ours = segmentation_loss(logits, masks, known, LossConfig(segmentation="dice+ce"))
+    each = soft_dice_loss(logits, masks) + focal_loss(logits, masks, gamma=0.0)
+    assert ours[1].item() == pytest.approx((each[1, 0] + each[1, 2]).item() / 2)
+    assert ours[2].item() == pytest.approx(each[2, 2].item())
+    assert ours[3] == 0
+    ours.sum().backward()
+    reached = logits.grad.abs().sum(dim=(2, 3)) > 0
+    assert torch.equal(reached, known)
 
 
 def test_losses_are_zero_where_the_annotation_is_absent_and_so_is_their_gradient() -> None:
     prediction, targets = batch()
-    prediction = Prediction(*(t.requires_grad_() for t in prediction))
+    prediction = Prediction(
+        prediction.mask_logits.requires_grad_(), prediction.class_logits.requires_grad_()
+    )
     losses = multi_task_loss(prediction, targets, LossConfig())
     assert (losses.segmentation > 0).tolist() == [True, False, True, False]
     assert (losses.classification > 0).tolist() == [True, True, False, False]
@@ -56,14 +173,6 @@ def test_the_total_weighs_the_two_tasks() -> None:
     torch.testing.assert_close(losses.total, expected)
 
 
-def test_the_segmentation_loss_is_dice_plus_cross_entropy() -> None:
-    prediction, targets = batch()
-    both = multi_task_loss(prediction, targets, LossConfig(segmentation="dice+bce")).segmentation
-    dice = multi_task_loss(prediction, targets, LossConfig(segmentation="dice")).segmentation
-    entropy = F.binary_cross_entropy_with_logits(prediction.mask_logits[0], targets.masks[0])
-    assert (both - dice)[0].item() == pytest.approx(entropy.item(), rel=1e-5)
-
-
 def test_class_weights_scale_the_examples_of_their_class() -> None:
     prediction, targets = batch()
     plain = multi_task_loss(prediction, targets, LossConfig()).classification
@@ -71,6 +180,40 @@ def test_class_weights_scale_the_examples_of_their_class() -> None:
         prediction, targets, LossConfig(), torch.tensor([2.0, 1.0, 5.0])
     ).classification
     torch.testing.assert_close(weighted[:2], plain[:2] * torch.tensor([5.0, 2.0]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_cross_entropy_with_weights_and_smoothing_by_its_definition(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, index = torch.randn(6, 3, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2])
+    weights = torch.tensor([0.5, 1.0, 3.0])
+    labels = torch.eye(3)[index]
+    config = LossConfig(label_smoothing=smoothing)
+    ours = classification_loss(logits, labels, config, weights)
+    wanted = labels * (1 - smoothing) + smoothing / 3
+    by_definition = -(weights * wanted * torch.log_softmax(logits, 1)).sum(1)
+    torch.testing.assert_close(ours, by_definition)
+    theirs = F.cross_entropy(logits, index, weights, label_smoothing=smoothing)
+    torch.testing.assert_close(ours.sum() / weights[index].sum(), theirs)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 3.0])], ids=["none", "weights"])
+def test_soft_margin_agrees_with_torch_on_one_label_and_on_several(weights: Tensor | None) -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+    labels = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]])
+    config = LossConfig(classification="soft-margin")
+    ours = classification_loss(logits, labels, config, weights)
+    for i in range(4):
+        theirs = F.multilabel_soft_margin_loss(logits[i : i + 1], labels[i : i + 1], weights)
+        assert ours[i].item() == pytest.approx(theirs.item())
+
+
+def test_smoothing_draws_the_answers_of_soft_margin_toward_one_half() -> None:
+    logits, labels = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    config = LossConfig(classification="soft-margin", label_smoothing=0.2)
+    ours = classification_loss(logits, labels, config, None)
+    expected = F.binary_cross_entropy_with_logits(logits, torch.tensor([[0.9, 0.1]]))
+    assert ours.item() == pytest.approx(expected.item())
 
 
 def test_a_task_that_was_not_computed_costs_nothing() -> None:

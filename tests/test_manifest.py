@@ -34,6 +34,14 @@ def test_empty_cells_mean_not_annotated_and_a_group_is_the_image_by_default(site
     assert (row.mask, row.label, row.split, row.group, row.line) == (None, None, None, "a.png", 2)
 
 
+def test_a_column_of_a_mask_class_is_kept_by_its_name(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "mask-mass": "m.png", "mask-vessel": " ", "mask-": ""}]
+    write_manifest(tmp_path, rows)
+    (row,) = read_sites(tmp_path)[tmp_path.name].rows
+    assert row.masks_of == (("mass", tmp_path / "m.png"),)
+    assert row.mask is None
+
+
 def test_a_byte_order_mark_of_a_spreadsheet_is_no_part_of_the_header(site_folder) -> None:
     folder = site_folder(rows_of(1))
     path = folder / "labels.csv"

@@ -33,6 +33,7 @@ def test_every_part_of_the_network_belongs_to_a_task() -> None:
         "decoder": "segmentation",
         "head": "classification",
     }
+    assert group_of("uncertainty.classification.value") == "classification"
     with pytest.raises(ValueError, match=r"stem.weight: expected a name under encoder"):
         group_of("stem.weight")
     with pytest.raises(ValueError, match="other/float32"):

@@ -11,17 +11,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/architecture.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/data.md",
+    "docs/model.md",
+    "docs/export.md",
+    "docs/architecture.md",
+)
 # where the command is run for real
 RUN_ELSEWHERE = {
     "make demo": "tests/test_readme.py::test_the_demo_is_as_good_as_the_readme_says",
     "make test": ".ci/run",
     "make quick": ".ci/run",  # the same tests and more
+    "make long": "",  # by hand: too long for CI
     "polyclinic simulate": "tests/test_simulate.py",
     "polyclinic runs": "tests/test_commands.py",
     "polyclinic compare": "tests/test_commands.py",
     "polyclinic settings": "tests/test_simulate.py",
     "polyclinic phantom": "tests/test_commands.py",
+    "polyclinic model info": "tests/test_commands.py",
+    "polyclinic bench model": "tests/test_bench.py",
+    "polyclinic export": "tests/test_export.py",
+    "polyclinic predict": "tests/test_predict.py",
     "flwr build": "tests/test_bundle.py",
     "flwr run": "tests/test_simulate.py",
     "tensorboard": "",  # not ours
@@ -58,7 +70,7 @@ def test_every_command_of_the_papers_is_run_somewhere() -> None:
 )
 def test_options_that_the_papers_use_exist(command: str) -> None:
     words = shlex.split(command)
-    group = words[1:3] if words[1:3] == ["runs", "show"] else words[1:2]
+    group = words[1:3] if words[1] in ("runs", "model", "bench") and len(words) > 2 else words[1:2]
     help_ = subprocess.run(
         [str(Path(sys.executable).parent / "polyclinic"), *group, "--help"],
         capture_output=True,

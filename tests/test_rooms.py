@@ -17,6 +17,9 @@ MAY_IMPORT = {
 }
 KEPT_IN = {
     "flwr": {"client", "server", "simulation"},
+    "monai": {"mtl_model", "simulation"},
+    "onnx": {"server"},
+    "onnxruntime": {"mtl_model"},
     "opacus": {"client"},
     "torch": {"mtl_model", "client", "server", "simulation"},
 }

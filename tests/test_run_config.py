@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import VERSION
-from configs.run import ConfigError, RunConfig, load_run_config, read_override
+from configs.run import (
+    PRESETS,
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    load_run_config,
+    read_override,
+)
 from server.folder import to_toml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,15 +56,26 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("data.classes", "benign", "data.classes: expected at least two"),
         ("data.classes", "a,b,a", "data.classes: expected distinct"),
         ("data.positive", "cyst", r"data.positive: expected one of .*benign,malignant.*'cyst'"),
+        ("data.classes", "", "data.classes: expected at least two names, got ''"),
+        ("data.mask-classes", "", "data.mask-classes: expected 1 to 255 names, got 0"),
+        ("data.mask-classes", "a,b,a", "data.mask-classes: expected distinct names"),
+        ("data.mask-kind", "both", "data.mask-kind: .*'overlapping'"),
+        ("data.label-kind", "multi-label", "loss.classification: expected soft-margin"),
+        ("data.channels", 2, "data.channels: .*1, 3 or 4"),
         ("data.drop-labels", "benign", "data.drop-labels: benign is also in data.classes"),
         ("data.val-fraction", 0.9, "sum below 1"),
         ("model.depths", "1,2", "model.depths: expected 4 numbers"),
         ("model.depths", "1,2,x,4", "model.depths"),
-        ("model.head-channels", 48, "divisor of model.width"),
+        ("model.backbone", "ResNet 34", "model.backbone"),
+        ("model.stride", 8, "model.stride: .*2 or 4"),
         ("model.head-stages", "5", "stages from 1 to 4"),
         ("model.dfe-rates", "6", "model.dfe-rates: expected 3"),
         ("loss.class-weights", "1,2,3", "loss.class-weights: expected 2 numbers"),
         ("loss.class-weights", "1..2,3", "loss.class-weights"),
+        ("loss.class-weights", 5, "loss.class-weights: expected 2 numbers"),
+        ("loss.segmentation", "dice+bce", r"loss.segmentation: .*'dice\+ce'"),
+        ("loss.label-smoothing", 1.0, "loss.label-smoothing: .*less than 1"),
+        ("loss.focal-gamma", -1.0, "loss.focal-gamma"),
         ("run.name", "a/b", "run.name"),
         ("run.name", "..", "run.name"),
     ],
@@ -65,6 +83,30 @@ def test_every_preset_is_valid(preset: Path) -> None:
 def test_a_setting_that_does_not_fit_is_refused_by_name(key: str, value, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RunConfig.from_flat({key: value})
+
+
+MULTI_LABEL = {"data.label-kind": "multi-label", "loss.classification": "soft-margin"}
+
+
+def test_an_image_of_several_labels_may_be_asked_for_one_class_alone() -> None:
+    one = {**MULTI_LABEL, "data.classes": "benign", "data.positive": "benign"}
+    assert RunConfig.from_flat({**one, "loss.class-weights": 2}).loss.class_weights == "2"
+    with pytest.raises(ConfigError, match=r"data.classes: expected at least one name"):
+        RunConfig.from_flat({**MULTI_LABEL, "data.classes": ""})
+
+
+@pytest.mark.parametrize("name", ["none", "cyst;scar"])
+def test_names_that_a_cell_of_several_labels_could_not_hold_are_refused(name: str) -> None:
+    classes = {"data.classes": f"malignant,{name}"}
+    assert RunConfig.from_flat(classes).data.classes[1] == name
+    with pytest.raises(ConfigError, match=rf"data.classes: .*got '{name}'"):
+        RunConfig.from_flat({**MULTI_LABEL, **classes})
+
+
+def test_learned_weights_cannot_start_at_nothing() -> None:
+    changes = {"loss.weighting": "uncertainty", "loss.classification-weight": 0.0}
+    with pytest.raises(ConfigError, match=r"loss.classification-weight: expected more than 0"):
+        RunConfig.from_flat(changes)
 
 
 def test_all_mistakes_are_named_at_once() -> None:
@@ -82,6 +124,11 @@ def test_a_whole_number_serves_where_a_fraction_is_wanted() -> None:
         optional={
             "run.seed": st.integers(0, 2**31),
             "data.classes": st.just("benign,malignant,normal"),
+            "data.mask-classes": st.sampled_from(["lesion", "mass,vessel"]),
+            "data.mask-kind": st.sampled_from(["exclusive", "overlapping"]),
+            "data.channels": st.sampled_from([1, 3, 4]),
+            "loss.segmentation": st.sampled_from(["dice", "dice+ce", "dice+focal"]),
+            "loss.weighting": st.sampled_from(["fixed", "uncertainty"]),
             "model.depths": st.sampled_from(["", "1,2,3,4"]),
             "train.learning-rate": st.floats(1e-6, 1.0),
             "train.augment": st.booleans(),
@@ -121,3 +168,20 @@ def test_a_missing_or_broken_preset_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("[train\n")
     with pytest.raises(ConfigError, match=r"broken.toml: expected TOML"):
         load_run_config(tmp_path / "broken.toml")
+
+
+def test_a_preset_changes_what_is_at_its_default_and_nothing_else() -> None:
+    light = RunConfig.from_flat({"model.preset": "light"}).model
+    assert (light.backbone, light.stride, light.dfe) == ("resnet18", 4, "none")
+    assert light.swin_depth == RunConfig().model.swin_depth
+    mine = RunConfig.from_flat({"model.preset": "light", "model.dfe": "sum"}).model
+    assert (mine.dfe, mine.stride) == ("sum", 4)
+    assert ModelConfig(preset="light", mlp_ratio=3.0).mlp_ratio == 3.0
+
+
+def test_a_preset_written_out_reads_back_the_same() -> None:
+    light = RunConfig.from_flat({"model.preset": "light", "model.stride": 2, "model.dfe": "sum"})
+    assert light.model.stride == 4  # 2 is the default, and a default cannot be told from none
+    assert RunConfig.from_flat(light.to_flat()) == light
+    named = {f"model.{key}": value for key, value in PRESETS["light"].items()}
+    assert RunConfig.from_flat({**named, "model.stride": 2}).model.stride == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from client.dataset import Examples
-from client.device import DeviceError, find_device
+from client.device import DeviceError, compiled, find_device
 from client.evaluate import EvaluationError, evaluate
 from client.train import (
     Round,
@@ -20,6 +20,7 @@ from client.train import (
 from configs.run import DataConfig, LossConfig, TrainConfig
 from mtl_model.metrics import compute
 from mtl_model.network import MultiTaskUNet
+from mtl_model.sums import Classes
 from tests.test_network import small
 
 DATA = DataConfig(image_height=32, image_width=32)
@@ -29,18 +30,19 @@ CPU = torch.device("cpu")
 def some(n: int = 12, masks: bool = True, labels: bool = True) -> Examples:
     """Bright squares, tall for class 1 and wide for class 0."""
     rng = np.random.default_rng(0)
-    mask = np.zeros((n, 32, 32), np.uint8)
+    mask = np.zeros((n, 32, 32, 1), np.uint8)
     label = np.arange(n) % 2
     for i in range(n):
         height, width = (16, 6) if label[i] else (6, 16)
         top, left = rng.integers(2, 12, 2)
         mask[i, top : top + height, left : left + width] = 1
-    images = rng.integers(0, 60, (n, 32, 32)) + 150 * mask
+    images = rng.integers(0, 60, (n, 32, 32, 1)) + 150 * mask
     return Examples(
-        images.astype(np.uint8)[..., None],
-        mask if masks else np.zeros_like(mask),
-        np.full(n, masks),
-        label.astype(np.int64) if labels else np.full(n, -1, np.int64),
+        images.astype(np.uint8),
+        mask * np.uint8(masks),
+        np.full((n, 1), masks),
+        np.eye(2, dtype=np.uint8)[label] * np.uint8(labels),
+        np.full(n, labels),
     )
 
 
@@ -161,7 +163,7 @@ def test_evaluation_counts_every_image_once_for_the_tasks_it_is_annotated_for() 
 
     def metrics(examples: Examples):
         sums = evaluate(model, examples, data=DATA, batch_size=5, precision="fp32", device=CPU)
-        return compute(sums, positive=1)
+        return compute(sums, Classes.of(DATA))
 
     both = metrics(some())
     assert (both.images, both.lesions, both.labelled) == (12, 12, 12)
@@ -171,10 +173,8 @@ def test_evaluation_counts_every_image_once_for_the_tasks_it_is_annotated_for() 
     assert metrics(some(0)).images == 0
 
 
-def test_a_network_that_was_evaluated_first_can_be_trained(monkeypatch) -> None:
-    """As on a GPU, where the first message may be an evaluation and memory is laid out anew."""
-    for module in ("client.train", "client.evaluate"):
-        monkeypatch.setattr(f"{module}.memory_format", lambda _device: torch.channels_last)
+def test_a_network_that_was_evaluated_first_can_be_trained() -> None:
+    """The first message may be an evaluation, in which memory is laid out anew."""
     model = small(size=(32, 32))
     evaluate(model, some(), data=DATA, batch_size=5, precision="fp32", device=CPU)
     result = train_one_round(
@@ -200,3 +200,27 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
     assert find_device("cpu") == CPU
     with pytest.raises(DeviceError, match=r"train.device: .*'cuda:99'"):
         find_device("cuda:99")
+
+
+def test_activations_computed_again_train_the_same_weights() -> None:
+    def trained(again: bool) -> dict[str, torch.Tensor]:
+        model = small(size=(32, 32), drop_path=0.2)
+        train_one_round(
+            model,
+            some(),
+            Round(1, 2, 0, "a"),
+            data=DATA,
+            train=TrainConfig(batch_size=4, grad_checkpointing=again),
+            loss=LossConfig(),
+            device=CPU,
+        )
+        return model.state_dict()
+
+    kept, again = trained(False), trained(True)
+    assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_site_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(DeviceError, match=r"train.compile: expected a C\+\+ compiler \(no-such"):
+        compiled(small(size=(32, 32)))

@@ -1,0 +1,105 @@
+"""Weights from elsewhere for the convolutional path: matched by name and shape, never in part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from configs.run import ModelConfig
+from mtl_model.backbone import build_conv_path, names_of_path, timm_model
+from mtl_model.blocks import norm_layer
+from mtl_model.network import MultiTaskUNet
+
+PRETRAINED_CHANNELS = 3  # of the images that published weights were learned from
+_SHOWN = 5  # names in a message
+
+
+class PretrainedError(ValueError):
+    """Pretrained weights cannot be used. The message says which names and shapes do not fit."""
+
+
+def load_pretrained(
+    network: MultiTaskUNet, config: ModelConfig, in_channels: int, state: Mapping[str, Tensor]
+) -> None:
+    """Put a backbone's weights into a network's convolutional path.
+
+    The first convolution is adapted to other channel counts (summed for one channel, repeated and
+    scaled for more than three). Into a group-norm network go the batch norms' scale and shift; what
+    they counted of the images they were trained on has no place there.
+
+    Args:
+        config: what the network was built from.
+        state: state dict of the timm model of that name, with or without its classifier. Names
+            of another implementation are taken if all its tensors have timm's shapes in timm's
+            order.
+
+    Raises:
+        PretrainedError: if a tensor that the path needs is missing or of another shape.
+    """
+    model = timm_model(config.backbone, PRETRAINED_CHANNELS, config.width, config.depths)
+    state = _in_timms_names(state, model)
+    state = _adapted(state, _first_conv(model), in_channels)
+    model = timm_model(config.backbone, in_channels, config.width, config.depths)
+    needed = [
+        name
+        for name in names_of_path(model, config.backbone)
+        if not name.endswith("num_batches_tracked")
+        and not (config.norm == "group" and name.endswith(("running_mean", "running_var")))
+    ]
+    own = model.state_dict()
+    _check(state, own, needed, config.backbone)
+    path = build_conv_path(
+        config.backbone,
+        in_channels,
+        config.stride,
+        norm_layer(config.norm) if config.norm == "group" else None,
+        config.width,
+        config.depths,
+        weights={**own, **{name: state[name] for name in needed}},
+    )
+    network.encoder.cnn.load_state_dict(path.state_dict())
+
+
+def _in_timms_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Without the prefix of a parallel training; or in timm's names, if only the names differ."""
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    own = model.state_dict()
+    shapes = [tuple(tensor.shape) for tensor in state.values()]
+    if not set(state) & set(own) and shapes == [tuple(tensor.shape) for tensor in own.values()]:
+        return dict(zip(own, state.values(), strict=True))
+    return state
+
+
+def _first_conv(model: nn.Module) -> str:
+    """The name of the weight that reads the image."""
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return f"{first}.weight"
+
+
+def _adapted(state: dict[str, Tensor], name: str, in_channels: int) -> dict[str, Tensor]:
+    weight = state.get(name)
+    if weight is None or weight.ndim != 4 or weight.shape[1] != PRETRAINED_CHANNELS:
+        return state
+    return {**state, name: adapt_input_conv(in_channels, weight)}
+
+
+def _check(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: Sequence[str], backbone: str
+) -> None:
+    problems = [
+        f"{name}: expected {tuple(own[name].shape)}, "
+        f"got {tuple(state[name].shape) if name in state else 'nothing'}"
+        for name in needed
+        if name not in state or state[name].shape != own[name].shape
+    ]
+    if not problems:
+        return
+    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    unknown = [f"{name} {tuple(t.shape)}" for name, t in state.items() if name not in own]
+    raise PretrainedError(
+        f"model.pretrained: {len(problems)} of {len(needed)} tensors of {backbone} do not fit: "
+        f"{'; '.join(problems[:_SHOWN])}{more}. Names that {backbone} does not have: "
+        f"{', '.join(unknown[:_SHOWN]) or 'none'}"
+    )

@@ -1,0 +1,210 @@
+"""A model's file, opened: safetensors, ONNX or TorchScript, used in the same way.
+
+Safetensors hold numbers alone and are never executed. An ONNX file is a graph and a TorchScript
+file a program: either is run as it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from configs.passport import KEYS, ModelFileError, Passport
+from mtl_model.network import MultiTaskUNet, network_of
+from mtl_model.packing import Layout
+
+Format = Literal["safetensors", "onnx", "torchscript"]
+SUFFIXES: dict[str, Format] = {
+    ".safetensors": "safetensors",
+    ".onnx": "onnx",
+    ".pt": "torchscript",
+}
+
+# Images (B, C, H, W) float32 to mask logits (B, M, H, W), or M + 1 maps, and class logits (B, K)
+Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model that is ready to be used."""
+
+    passport: Passport
+    sha256: str  # of the file
+    logits: Logits
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the checkpoint: the same for every file that was exported from it."""
+        return self.passport.weights_sha256 or self.sha256
+
+
+def format_of(path: Path, named: str | None = None) -> Format:
+    """The format of a file, by its suffix.
+
+    Args:
+        named: what the format is said to be, which the suffix must agree with.
+
+    Raises:
+        ModelFileError: if there is no such format, or they do not agree.
+    """
+    if named is not None and named not in SUFFIXES.values():
+        known = ", ".join(SUFFIXES.values())
+        raise ModelFileError(f"--format: expected one of {known}, got {named!r}")
+    wanted = [suffix for suffix, kind in SUFFIXES.items() if named in (None, kind)]
+    if path.suffix not in wanted:
+        raise ModelFileError(f"{path}: expected a file ending in {', '.join(wanted)}")
+    return SUFFIXES[path.suffix]
+
+
+def open_model(path: Path) -> SavedModel:
+    """Open a model's file, of any format, on the CPU.
+
+    Raises:
+        ModelFileError: naming the file, if it is not a model of Polyclinic, or one that this
+            version cannot use, or ONNX without ONNX Runtime being installed.
+    """
+    opened = _OPENERS[format_of(path)]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    passport, logits = opened(path)
+    return SavedModel(passport, digest, logits)
+
+
+def open_network(path: Path) -> tuple[Passport, MultiTaskUNet]:
+    """Build the network of a safetensors file and give it its weights, ready for evaluation.
+
+    Raises:
+        ModelFileError: naming the file, if it is not a model of Polyclinic, or its network is
+            another one in this version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
+    except SafetensorError as error:
+        raise ModelFileError(f"{path}: expected a safetensors file, {error}") from None
+    passport = _passport(path, metadata, network=True)
+    config = passport.config
+    network = network_of(config.model, config.data, config.loss, seed=0)
+    built = Layout.of(network).digest
+    if built != passport.layout:
+        raise ModelFileError(
+            f"{path}: written by polyclinic {passport.version}, whose network of these settings "
+            f"is another one: expected layout {built[:12]}, got {passport.layout[:12]}; open it "
+            "with the version that wrote it"
+        )
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelFileError(
+            f"{path}: expected weights of its settings' network, {error}"
+        ) from None
+    return passport, network.eval()
+
+
+def _passport(path: Path, metadata: dict[str, str], *, network: bool) -> Passport:
+    try:
+        return Passport.from_metadata(metadata, network=network)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+
+
+def _open_safetensors(path: Path) -> tuple[Passport, Logits]:
+    passport, network = open_network(path)
+
+    @torch.inference_mode()
+    def logits(images: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = network(images)
+        return prediction.mask_logits, prediction.class_logits
+
+    return passport, logits
+
+
+def check_onnx(*packages: str) -> None:
+    """See that packages for ONNX are there, without importing them yet.
+
+    Raises:
+        ModelFileError: naming those that are not, and what to install.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelFileError(
+            f"ONNX files: expected {', '.join(missing)}, not installed here; "
+            "pip install 'polyclinic[export]'"
+        )
+
+
+def _open_onnx(path: Path) -> tuple[Passport, Logits]:
+    check_onnx("onnxruntime")
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+    except (
+        errors.Fail,
+        errors.InvalidArgument,
+        errors.InvalidGraph,
+        errors.InvalidProtobuf,
+    ) as error:
+        raise ModelFileError(f"{path}: expected an ONNX file, {error}") from None
+    metadata = dict(session.get_modelmeta().custom_metadata_map)
+    passport = _passport(path, metadata, network=False)
+
+    def logits(images: Tensor) -> tuple[Tensor, Tensor]:
+        values = np.ascontiguousarray(images.numpy())
+        masks, classes = session.run(["mask_logits", "class_logits"], {"images": values})
+        return torch.from_numpy(masks), torch.from_numpy(classes)
+
+    return passport, logits
+
+
+def _open_torchscript(path: Path) -> tuple[Passport, Logits]:
+    entries: dict[str, str | bytes] = dict.fromkeys(KEYS, "")
+    try:
+        with torchscript_deprecated():
+            module = torch.jit.load(str(path), map_location="cpu", _extra_files=entries)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelFileError(f"{path}: expected a TorchScript file, {first}") from None
+    found = {key: v.decode() if isinstance(v, bytes) else v for key, v in entries.items()}
+    passport = _passport(path, {k: text for k, text in found.items() if text}, network=False)
+
+    @torch.inference_mode()
+    def logits(images: Tensor) -> tuple[Tensor, Tensor]:
+        masks, classes = module(images)
+        return masks, classes
+
+    return passport, logits
+
+
+@contextmanager
+def torchscript_deprecated() -> Iterator[None]:
+    """Silence PyTorch's word that TorchScript is deprecated: it is here for programs without Python
+    that read nothing else, and its user cannot do anything about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
+        yield
+
+
+_OPENERS: dict[Format, Callable[[Path], tuple[Passport, Logits]]] = {
+    "safetensors": _open_safetensors,
+    "onnx": _open_onnx,
+    "torchscript": _open_torchscript,
+}

@@ -1,0 +1,110 @@
+"""What a network is made of: parameters, operations and output shapes, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.run import DataConfig, LossConfig, ModelConfig
+from mtl_model.network import MultiTaskUNet, network_of
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a network, for one image."""
+
+    name: str
+    parameters: int
+    gmacs: float  # 10^9 multiply-adds; a matrix product or convolution counts, an addition does not
+    outputs: tuple[Shape, ...]  # without the batch
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A network's size, whole and by part."""
+
+    parameters: int
+    gmacs: float
+    state_bytes: int  # what a round sends each way, before any compression
+    parts: tuple[Part, ...]
+
+
+def summarise(model: ModelConfig, data: DataConfig, loss: LossConfig) -> Summary:
+    """Count the network that a run's settings ask for, at the run's image size.
+
+    Nothing is computed: tensors have shapes alone (PyTorch's meta device).
+
+    Raises:
+        BackboneError: if the backbone cannot serve.
+    """
+    with torch.device("meta"):
+        network = network_of(model, data, loss, seed=0).eval()
+        image = torch.empty(1, data.channels, data.image_height, data.image_width)
+    members = _members(network)
+    gmacs, outputs = _counted(network, image, members)
+    parts = tuple(
+        Part(
+            name,
+            sum(p.numel() for module in modules for p in module.parameters()),
+            sum(gmacs[module] for module in modules),
+            tuple(shape for module in modules for shape in outputs.get(module, ())),
+        )
+        for name, modules in members.items()
+    )
+    state = network.state_dict().values()
+    return Summary(
+        sum(p.numel() for p in network.parameters()),
+        gmacs[network],
+        sum(t.numel() * t.element_size() for t in state),
+        parts,
+    )
+
+
+def _members(network: MultiTaskUNet) -> dict[str, list[nn.Module]]:
+    encoder = network.encoder
+    members = {
+        "encoder, CNN": [encoder.cnn.stem, *encoder.cnn.stages],
+        "encoder, token entry": [*encoder.tokens],
+        "encoder, transformer": [*encoder.swins],
+        "DFE": [*network.dfe],
+        "decoder": [network.decoder],
+        "head": [network.head],
+    }
+    if network.uncertainty is not None:
+        members["task weights"] = [network.uncertainty]
+    return members
+
+
+def _counted(
+    network: MultiTaskUNet, image: Tensor, members: dict[str, list[nn.Module]]
+) -> tuple[dict[nn.Module, float], dict[nn.Module, list[Shape]]]:
+    """10^9 multiply-adds and output shapes of every member, and of the whole network."""
+    gmacs: dict[nn.Module, float] = {}
+    outputs: dict[nn.Module, list[Shape]] = {}
+    counter = FlopCounterMode(display=False)
+    wanted = [network, *(module for modules in members.values() for module in modules)]
+
+    def before(module: nn.Module, _inputs: object) -> None:
+        gmacs[module] = -counter.get_total_flops() / 2e9
+
+    def after(module: nn.Module, _inputs: object, output: object) -> None:
+        gmacs[module] += counter.get_total_flops() / 2e9
+        if isinstance(output, Tensor):
+            outputs[module] = [tuple(output.shape[1:])]
+
+    hooks: list[Callable[[], None]] = []
+    for module in wanted:
+        gmacs[module] = 0.0  # of one that is not called
+        hooks.append(module.register_forward_pre_hook(before).remove)
+        hooks.append(module.register_forward_hook(after).remove)
+    with torch.no_grad(), counter:
+        network(image)
+    for remove in hooks:
+        remove()
+    return gmacs, outputs

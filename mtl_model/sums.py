@@ -1,0 +1,235 @@
+"""A batch to sums: what a site tells of its images, so that sites' sums can be added.
+
+A site turns its images into sums and sends only those; the server adds them up and turns them
+into values (metrics.py).
+
+Area under the curve comes from histograms of scores, which add up across sites as an exact rank
+statistic would not. Scores are binned by their logit, 1/8 wide between -8 and 8; within a bin
+they count as ties. One edge is at logit 0, so that a histogram's upper half is what is predicted
+to be of the class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from configs.run import DataConfig
+from mtl_model.distance import hausdorff_95
+from mtl_model.losses import Targets
+from mtl_model.network import Prediction
+
+Floats = NDArray[np.float64]
+
+BINS = 128
+LARGEST_LOGIT = 8.0
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What is told apart, by name."""
+
+    masks: tuple[str, ...]  # M
+    images: tuple[str, ...]  # K
+    positive: str  # the image class that single values refer to
+    multi_label: bool = False  # an image may be of several image classes, or of none
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Classes:
+        several = data.label_kind == "multi-label"
+        return cls(data.mask_classes, data.classes, data.positive, several)
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """What a set of images adds up to. Every field is additive."""
+
+    images: Floats  # (1,)
+    lesions: Floats  # (1,) images in which any annotated mask class is present
+    masked: Floats  # (M,) images in which the mask class is annotated
+    with_class: Floats  # (M,) of those, images in which it is present
+    dice: Floats  # (M,) sum over images with the class
+    iou: Floats  # (M,) sum over images with the class
+    false_alarms: Floats  # (M,) images without the class in which a pixel was predicted
+    overlap: Floats  # (M,) pixels, over all images with a mask annotation, like the next two
+    predicted: Floats  # (M,)
+    actual: Floats  # (M,)
+    hd95: Floats  # (M,) sum of pixels, over the images of the next
+    hd95_images: Floats  # (M,) images with the class in which a pixel was predicted, if asked for
+    labelled: Floats  # (1,) images with a label
+    right: Floats  # (1,) of those, images whose classes are all predicted, and no others
+    confusion: Floats  # (K, K) images by true and predicted class; 0 where they may have several
+    scores: Floats  # (K, 2, BINS) images by class, whether they are of it, and score
+
+    def __add__(self, other: MetricSums) -> MetricSums:
+        return MetricSums(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(MetricSums))
+        )
+
+    def to_lists(self) -> dict[str, list[float]]:
+        """Flat lists by field name, as a message carries them."""
+        return {f.name: getattr(self, f.name).ravel().tolist() for f in fields(MetricSums)}
+
+    @classmethod
+    def from_lists(
+        cls, lists: Mapping[str, Sequence[float]], classes: Classes, size: tuple[int, int]
+    ) -> MetricSums:
+        """Read what ``to_lists`` wrote, at the other end of a wire.
+
+        Args:
+            size: height and width of the images, which bound pixels and distances.
+
+        Raises:
+            ValueError: naming the field that is missing, of another length, negative, not finite,
+                or larger than the images allow.
+        """
+        zero = empty_sums(classes)
+        arrays = {}
+        for field in fields(cls):
+            shape = getattr(zero, field.name).shape
+            if field.name not in lists:
+                raise ValueError(f"{field.name}: expected {shape}, got nothing")
+            array = np.asarray(lists[field.name], dtype=np.float64)
+            if array.size != np.prod(shape):
+                raise ValueError(f"{field.name}: expected {shape}, got {array.size} numbers")
+            if not np.isfinite(array).all() or (array < 0).any():
+                raise ValueError(f"{field.name}: expected finite sums of 0 or more")
+            arrays[field.name] = array.reshape(shape)
+        sums = cls(**arrays)
+        sums._check(size, classes.multi_label)
+        return sums
+
+    def _check(self, size: tuple[int, int], multi_label: bool) -> None:
+        with_label = self.scores.sum(axis=(1, 2))
+        bounds = (
+            ("masked", self.masked, self.images),
+            ("with_class", self.with_class, self.masked),
+            ("lesions", self.lesions, np.minimum(self.images, self.with_class.sum())),
+            ("dice", self.dice, self.with_class),
+            ("iou", self.iou, self.with_class),
+            ("false_alarms", self.false_alarms, self.masked - self.with_class),
+            ("predicted", self.predicted, self.masked * math.prod(size)),
+            ("actual", self.actual, self.with_class * math.prod(size)),
+            ("overlap", self.overlap, np.minimum(self.predicted, self.actual)),
+            ("hd95_images", self.hd95_images, self.with_class),
+            ("hd95", self.hd95, self.hd95_images * math.hypot(*size)),
+            ("labelled", self.labelled, self.images),
+            ("confusion", self.confusion.sum(), 0.0 if multi_label else self.labelled),
+            ("right", self.right, self.labelled if multi_label else np.trace(self.confusion)),
+            ("scores", with_label, self.labelled),
+        )
+        for name, value, largest in bounds:
+            if (value > largest + 1e-6 * (1 + largest)).any():
+                raise ValueError(f"{name}: expected at most {largest}, got {value}")
+
+
+def empty_sums(classes: Classes) -> MetricSums:
+    """The sums of no images at all."""
+    k = len(classes.images)
+    per_mask = (len(classes.masks),)
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("images", "lesions", "labelled", "right"), (1,)),
+        "confusion": (k, k),
+        "scores": (k, 2, BINS),
+    }
+    return MetricSums(
+        **{f.name: np.zeros(shapes.get(f.name, per_mask)) for f in fields(MetricSums)}
+    )
+
+
+def batch_sums(
+    prediction: Prediction, targets: Targets, classes: Classes, hd95: bool = False
+) -> MetricSums:
+    """Count one batch. A task whose prediction is None counts nothing.
+
+    A pixel is of a mask class whose logit is above 0, or, under a softmax (M + 1 maps, background
+    first), of the one with the largest. An image is of the class with the largest logit, or, with
+    several labels, of every class whose logit is above 0.
+
+    Args:
+        hd95: measure distances too; see ``hausdorff_95``.
+    """
+    sums = empty_sums(classes)
+    sums.images[:] = len(targets.labels)
+    if prediction.mask_logits is not None:
+        predicted = predicted_masks(prediction.mask_logits, len(classes.masks))
+        _count_masks(sums, predicted, targets)
+        if hd95:
+            _measure_distances(sums, predicted, targets)
+    if prediction.class_logits is not None:
+        known = targets.has_label
+        logits = prediction.class_logits[known].float()
+        _count_classes(sums, logits, targets.labels[known] > 0.5, classes.multi_label)
+    return sums
+
+
+def predicted_masks(logits: Tensor, mask_classes: int) -> Tensor:
+    """(B, M, H, W) bool, of (B, M, H, W) logits each for itself, or of a softmax's M + 1."""
+    if logits.shape[1] == mask_classes:
+        return logits > 0
+    index = torch.arange(1, mask_classes + 1, device=logits.device)
+    return logits.argmax(dim=1, keepdim=True) == index[:, None, None]
+
+
+def _count_masks(sums: MetricSums, predicted: Tensor, targets: Targets) -> None:
+    actual = targets.masks > 0.5  # (B, M, H, W)
+    keep = targets.has_mask  # (B, M)
+    overlap = _numpy((predicted & actual).sum(dim=(2, 3)) * keep)
+    p = _numpy(predicted.sum(dim=(2, 3)) * keep)
+    a = _numpy(actual.sum(dim=(2, 3)) * keep)
+    has = a > 0
+    union = p + a - overlap
+    sums.lesions[:] = has.any(axis=1).sum()
+    sums.masked[:] = _numpy(keep).sum(0)
+    sums.with_class[:] = has.sum(0)
+    sums.dice[:] = np.where(has, 2 * overlap / np.maximum(p + a, 1), 0).sum(0)
+    sums.iou[:] = np.where(has, overlap / np.maximum(union, 1), 0).sum(0)
+    sums.false_alarms[:] = (~has & (p > 0)).sum(0)
+    sums.overlap[:] = overlap.sum(0)
+    sums.predicted[:] = p.sum(0)
+    sums.actual[:] = a.sum(0)
+
+
+def _measure_distances(sums: MetricSums, predicted: Tensor, targets: Targets) -> None:
+    actual = targets.masks > 0.5
+    both = predicted.any(-1).any(-1) & actual.any(-1).any(-1) & targets.has_mask  # (B, M)
+    for k in range(predicted.shape[1]):
+        chosen = both[:, k]
+        sums.hd95_images[k] = int(chosen.sum())
+        sums.hd95[k] = _numpy(hausdorff_95(predicted[chosen, k], actual[chosen, k])).sum()
+
+
+def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: bool) -> None:
+    """Count images with a label: logits (n, K), true (n, K) bool."""
+    sums.labelled[:] = len(logits)
+    if multi_label:
+        score = logits
+        sums.right[:] = int(((logits > 0) == true).all(1).sum())
+    else:
+        score = _log_odds(logits)
+        pair = _numpy(true.int().argmax(1)), _numpy(logits.argmax(1))
+        np.add.at(sums.confusion, tuple(index.astype(np.int64) for index in pair), 1)
+        sums.right[:] = np.trace(sums.confusion)
+    # upper edges belong to their bin: a logit of exactly 0 is not above 0
+    place = (score * (BINS / (2 * LARGEST_LOGIT))).ceil() + BINS // 2 - 1
+    bins = _numpy(place.clamp(0, BINS - 1)).astype(np.int64)  # (n, K)
+    is_of = _numpy(true).astype(np.int64)
+    for k in range(bins.shape[1]):
+        np.add.at(sums.scores[k], (is_of[:, k], bins[:, k]), 1)
+
+
+def _log_odds(logits: Tensor) -> Tensor:
+    """log(p / (1 - p)) of each class of a softmax: (n, K)."""
+    itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
+    others = logits[:, None, :].masked_fill(itself, float("-inf")).logsumexp(dim=2)
+    return logits - others
+
+
+def _numpy(tensor: Tensor) -> Floats:
+    return tensor.detach().cpu().numpy().astype(np.float64)

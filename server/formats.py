@@ -1,0 +1,114 @@
+"""A network as the bytes of a file, in each format that is exported."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from configs.passport import ModelFileError, Passport
+from mtl_model.network import MultiTaskUNet
+from mtl_model.portable import portable_form
+from mtl_model.saved import Format, torchscript_deprecated
+
+if TYPE_CHECKING:  # onnx is an extra, and imported only when it is used
+    import onnx
+
+OUTPUTS = ("mask_logits", "class_logits")
+OPSET = 20  # the first with Gelu as one operator
+ONNX_LIMIT = 2**31  # bytes: a larger file would need its weights beside it
+
+
+def _safetensors(network: MultiTaskUNet, passport: Passport) -> bytes:
+    return save(network.state_dict(), passport.to_metadata())
+
+
+def _example(passport: Passport) -> Tensor:
+    """What exporters follow. No size of it may be 1, or be the trained one: they would take either
+    for a constant."""
+    data = passport.data
+    return torch.zeros(2, data.channels, data.image_height + 16, data.image_width + 8)
+
+
+def _torchscript(network: MultiTaskUNet, passport: Passport) -> bytes:
+    portable = portable_form(network)
+    buffer = io.BytesIO()
+    with torchscript_deprecated():
+        # group norm asks whether it has more than one value a group, which does not depend on
+        # the size that is traced
+        warnings.filterwarnings(
+            "ignore",
+            "Converting a tensor to a Python boolean",
+            Warning,
+            r"torch\.nn\.functional",
+        )
+        # our own comparison, on other sizes too, stands for the tracer's
+        traced = torch.jit.trace(portable, _example(passport), check_trace=False)
+        torch.jit.save(traced, buffer, _extra_files=passport.to_metadata())
+    return _without_source_lines(buffer.getvalue())
+
+
+def _without_source_lines(archive: bytes) -> bytes:
+    """Drop what names this machine's source files, which no program needs."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            if not name.endswith(".debug_pkl"):
+                # dated 1980, so that the same model gives the same bytes
+                new.writestr(zipfile.ZipInfo(name), old.read(name))
+    return out.getvalue()
+
+
+def _onnx(network: MultiTaskUNet, passport: Passport) -> bytes:
+    import onnx
+    from torch.export import Dim
+
+    axes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    program = torch.onnx.export(
+        portable_form(network),
+        (_example(passport),),
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=(axes,),
+        input_names=["images"],
+        output_names=list(OUTPUTS),
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None  # as it is asked for
+    model = program.model_proto
+    _name_axes(model.graph.input[0], {0: "batch", 2: "height", 3: "width"})
+    _name_axes(model.graph.output[0], {0: "batch", 2: "height", 3: "width"})
+    _name_axes(model.graph.output[1], {0: "batch"})
+    _drop_source_lines(model.graph)
+    model.doc_string = "Polyclinic: segmentation and image class. See metadata_props."
+    onnx.helper.set_model_props(model, passport.to_metadata())
+    if model.ByteSize() >= ONNX_LIMIT:
+        raise ModelFileError("onnx: expected less than 2 GiB of weights; use safetensors")
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _name_axes(value: onnx.ValueInfoProto, names: Mapping[int, str]) -> None:
+    for axis, name in names.items():
+        value.type.tensor_type.shape.dim[axis].dim_param = name
+
+
+def _drop_source_lines(graph: onnx.GraphProto) -> None:
+    """Drop what names this machine's source files, and shapes under names that are no more."""
+    del graph.value_info[:]
+    for part in (*graph.node, *graph.input, *graph.output):
+        del part.metadata_props[:]
+
+
+WRITERS: dict[Format, Callable[[MultiTaskUNet, Passport], bytes]] = {
+    "safetensors": _safetensors,
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+}

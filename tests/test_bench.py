@@ -1,0 +1,54 @@
+"""The benchmark: same numbers from the same network, every contestant measured, mistakes named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from configs.run import ConfigError, ModelConfig
+from simulation import bench
+from simulation.bench import BY_DEFAULT, CONTESTANTS, Bench, run_bench
+from tests.test_network import SMALL
+
+TINY = Bench(size=64, batch=2, threads=1, turns=1)
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants of ours as small as can be."""
+    build = bench.build_model
+
+    def smaller(config: ModelConfig, **shape: object) -> torch.nn.Module:
+        return build(config.model_copy(update=SMALL), **shape)
+
+    monkeypatch.setattr(bench, "build_model", smaller)
+
+
+@pytest.mark.parametrize("name", BY_DEFAULT)
+def test_every_contestant_gives_masks_and_can_be_trained(tiny_networks: None, name: str) -> None:
+    masks, *classes = bench._inference(TINY, CONTESTANTS[name])()
+    assert masks.shape == (2, 1, 64, 64)
+    assert [c.shape for c in classes] == ([] if name.startswith("swin") else [(2, 3)])
+    bench._training(TINY, CONTESTANTS[name])()
+
+
+def test_the_forms_of_the_published_shape_agree(tiny_networks: None) -> None:
+    differences = bench._differences(TINY, ["plain", "ours", "ours-bf16", "light", "smp-unet"])
+    assert set(differences) == {"ours", "ours-bf16"}
+    assert differences["ours"] < 1e-4 < differences["ours-bf16"] < 0.05
+
+
+def test_a_process_of_its_own_tells_its_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    run_bench(64, 1, 1, 1, "cpu", "light", as_json=True)
+    (row,) = json.loads(capsys.readouterr().out)["networks"]
+    assert 100 < row["inference_mb"] < row["training_mb"]
+    assert row["inference_ms"] < row["training_ms"]
+
+
+def test_an_unknown_contestant_or_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--only: expected names among plain, .*got 'unet'"):
+        run_bench(64, 1, 1, 1, "cpu", "unet", as_json=True)
+    with pytest.raises(ConfigError, match="expected one of"):
+        run_bench(64, 1, 1, 1, "cuda:99", "light", as_json=True)

@@ -1,0 +1,135 @@
+"""A model card says what the run says, leaves the rest to its owner, and its code runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from client.dataset import normalised
+from client.pixels import read_picture
+from client.predict import find
+from configs.run import DataConfig
+from mtl_model.saved import open_model, torchscript_deprecated
+from server.card import OWNER
+from server.snippet import snippet
+
+
+def card_of(path: Path) -> str:
+    return path.with_name(f"{path.name}.md").read_text(encoding="utf-8")
+
+
+def section(card: str, title: str) -> str:
+    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_a_card_has_the_sections_of_model_cards_in_order(exported: dict[str, Path]) -> None:
+    titles = re.findall(r"^## (.+)$", card_of(exported["onnx"]), re.MULTILINE)
+    assert titles == [
+        "Model details",
+        "Intended use",
+        "Factors",
+        "Metrics",
+        "Evaluation data",
+        "Training data",
+        "Quantitative analyses",
+        "Ethical considerations",
+        "How to use it",
+        "Caveats and recommendations",
+        "Approved by",
+    ]
+
+
+def test_a_card_says_what_the_run_and_the_file_say(
+    exported: dict[str, Path], finished_run: Path
+) -> None:
+    card = card_of(exported["onnx"])
+    environment = json.loads((finished_run / "environment.json").read_text())
+    results = json.loads((finished_run / "results.json").read_text())
+    for site, about in environment["sites"].items():
+        for part, splits in (("Evaluation data", ["test"]), ("Training data", ["train", "val"])):
+            for split in splits:
+                counts = [
+                    *(about[key][split] for key in ("examples", "with_mask", "with_label")),
+                    *about["classes"][split],
+                ]
+                row = f"| {site} | {split} | {' | '.join(map(str, counts))} |"
+                assert row in section(card, part)
+        assert about["fingerprint"] in section(card, "Training data")
+        metrics = results["sites"][site]
+        row = f"| {site} | {metrics['images']} | {metrics['lesions']} | {metrics['labelled']} | "
+        assert f"{row}{metrics['dice']:.3f} |" in section(card, "Quantitative analyses")
+    details = section(card, "Model details")
+    assert open_model(exported["onnx"]).sha256 in details
+    assert open_model(finished_run / "best.safetensors").sha256 in details
+    assert f"round {results['round']} of 2, the best by score" in details
+    assert "| `model.backbone` | resnet18 |" in details
+    assert "not a medical device" in card
+    assert "No differential privacy was used" in card
+    assert str(finished_run.parent) not in card
+
+
+def test_what_only_the_owner_knows_is_marked(exported: dict[str, Path]) -> None:
+    card = card_of(exported["onnx"])
+    for title in ("Intended use", "Caveats and recommendations", "Approved by"):
+        assert OWNER in section(card, title)
+
+
+def test_values_of_a_round_that_was_not_tested_are_told_as_such(
+    cli, exported: dict[str, Path], finished_run: Path, tmp_path: Path
+) -> None:
+    best = json.loads((finished_run / "results.json").read_text())["round"]
+    other = 3 - best
+    assert cli("export", finished_run, "--round", other, "--out", "m.safetensors")[0] == 0
+    analyses = section(card_of(tmp_path / "m.safetensors"), "Quantitative analyses")
+    assert f"Round {other} was not tested" in analyses
+    assert "| site-1 |" in analyses
+    assert "not tested" not in section(card_of(exported["onnx"]), "Quantitative analyses")
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "safetensors"])
+def test_the_code_of_a_card_says_what_predict_says(
+    exported: dict[str, Path], tmp_path: Path, monkeypatch, capsys, kind: str
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", card_of(exported[kind]), re.DOTALL)
+    monkeypatch.chdir(exported[kind].parent)
+    image = Path("image.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70), dtype=np.uint8)
+    Image.fromarray(pixels).save(image)
+    said: dict[str, object] = {}
+    with torchscript_deprecated():  # that warning is for whoever runs the code
+        exec(compile(code, "card", "exec"), said)
+    assert "malignant" in capsys.readouterr().out
+    model = open_model(exported[kind])
+    picture = read_picture(image, model.passport.data)
+    finding = find(model, picture)
+    np.testing.assert_allclose(said["probabilities"], list(finding.probabilities.values()), 1e-4)
+    assert said["masks"].shape == (1, 1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"resize": "stretch", "normalise": "fixed", "channels": 3},
+        {"channels": 4, "image-width": 48},
+        {"mask-classes": "mass,vessel", "label-kind": "multi-label", "image-height": 48},
+    ],
+)
+def test_the_code_reads_images_as_sites_do(tmp_path: Path, monkeypatch, settings) -> None:
+    """The part before the model, for settings that the run of the other tests has not."""
+    data = DataConfig.model_validate(settings)
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 71, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save("image.png")
+    code, run, _ = snippet(data, "onnx", "m.onnx").partition("session = ")
+    assert run
+    said: dict[str, np.ndarray] = {}
+    exec(compile(code, "card", "exec"), said)
+    picture = read_picture(Path("image.png"), data)
+    expected = normalised(torch.from_numpy(picture.pixels)[None], data.normalise)
+    np.testing.assert_allclose(said["x"], expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,308 @@
+"""A run's model in other programs' formats: equal to the network, or not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from configs import VERSION
+from configs.passport import KEYS, ModelFileError, Passport
+from configs.run import RunConfig
+from mtl_model.network import network_of
+from mtl_model.packing import Layout
+from mtl_model.saved import open_model, open_network
+from server.checkpoint import save_round
+from server.export import Exported, compare, export_model, trial_images
+from server.folder import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Together, every option of the network that changes what a graph is made of.
+CHEAP = {
+    "no attention": {
+        "model.swin-depth": 0,
+        "model.block-order": "parallel",
+        "model.norm": "batch",
+        "model.upsample": "bilinear",
+        "model.dfe": "concat",
+        "model.stride": 4,
+        "data.mask-classes": "mass,vessel",
+        "data.mask-kind": "overlapping",
+        "data.label-kind": "multi-label",
+        "loss.classification": "soft-margin",
+        "loss.weighting": "uncertainty",
+    },
+}
+DEAR = {
+    "published": {
+        "model.token-mixing": "published",
+        "model.block-order": "parallel",
+        "data.image-height": 64,
+        "data.image-width": 48,
+    },
+    "softmax": {
+        "model.dfe": "none",
+        "model.swin-depth": 2,
+        "data.mask-classes": "mass,vessel,nerve",
+        "data.channels": 3,
+    },
+    "window": {"model.window": 3, "model.swin-depth": 2, "data.image-width": 64},
+    **{
+        name: {"model.backbone": name, "model.width": 0, "model.depths": "", "model.swin-depth": 0}
+        for name in ("efficientnet_lite0", "convnext_atto")
+    },
+}
+
+
+def checkpoint_of(config: RunConfig, folder: Path) -> Path:
+    """Random weights, saved as a run's first round."""
+    network = network_of(config.model, config.data, config.loss, seed=0)
+    layout, run = Layout.of(network), RunFolder(folder)
+    (folder / "checkpoints").mkdir()
+    save_round(run, config, layout, layout.pack(network.state_dict()), 1, None)
+    return run.checkpoint(1)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+@pytest.fixture
+def rewritten(exported: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """The safetensors export with other metadata; None takes an entry away."""
+
+    def make(**changes: str | None) -> Path:
+        metadata: dict[str, str | None] = dict(metadata_of(exported["safetensors"]))
+        metadata.update({key.replace("_", "-"): text for key, text in changes.items()})
+        path = tmp_path / "changed.safetensors"
+        kept = {key: text for key, text in metadata.items() if text is not None}
+        save_file(load_file(exported["safetensors"]), path, kept)
+        return path
+
+    return make
+
+
+def agrees(result: Exported) -> bool:
+    return all(parity.relative < 1e-5 and parity.largest > 0.1 for parity in result.parity)
+
+
+@pytest.mark.parametrize("options", [*CHEAP, *DEAR])
+def test_every_option_of_the_network_leaves_as_torchscript(tiny, tmp_path, options: str) -> None:
+    config = tiny(**{k.replace(".", "__"): v for k, v in {**CHEAP, **DEAR}[options].items()})
+    checkpoint = checkpoint_of(config, tmp_path)
+    out = tmp_path / "model.pt"
+    assert agrees(export_model(checkpoint, "a-run", "torchscript", out, 1e-4))
+
+
+@pytest.mark.parametrize(
+    "options", [*CHEAP, *(pytest.param(name, marks=pytest.mark.long) for name in DEAR)]
+)
+def test_every_option_of_the_network_leaves_as_onnx(tiny, tmp_path: Path, options: str) -> None:
+    """The dear ones take half a minute each; TorchScript, made of the same form, has them all."""
+    config = tiny(**{k.replace(".", "__"): v for k, v in {**CHEAP, **DEAR}[options].items()})
+    checkpoint = checkpoint_of(config, tmp_path)
+    assert agrees(export_model(checkpoint, "a-run", "onnx", tmp_path / "model.onnx", 1e-4))
+
+
+def test_what_is_tried_has_several_batches_and_sizes(exported: dict[str, Path]) -> None:
+    shapes = [images.shape for images in trial_images(open_model(exported["onnx"]).passport)]
+    assert {shape[0] for shape in shapes} == {1, 2, 3}
+    assert any(shape[2] != shape[3] and shape[2] % 16 and shape[3] % 16 for shape in shapes)
+    assert any(shape[2] > 32 for shape in shapes)
+    assert any(shape[3] < 32 for shape in shapes)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torchscript", "onnx"])
+def test_a_file_says_what_it_is_and_names_no_path_of_this_machine(
+    exported: dict[str, Path], finished_run: Path, kind: str
+) -> None:
+    content = exported[kind].read_bytes()
+    for path in (str(ROOT), str(finished_run.parent), str(Path(torch.__file__).parent)):
+        assert path.encode() not in content
+    passport = open_model(exported[kind]).passport
+    assert (passport.run, passport.version) == ("a-run", VERSION)
+    assert passport.weights_sha256 == open_model(finished_run / "best.safetensors").sha256
+    assert passport.round == json.loads((finished_run / "outcome.json").read_text())["best-round"]
+    assert passport.data.classes == ("benign", "malignant")
+    assert passport.data.root == ""
+
+
+def test_an_onnx_file_tells_a_stranger_how_to_use_it(exported: dict[str, Path]) -> None:
+    model = onnx.load(exported["onnx"])
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    assert tuple(entries) == KEYS
+    axes = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    assert axes == ["batch", 1, "height", "width"]
+    assert [output.name for output in model.graph.output] == ["mask_logits", "class_logits"]
+    outputs = json.loads(entries["outputs"])
+    assert outputs["class_logits"]["channels"] == ["benign", "malignant"]
+    assert "softmax" in outputs["class_logits"]["activation"]
+    assert "sigmoid" in outputs["mask_logits"]["activation"]
+    assert "aspect ratio kept" in " ".join(json.loads(entries["preprocessing"])["steps"])
+
+
+def test_every_entry_of_the_metadata_is_described() -> None:
+    text = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+    for key in KEYS:
+        assert f"| `{key}` |" in text
+
+
+def test_a_file_that_differs_is_not_kept(cli, finished_run: Path, tmp_path: Path) -> None:
+    status, out, err = cli("export", finished_run, "--out", "m.pt", "--tolerance", "0")
+    assert (status, out) == (1, "")
+    assert "does not say what the network says" in err
+    assert "mask_logits" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_are_none_are_no_parity(exported: dict[str, Path]) -> None:
+    passport, network = open_network(exported["safetensors"])
+    inputs = trial_images(passport)[:2]
+    mute = torch.full((1, 1, 32, 32), float("nan"))
+    found = compare(network, lambda x: (mute.expand(len(x), -1, -1, -1), torch.zeros(1, 2)), inputs)
+    assert not found[0].relative <= 1e9
+    assert 0.01 < found[1].relative < 10
+
+
+def test_a_kept_round_may_be_exported(cli, finished_run: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        status, out, err = cli(
+            *("export", "a-run", "--runs", finished_run.parent, "--round", number),
+            *("--out", f"{number}.safetensors", "--card", f"{number}.md", "--json"),
+        )
+        assert status == 0, err
+        said = json.loads(out)
+        assert said["round"] == number
+        assert said["sha256"] == open_model(tmp_path / f"{number}.safetensors").sha256
+        assert said["parity"]["mask_logits"]["absolute"] == 0
+        checkpoint = load_file(RunFolder(finished_run).checkpoint(number))
+        assert all(
+            torch.equal(tensor, checkpoint[name])
+            for name, tensor in load_file(tmp_path / f"{number}.safetensors").items()
+        )
+        assert (tmp_path / f"{number}.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "m.onnx", "--round", "9"], "expected a round that was kept (1, 2;"),
+        (["--out", "m.onnx", "--format", "torchscript"], "expected a file ending in .pt"),
+        (["--out", "m.onnx", "--format", "caffe"], "expected one of safetensors, onnx"),
+        (["--out", "m.bin"], "expected a file ending in .safetensors, .onnx, .pt"),
+        (["--out", "there.onnx"], "there.onnx: is there already"),
+        (["--out", "new.onnx", "--card", "there.onnx"], "there.onnx: is there already"),
+    ],
+)
+def test_an_export_that_cannot_be_ends_with_2(
+    cli, finished_run: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "there.onnx").write_text("")
+    status, out, err = cli("export", finished_run, *arguments)
+    assert (status, out) == (2, "")
+    assert said in err
+    assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
+
+
+def test_a_run_that_is_not_there_ends_with_2(cli) -> None:
+    status, _, err = cli("export", "nothing", "--out", "m.onnx")
+    assert status == 2
+    assert "nothing: no such run under" in err
+
+
+def test_a_checkpoint_that_was_changed_is_refused(cli, finished_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run, folder)
+    shutil.copy(RunFolder(folder).checkpoint(1), RunFolder(folder).checkpoint(2))
+    status, _, err = cli("export", folder, "--round", "2", "--out", "m.safetensors")
+    assert status == 2
+    assert "round-0002.safetensors: expected the file of sha256" in err
+
+
+def test_a_run_without_a_best_round_says_which_were_kept(cli, finished_run, tmp_path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run, folder)
+    (folder / "best.safetensors").unlink()
+    status, _, err = cli("export", folder, "--out", "m.safetensors")
+    assert status == 2
+    assert "has no best round; give --round (kept: 1, 2)" in err
+
+
+def test_without_onnx_the_message_names_the_extra(
+    cli, finished_run: Path, exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name.startswith("onnx") else there(name, *rest),
+    )
+    for command in (
+        ("export", finished_run, "--out", "m.onnx"),
+        ("predict", exported["onnx"], finished_run.parent.parent / "phantoms", "--out", "there"),
+    ):
+        status, _, err = cli(*command)
+        assert status == 2
+        assert "onnxruntime" in err
+        assert "pip install 'polyclinic[export]'" in err
+
+
+def test_files_of_other_versions_and_strangers_are_refused(rewritten) -> None:
+    config = json.loads(metadata_of(rewritten())["config"])
+    open_model(rewritten())
+    for changes, said in (
+        ({"layout": "0" * 64}, "whose network of these settings is another one"),
+        ({"config": json.dumps({**config, "model.wings": 2})}, "model.wings: unknown key"),
+        ({"config": json.dumps({**config, "data.clahe": True})}, "data.clahe: unknown key"),
+        ({"config": json.dumps({**config, "model.width": 32})}, "network of these settings"),
+        ({"config": "[]"}, "expected a table"),
+        ({"config": "{"}, "does not fit"),
+        ({"config": None}, "found no entry 'config'"),
+        ({"passport": "2", "polyclinic_version": "9.0"}, "written by polyclinic 9.0, .*edition 1"),
+    ):
+        with pytest.raises(ModelFileError, match=said) as refusal:
+            open_model(rewritten(**changes))
+        assert "changed.safetensors" in str(refusal.value)
+
+
+def test_a_graph_does_not_ask_for_settings_of_a_network_that_it_brings(exported) -> None:
+    metadata = metadata_of(exported["safetensors"])
+    config = json.loads(metadata["config"])
+    later = {**metadata, "config": json.dumps({**config, "model.wings": 2})}
+    assert Passport.from_metadata(later, network=False).data.image_height == 32
+    with pytest.raises(ModelFileError, match=r"model\.wings: unknown key"):
+        Passport.from_metadata(later, network=True)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx", ".pt"])
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x00" * 64])
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match=rf"bad\{suffix}: expected an? .*file"):
+        open_model(path)
+
+
+def test_models_of_strangers_are_refused(tmp_path: Path, exported: dict[str, Path]) -> None:
+    model = onnx.load(exported["onnx"])
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "stranger.onnx")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "stranger.safetensors")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "stranger.pt")
+    for suffix, said in (
+        (".onnx", "found no entry"),
+        (".safetensors", "found no entry"),
+        (".pt", "expected a TorchScript file"),  # a pickle is never opened
+    ):
+        with pytest.raises(ModelFileError, match=said):
+            open_model(tmp_path / f"stranger{suffix}")

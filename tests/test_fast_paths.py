@@ -1,0 +1,175 @@
+"""Every faster way of computing the network gives the plain way's numbers.
+
+Tolerances: in fp32 1e-5 for outputs and 1e-4 of the largest gradient; bf16 keeps 8 bits, so its
+logits are held to 0.05 of the largest.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from client.device import compiled
+from mtl_model.inference import InferenceForm
+from mtl_model.network import MultiTaskUNet
+from simulation.plain import written_plainly
+from tests.test_network import losses_of, small, some_targets
+
+SIZE = (64, 64)
+# windows of 4 at sides 32, 16, 8 and 4: shifted ones at three stages
+VARIANTS = [
+    {"window": 4},
+    {"window": 4, "norm": "batch"},
+    {"window": 4, "block_order": "parallel"},
+    {"window": 4, "dfe": "sum", "upsample": "bilinear"},
+    {"window": 4, "token_mixing": "published"},
+    {"window": 2, "stride": 4},
+]
+
+
+def some_images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def livened(model: MultiTaskUNet) -> MultiTaskUNet:
+    """Biases of a size that shows, which fresh ones do not have."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias.table"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def gradients(model: MultiTaskUNet, images: Tensor) -> dict[str, Tensor]:
+    model.train()
+    losses_of(model, images, some_targets(len(images), SIZE)).sum().backward()
+    return {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
+
+
+def side_by_side(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of joined convolutions as of the one that they stand for, where plain has one."""
+    joined: dict[str, Tensor] = {}
+    for name, tensor in ours.items():
+        whole = re.sub(r"\.parts\.\d+\.", ".conv.", name)
+        if name not in plain and whole in joined:
+            joined[whole] = torch.cat([joined[whole], tensor], dim=1)
+        else:
+            joined[name if name in plain else whole] = tensor
+    assert set(joined) == set(plain)
+    return joined
+
+
+def equal_outputs(ours: MultiTaskUNet, plain: MultiTaskUNet, images: Tensor) -> None:
+    with torch.no_grad():
+        for found, expected in zip(ours.eval()(images)[:2], plain.eval()(images)[:2], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def equal_gradients(ours: MultiTaskUNet, plain: MultiTaskUNet, images: Tensor) -> None:
+    expected = gradients(plain, images)
+    for name, found in side_by_side(gradients(ours, images), expected).items():
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4 * largest + 1e-8)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_the_network_equals_itself_written_plainly(changes: dict[str, object]) -> None:
+    ours = livened(small(**changes)).double()
+    plain = written_plainly(ours)
+    equal_outputs(ours, plain, some_images().double())
+    equal_gradients(ours, plain, some_images().double())
+
+
+def test_a_changed_bias_would_be_seen() -> None:
+    """The negative control of the comparison above."""
+    ours = livened(small(window=4))
+    plain = written_plainly(ours)
+    with torch.no_grad():
+        plain.encoder.swins[0].blocks[1].attention.bias.table[0, 0] += 1
+    with pytest.raises(AssertionError):
+        equal_outputs(ours, plain, some_images())
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_channels_last_equals_the_default_layout(changes: dict[str, object]) -> None:
+    plain = livened(small(**changes)).double()
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    images = some_images().double()
+    equal_outputs(last, plain, images.contiguous(memory_format=torch.channels_last))
+    equal_gradients(last, plain, images.contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_activations_computed_again_give_the_gradients_of_kept_ones(norm: str) -> None:
+    kept = livened(small(window=4, drop_path=0.3, norm=norm)).double()
+    again = copy.deepcopy(kept)
+    again.set_grad_checkpointing(True)
+    torch.manual_seed(5)
+    expected = gradients(kept, some_images().double())
+    torch.manual_seed(5)
+    found = gradients(again, some_images().double())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    statistics = dict(kept.named_buffers())
+    assert bool(statistics) == (norm == "batch")
+    assert all(torch.equal(b, statistics[name]) for name, b in again.named_buffers())
+
+
+@pytest.mark.parametrize("changes", VARIANTS[:2], ids=str)
+def test_bf16_says_nearly_the_same(changes: dict[str, object]) -> None:
+    model = livened(small(**changes)).eval()
+    with torch.no_grad():
+        plain = model(some_images())
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(some_images())
+        ready = InferenceForm(model, torch.bfloat16)(some_images())
+    for found, expected in zip((*rounded[:2], *ready[:2]), (*plain[:2], *plain[:2]), strict=True):
+        assert found.dtype == torch.bfloat16
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * largest)
+
+
+BACKBONES = ("resnet34d", "efficientnet_lite0", "regnety_002", "convnext_atto", "densenet121")
+FOLDED = [
+    *VARIANTS,
+    {"norm": "batch", "dfe": "sum"},
+    {"norm": "batch", "upsample": "bilinear", "block_order": "parallel"},
+    *({"norm": "batch", "backbone": name, "width": 0, "depths": ()} for name in BACKBONES),
+]
+
+
+@pytest.mark.parametrize("changes", FOLDED, ids=str)
+def test_a_form_for_inference_says_what_the_network_says(changes: dict[str, object]) -> None:
+    plain = livened(small(**changes)).double()
+    plain.train()(some_images(4).double())  # running statistics of some images
+    ready = InferenceForm(plain, torch.float64)
+    with torch.no_grad():
+        expected = plain.eval()(some_images().double())
+    for found, wanted in zip(ready(some_images())[:2], expected[:2], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+    left = [m for m in ready.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(left) < len([m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)]) or (
+        changes.get("norm") != "batch"
+    )
+
+
+def test_a_form_for_inference_leaves_its_network_as_it_was() -> None:
+    model = small(norm="batch").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    InferenceForm(model, torch.bfloat16)(some_images())
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    losses_of(model, some_images(), some_targets(2, SIZE)).sum().backward()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)  # two minutes of a C++ compiler on two cores
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo asks a view for it
+def test_compiled_it_gives_the_same_numbers_in_training_and_evaluation() -> None:
+    plain = livened(small(window=4, swin_depth=1, dfe="none")).double()
+    ours = copy.deepcopy(plain)
+    equal_outputs(compiled(ours), plain, some_images().double())
+    equal_gradients(compiled(ours), plain, some_images().double())

@@ -1,0 +1,86 @@
+"""Gradients that Opacus takes apart by example, against those of one example at a time.
+
+What differential privacy clips is an example's own gradient; a rule that mixes them up would
+bound nothing, and nothing else would show it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample.conv import compute_conv_grad_sample
+from torch import Tensor, nn
+
+import client.grad_samplers
+from configs.run import LossConfig
+from mtl_model.losses import Targets, multi_task_loss
+from mtl_model.network import MultiTaskUNet
+from mtl_model.uncertainty import Uncertainty
+from tests.test_network import VARIANTS, small, some_targets
+
+SIZE = (64, 48)  # not square: windows that are high and windows that are wide
+
+
+def loss_of(model: nn.Module, images: Tensor, targets: Targets, loss: LossConfig) -> Tensor:
+    return multi_task_loss(model(images), targets, loss).total.sum()
+
+
+def one_at_a_time(
+    model: MultiTaskUNet, images: Tensor, targets: Targets, loss: LossConfig
+) -> dict[str, Tensor]:
+    """(B, ...) gradients of every parameter."""
+    rows = []
+    for i in range(len(images)):
+        one = Targets(*(part[i : i + 1] for part in targets))
+        value = loss_of(model, images[i : i + 1], one, loss)
+        rows.append(torch.autograd.grad(value, list(model.parameters())))
+    names = [name for name, _ in model.named_parameters()]
+    return dict(zip(names, (torch.stack(g) for g in zip(*rows, strict=True)), strict=True))
+
+
+def compare(model: MultiTaskUNet, loss: LossConfig | None = None) -> None:
+    model.double().train()  # in float32 a batch's rounding flips a ReLU here and there
+    loss = loss or LossConfig()
+    images = torch.randn(3, 1, *SIZE, generator=torch.Generator().manual_seed(0)).double()
+    targets = some_targets(3, SIZE)
+    expected = one_at_a_time(model, images, targets, loss)
+    hooked = GradSampleModule(model, loss_reduction="sum")
+    loss_of(hooked, images, targets, loss).backward()
+    for name, parameter in model.named_parameters():
+        found = parameter.grad_sample
+        assert found.shape == expected[name].shape, name
+        torch.testing.assert_close(
+            found, expected[name], rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # at the images
+@pytest.mark.parametrize("changes", [v for v in VARIANTS if "drop_path" not in v], ids=str)
+def test_every_options_gradients_are_told_apart_by_example(changes: dict[str, object]) -> None:
+    compare(small(**changes))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_so_are_those_of_learned_task_weights() -> None:
+    model = small()
+    model.uncertainty = Uncertainty(1.0, 0.25)
+    compare(model, LossConfig(weighting="uncertainty"))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_channels_last_changes_nothing() -> None:
+    compare(small().to(memory_format=torch.channels_last))
+
+
+def test_the_rule_that_ours_replaces_is_wrong_for_channels_last() -> None:
+    """The negative control; when it fails, Opacus has mended its rule and ours can go."""
+    conv = nn.Conv2d(4, 2, kernel_size=3, padding=1)
+    x = torch.randn(2, 4, 6, 6)
+    out = torch.randn(2, 2, 6, 6)
+    right = compute_conv_grad_sample(conv, [x], out)[conv.weight]
+    x = x.contiguous(memory_format=torch.channels_last)
+    theirs = compute_conv_grad_sample(conv, [x], out)[conv.weight]
+    ours = client.grad_samplers.convolution(conv, [x], out)[conv.weight]
+    assert not torch.allclose(theirs, right, atol=1e-2)
+    torch.testing.assert_close(ours, right)

@@ -1,0 +1,57 @@
+"""The form of the network that exporters can follow says what the network says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mtl_model.attention import WindowAttention
+from mtl_model.network import network_of
+from mtl_model.portable import PortableAttention, portable_form
+
+# larger and smaller than the windows below, multiples of them and not, one row, one column
+SIZES = [(1, 1), (1, 9), (2, 3), (3, 10), (4, 4), (5, 2), (7, 6), (8, 8), (11, 1), (12, 13)]
+
+
+def attention(window: int, shift: int) -> WindowAttention:
+    torch.manual_seed(window)
+    fast = WindowAttention(channels=8, heads=2, window=window, shift=shift)
+    nn.init.normal_(fast.bias.table)  # as made, it is too small to tell places apart
+    return fast
+
+
+@pytest.mark.parametrize(
+    ("window", "shift"), [(1, 0), (2, 0), (2, 1), (3, 1), (4, 0), (4, 2), (5, 2), (7, 3)]
+)
+@torch.no_grad()
+def test_windows_on_a_padded_map_see_what_rectangles_see(window: int, shift: int) -> None:
+    fast = attention(window, shift)
+    portable = PortableAttention(fast)
+    for size in SIZES:
+        x = torch.randn(2, *size, 8)
+        torch.testing.assert_close(portable(x), fast(x), msg=lambda m, at=size: f"{at}: {m}")
+
+
+@torch.no_grad()
+def test_a_shift_is_told_from_none() -> None:
+    """Negative control: windows elsewhere give other numbers, also with the same weights."""
+    shifted, straight = attention(4, 2), attention(4, 0)
+    straight.load_state_dict(shifted.state_dict())
+    x = torch.randn(1, 8, 8, 8)
+    assert (PortableAttention(shifted)(x) - straight(x)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("size", [(32, 32), (37, 50), (16, 90), (5, 7)])
+@torch.no_grad()
+def test_the_portable_network_agrees_and_leaves_the_network_as_it_was(tiny, size) -> None:
+    config = tiny(model__swin_depth=2)
+    network = network_of(config.model, config.data, config.loss, seed=0)
+    portable = portable_form(network)
+    assert network.training
+    assert any(isinstance(module, WindowAttention) for module in network.modules())
+    images = torch.randn(2, 1, *size)
+    expected = network.eval()(images)
+    masks, classes = portable(images)
+    torch.testing.assert_close(masks, expected.mask_logits)
+    torch.testing.assert_close(classes, expected.class_logits)

