@@ -34,6 +34,7 @@ from client.site import PhantomRoot, open_site
 from client.train import Round, TrainingError, train_one_round
 from configs import VERSION, wire
 from configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
+from mtl_model.backbone import BackboneError
 from mtl_model.distance import DistanceError, check_distances
 from mtl_model.network import MultiTaskUNet, network_of
 from mtl_model.packing import Layout
@@ -67,6 +68,7 @@ def client_app(phantom_root: PhantomRoot) -> ClientApp:
 Handler = Callable[[Message, RunConfig, SiteData], Message]
 
 REASONS = (
+    BackboneError,  # this site's timm has another list of networks
     ConfigError,
     DataError,
     DeviceError,

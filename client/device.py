@@ -34,7 +34,9 @@ def find_device(name: str) -> torch.device:
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """bfloat16 where asked for; ``auto`` asks for it on a GPU that has it."""
     wanted = precision == "bf16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision == "auto"
+        and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     return torch.bfloat16 if wanted else torch.float32
 

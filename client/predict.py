@@ -32,6 +32,10 @@ PREDICTIONS = "predictions.json"
 _COLOURS = ((255, 64, 64), (64, 224, 64), (64, 160, 255), (255, 208, 0), (224, 64, 255))  # RGB
 
 
+class NotFiniteError(ValueError):
+    """A model's answer to an image is no number."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What a model says of one image."""
@@ -93,7 +97,11 @@ def predict(
         except Unusable as error:
             yield Outcome(image, None, str(error))
             continue
-        finding = find(model, picture)
+        try:
+            finding = find(model, picture)
+        except NotFiniteError as error:
+            yield Outcome(image, None, f"image {image}: {error}")
+            continue
         files = _write_masks(out, name, finding, data)
         entry: dict[str, Any] = {
             "image": str(image),
@@ -116,10 +124,16 @@ def predict(
 
 
 def find(model: SavedModel, picture: Picture) -> Finding:
-    """Put one picture through a model."""
+    """Put one picture through a model.
+
+    Raises:
+        NotFiniteError: if its answer holds NaN or infinity, which no threshold tells from a no.
+    """
     data = model.passport.data
     pixels = torch.from_numpy(picture.pixels).unsqueeze(0)
     masks, classes = model.logits(normalised(pixels, data.normalise))
+    if not (masks.isfinite().all() and classes.isfinite().all()):
+        raise NotFiniteError("expected finite logits of the model, got NaN or infinity")
     planes = predicted_masks(at_original_size(masks, picture), len(data.mask_classes))[0]
     logits = classes[0].double()
     several = data.label_kind == "multi-label"

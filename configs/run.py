@@ -196,11 +196,12 @@ class ModelConfig(Section):
 
     A preset changes the settings that are at their defaults; others given beside it stay. (Flower
     hands over every key, so that a default that was written out cannot be told from one that was
-    not: to have a default in place of a preset's value, name the settings instead of the preset.)
+    not: to have a default in place of a preset's value, name the settings instead of the preset.
+    ``load_run_config``, which can tell, refuses it.)
     """
 
     preset: Literal["full", "light"] = Field(
-        "full", description="light: a tenth of the operations; what it changes may still be set."
+        "full", description="light: a tenth of the operations; docs/model.md has what it sets."
     )
     backbone: str = Field(
         "resnet34", pattern=r"^[a-z0-9_.]+$", description="timm model that is the CNN path."
@@ -494,8 +495,22 @@ def load_run_config(preset: Path | None, overrides: Sequence[str] = ()) -> RunCo
     """Defaults, then the preset, then each ``key=value``.
 
     Raises:
-        ConfigError: naming every key that is unknown or out of range.
+        ConfigError: naming every key that is unknown or out of range, or that a preset of the model
+            would overrule.
     """
     flat = read_preset(preset) if preset else {}
     flat.update(read_override(text) for text in overrides)
-    return RunConfig.from_flat(flat)
+    config = RunConfig.from_flat(flat)
+    settled = config.to_flat()
+    name = config.model.preset
+    overruled = [
+        f"model.{key}"
+        for key, value in PRESETS[name].items()
+        if f"model.{key}" in flat and settled[f"model.{key}"] == value != flat[f"model.{key}"]
+    ]
+    if overruled:
+        raise ConfigError(
+            f"{', '.join(overruled)}: model.preset={name} sets it; to have the default, give the "
+            "preset's other settings one by one instead of the preset"
+        )
+    return config

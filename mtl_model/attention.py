@@ -33,7 +33,7 @@ class RelativePositionBias(nn.Module):
 
     Shapes:
         index:    (n, n), which entry of the table each pair of tokens takes
-        examples: (B, ...), only B is read
+        examples: (B, ...), of which B and the type of number are read
         out:      (B, heads, n, n), a view: the same numbers for every example
     """
 
@@ -43,7 +43,7 @@ class RelativePositionBias(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, index: Tensor, examples: Tensor) -> Tensor:
-        bias = self.table[:, index]  # (heads, n, n)
+        bias = self.table[:, index].to(examples.dtype)  # (heads, n, n)
         return bias.expand(examples.shape[0], *bias.shape)
 
 
@@ -138,7 +138,7 @@ class WindowAttention(nn.Module):
         q, k, v = part.reshape(3, b, down.count * across.count, heads, down.size * across.size, -1)
         index = offset_index(self.window, down.size, across.size, x.device)
         # Detached: a hook on the bias would wait for a gradient that it does not give the examples.
-        bias = self.bias(index, x.detach()).to(q.dtype)
+        bias = self.bias(index, qkv.detach())
         out = windowed_attention(q, k, v, bias)
         out = out.view(b, down.count, across.count, heads, down.size, across.size, -1)
         out = out.permute(0, 1, 4, 2, 5, 3, 6)

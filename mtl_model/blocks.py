@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -25,7 +25,12 @@ def norm_layer(kind: Literal["group", "batch"]) -> NormLayer:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of 16 channels where that divides, or at most 32 groups (Wu and He, 2018)."""
+    """A power of two of groups, 32 at most, each of 16 channels or more (Wu and He, 2018).
+
+    Of channels that are no power of two the groups are few and large (48: one, 320: four), which
+    keeps more of what a pretrained EfficientNet's channels say (tests/test_pretrained.py) than
+    many would.
+    """
     return nn.GroupNorm(math.gcd(32, max(channels // 16, 1), channels), channels)
 
 
@@ -34,12 +39,15 @@ def recomputed(module: nn.Module, x: Tensor) -> Tensor:
 
     Running statistics of batch norms count the batch once.
     """
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _uncounted(module)
-
+    contexts = partial(_first_and_again, module)  # of closures torch.compile takes none
     output: Tensor = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
     return output
+
+
+def _first_and_again(
+    module: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _uncounted(module)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ experiment.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -79,5 +80,5 @@ class SumEnhancement(nn.Module):
         self.attention = SpatialAttention()
 
     def forward(self, x: Tensor) -> Tensor:
-        total = torch.stack([branch(x) for branch in self.dilated]).sum(0)
+        total = reduce(torch.add, (branch(x) for branch in self.dilated))
         return self.attention(torch.relu(total))

@@ -32,8 +32,8 @@ def load_pretrained(
     Args:
         config: what the network was built from.
         state: state dict of the timm model of that name, with or without its classifier. Names
-            of another implementation are taken if all its tensors have timm's shapes in timm's
-            order.
+            of another implementation are taken if all its tensors are of timm's kinds (weight,
+            running_mean, ...) and shapes in timm's order.
 
     Raises:
         PretrainedError: if a tensor that the path needs is missing or of another shape.
@@ -66,10 +66,14 @@ def _in_timms_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     """Without the prefix of a parallel training; or in timm's names, if only the names differ."""
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     own = model.state_dict()
-    shapes = [tuple(tensor.shape) for tensor in state.values()]
-    if not set(state) & set(own) and shapes == [tuple(tensor.shape) for tensor in own.values()]:
+    if not set(state) & set(own) and _kinds(state) == _kinds(own):
         return dict(zip(own, state.values(), strict=True))
     return state
+
+
+def _kinds(state: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+    """What each tensor is to its module (weight, running_mean, ...) and its shape, in order."""
+    return [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in state.items()]
 
 
 def _first_conv(model: nn.Module) -> str:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.passport import KEYS, ModelFileError, Passport
+from mtl_model.backbone import BackboneError
 from mtl_model.network import MultiTaskUNet, network_of
 from mtl_model.packing import Layout
 
@@ -96,7 +97,10 @@ def open_network(path: Path) -> tuple[Passport, MultiTaskUNet]:
         raise ModelFileError(f"{path}: expected a safetensors file, {error}") from None
     passport = _passport(path, metadata, network=True)
     config = passport.config
-    network = network_of(config.model, config.data, config.loss, seed=0)
+    try:
+        network = network_of(config.model, config.data, config.loss, seed=0)
+    except BackboneError as error:
+        raise ModelFileError(f"{path}: its network cannot be built here: {error}") from None
     built = Layout.of(network).digest
     if built != passport.layout:
         raise ModelFileError(

@@ -4,9 +4,10 @@ A site turns its images into sums and sends only those; the server adds them up 
 into values (metrics.py).
 
 Area under the curve comes from histograms of scores, which add up across sites as an exact rank
-statistic would not. Scores are binned by their logit, 1/8 wide between -8 and 8; within a bin
-they count as ties. One edge is at logit 0, so that a histogram's upper half is what is predicted
-to be of the class.
+statistic would not. Scores are binned by asinh(logit): 0.08 of a logit wide around 0, a twelfth of
+the logit further out, up to 80, so that a confident model's are told apart too; within a bin they
+count as ties. One edge is at logit 0, so that a histogram's upper half is what is predicted to be
+of the class.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mtl_model.network import Prediction
 Floats = NDArray[np.float64]
 
 BINS = 128
-LARGEST_LOGIT = 8.0
+LARGEST_LOGIT = 80.0
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: 
         np.add.at(sums.confusion, tuple(index.astype(np.int64) for index in pair), 1)
         sums.right[:] = np.trace(sums.confusion)
     # upper edges belong to their bin: a logit of exactly 0 is not above 0
-    place = (score * (BINS / (2 * LARGEST_LOGIT))).ceil() + BINS // 2 - 1
+    half = BINS // 2
+    place = (score.double().asinh() * (half / math.asinh(LARGEST_LOGIT))).ceil() + half - 1
     bins = _numpy(place.clamp(0, BINS - 1)).astype(np.int64)  # (n, K)
     is_of = _numpy(true).astype(np.int64)
     for k in range(bins.shape[1]):

@@ -17,6 +17,7 @@ from configs import wire
 from configs.passport import outputs, preprocessing
 from configs.run import RunConfig, load_run_config
 from mtl_model.metrics import Metrics
+from mtl_model.sums import BINS
 from server.export import Exported
 from server.folder import RunFolder
 from server.history import POOLED, read_history
@@ -137,11 +138,18 @@ def _metrics_text(config: RunConfig) -> str:
         if config.data.label_kind == "multi-label"
         else "Balanced accuracy is the mean sensitivity of the classes."
     )
+    distance = (
+        " HD95: 95th percentile of the distances between the outlines, in pixels of the resized "
+        "image, mean over the images where both were drawn: one where the model drew nothing does "
+        "not count."
+    )
     return (
         "Dice and IoU: means over the images that show a mask class (with several classes, the "
-        "mean of the classes' means). Sensitivity, specificity and AUC: "
-        f"{config.data.positive} against the rest. {kind} n counts images; a dash is a value that "
-        "is not defined for lack of images. AUC comes from histograms of 128 bins."
+        "mean of the classes' means); pooled Dice: one over all their pixels. False pos.: of the "
+        "images without the class, the share in which it was drawn. Sensitivity, specificity and "
+        f"AUC: {config.data.positive} against the rest. {kind} n counts images; a dash is a value "
+        f"that is not defined for lack of images. AUC comes from histograms of {BINS} bins."
+        f"{distance if config.evaluate.hd95 else ''}"
     )
 
 
@@ -226,7 +234,7 @@ def _analyses(config: RunConfig, evaluated: Evaluated | None, number: int) -> It
         yield f"{table.title}:"
         yield markdown(table)
     for site in evaluated.failed:
-        yield f"No values of {site}: it did not answer."
+        yield f"No values of {site}, which gave none."
 
 
 def _privacy() -> str:

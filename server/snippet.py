@@ -57,7 +57,10 @@ def _to_array(data: DataConfig) -> str:
     h, w, mode = data.image_height, data.image_width, _MODES[data.channels]
     resized = "band.resize(size, Image.Resampling.BILINEAR)"
     lines = [
-        f'image = Image.open("image.png").convert("{mode}")  # of 16-bit greys, the upper 8 bits',
+        'image = Image.open("image.png")',
+        'if image.mode.startswith("I;16"):  # the upper 8 bits',
+        "    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))",
+        f'image = image.convert("{mode}")',
         f"size = ({w}, {h})",
     ]
     if data.resize == "pad":

@@ -31,6 +31,7 @@ from simulation.plain import written_plainly
 
 CHANNELS, MASKS, CLASSES = 3, 1, 3
 BASE = "plain"  # what ratios are to
+STRIDE = 32  # of the deepest network
 
 
 @dataclass(frozen=True)
@@ -157,15 +158,20 @@ def run_bench(
             raise ConfigError(
                 f"--only: expected names among {', '.join(CONTESTANTS)}, got {name!r}"
             )
+    if size % STRIDE:
+        raise ConfigError(
+            f"--size: expected a multiple of {STRIDE} (not all take others), got {size}"
+        )
     try:
         bench = Bench(size, batch, threads, turns, str(find_device(device)))
+    except (DeviceError, RuntimeError) as error:  # torch's own for words that are no device
+        raise ConfigError(f"--device {device}: {error}") from None
+    try:
         rows = measure(bench, names, Console(stderr=True, markup=False, highlight=False))
     except ImportError as error:
         raise ConfigError(
             f"{error}: pip install 'polyclinic[bench]', or choose other networks with --only"
         ) from None
-    except DeviceError as error:
-        raise ConfigError(str(error)) from None
     if as_json:
         content = {"on": asdict(bench), "networks": [asdict(row) for row in rows]}
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
@@ -193,8 +199,8 @@ def measure(bench: Bench, names: Sequence[str], words: Console) -> list[Row]:
         for name, difference in _differences(bench, names).items():
             rows[name].differs = difference
     for name, row in track(rows.items(), "peak memory", console=words, transient=True):
-        row.inference_mb = _peak_memory(bench, name, "inference")
-        row.training_mb = _peak_memory(bench, name, "training")
+        row.inference_mb = _peak_memory(bench, name, "inference", words)
+        row.training_mb = _peak_memory(bench, name, "training", words)
     return list(rows.values())
 
 
@@ -277,7 +283,7 @@ def _logits(output: Tensor | Sequence[Tensor | None]) -> list[Tensor]:
 
 def _wait(bench: Bench) -> None:
     if bench.device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(bench.device)
 
 
 def _differences(bench: Bench, names: Sequence[str]) -> dict[str, float]:
@@ -293,10 +299,14 @@ def _differences(bench: Bench, names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _peak_memory(bench: Bench, name: str, phase: str) -> float:
+def _peak_memory(bench: Bench, name: str, phase: str, words: Console) -> float | None:
     """MB at the peak of a process of its own that takes three steps (on a GPU: MB allocated)."""
     command = [sys.executable, "-m", "simulation.bench", name, phase, json.dumps(asdict(bench))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:  # of memory, as a rule: the other figures are worth having without it
+        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        words.print(f"no peak memory of {name}, {phase}: {why}", soft_wrap=True)
+        return None
     return float(done.stdout)
 
 
@@ -306,7 +316,7 @@ def _print_peak_memory(name: str, phase: str, bench: Bench) -> None:
     for _ in range(3):
         step()
     if bench.device.startswith("cuda"):
-        print(torch.cuda.max_memory_allocated() / 1e6)
+        print(torch.cuda.max_memory_allocated(bench.device) / 1e6)
     else:
         print(_peak_of_process())
 

@@ -120,7 +120,10 @@ def bench_model(
     turns: Annotated[int, typer.Option(min=1, help="Times that each network is timed.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[
-        str | None, typer.Option(help="Contestants by name, with commas; the first is the base.")
+        str | None,
+        typer.Option(
+            help="Contestants by name, with commas; ratios are to plain, or to the first."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

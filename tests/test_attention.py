@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import mtl_model.attention as attention_module
-from mtl_model.attention import SwinLayer, WindowAttention, strips
+from mtl_model.attention import SwinLayer, WindowAttention, offset_index, strips
 from mtl_model.encoder import heads_of
 
 
@@ -110,3 +110,31 @@ def test_an_attention_that_predicted_first_can_be_trained() -> None:
         attention(torch.randn(1, 5, 5, 8))
     attention(torch.randn(1, 5, 5, 8)).sum().backward()
     assert attention.bias.table.grad is not None
+
+
+def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding() -> None:
+    torch.manual_seed(0)
+    attention = WindowAttention(channels=8, heads=2, window=4, shift=2)
+    torch.nn.init.normal_(attention.bias.table)
+    x = torch.randn(2, 8, 8, 8, requires_grad=True)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = attention(x)
+        return list(torch.autograd.grad(out.float().square().sum(), [x, *attention.parameters()]))
+
+    for rounded, exact in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert rounded.dtype == torch.float32
+        largest = exact.abs().max().item()
+        torch.testing.assert_close(rounded, exact, rtol=0, atol=0.03 * largest)
+        assert not torch.equal(rounded, exact)
+
+
+def test_the_bias_is_written_once_and_not_for_each_example_whatever_its_type() -> None:
+    attention = WindowAttention(channels=8, heads=2, window=4, shift=0)
+    index = offset_index(4, 4, 4, torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        bias = attention.bias(index, torch.zeros(5, 1, dtype=dtype))
+        assert bias.dtype == dtype
+        assert bias.shape == (5, 2, 16, 16)
+        assert bias.stride(0) == 0

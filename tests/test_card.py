@@ -16,6 +16,7 @@ from client.pixels import read_picture
 from client.predict import find
 from configs.run import DataConfig
 from mtl_model.saved import open_model, torchscript_deprecated
+from mtl_model.sums import predicted_masks
 from server.card import OWNER
 from server.snippet import snippet
 
@@ -109,22 +110,58 @@ def test_the_code_of_a_card_says_what_predict_says(
     picture = read_picture(image, model.passport.data)
     finding = find(model, picture)
     np.testing.assert_allclose(said["probabilities"], list(finding.probabilities.values()), 1e-4)
-    assert said["masks"].shape == (1, 1, 32, 32)
+    logits, _ = model.logits(normalised(torch.from_numpy(picture.pixels)[None], "image"))
+    assert model.passport.data.normalise == "image"
+    wanted = predicted_masks(logits, 1).numpy()
+    assert said["masks"].shape == wanted.shape == (1, 1, 32, 32)
+    assert 0 < (said["masks"] != ~wanted).sum() >= wanted.size - 3  # but for rounding at 0
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"resize": "stretch", "normalise": "fixed", "channels": 3},
-        {"channels": 4, "image-width": 48},
-        {"mask-classes": "mass,vessel", "label-kind": "multi-label", "image-height": 48},
+        {"mask-classes": "mass,vessel"},
+        {"mask-classes": "mass,vessel", "mask-kind": "overlapping", "label-kind": "multi-label"},
     ],
 )
-def test_the_code_reads_images_as_sites_do(tmp_path: Path, monkeypatch, settings) -> None:
-    """The part before the model, for settings that the run of the other tests has not."""
+def test_the_code_decides_as_sites_do(settings: dict[str, str], capsys) -> None:
+    """The part after the model, for the kinds that the run of the other tests has not."""
+    data = DataConfig.model_validate(settings)
+    random = np.random.default_rng(0)
+    said = {
+        "np": np,
+        "mask_logits": random.normal(size=(1, data.mask_channels, 8, 9)),
+        "class_logits": random.normal(size=(1, 2)),
+    }
+    code = snippet(data, "onnx", "m.onnx").partition('{"images": x})')[2]
+    exec(compile(code, "card", "exec"), said)
+    planes = predicted_masks(torch.from_numpy(said["mask_logits"]), 2).numpy()
+    for k in range(2):
+        ours = said["masks"] == k + 1 if data.indexed_masks else said["masks"][:, k]
+        assert planes[:, k].any()
+        assert np.array_equal(ours, planes[:, k])
+    logits = torch.from_numpy(said["class_logits"])[0]
+    several = data.label_kind == "multi-label"
+    shares = torch.sigmoid(logits) if several else torch.softmax(logits, dim=0)
+    np.testing.assert_allclose(said["probabilities"], shares)
+
+
+@pytest.mark.parametrize(
+    ("settings", "depth"),
+    [
+        ({"resize": "stretch", "normalise": "fixed", "channels": 3}, np.uint8),
+        ({"channels": 4, "image-width": 48}, np.uint8),
+        ({"mask-classes": "mass,vessel", "label-kind": "multi-label"}, np.uint8),
+        ({"image-height": 48}, np.uint16),
+        ({"channels": 3}, np.uint16),
+    ],
+)
+def test_the_code_reads_images_as_sites_do(tmp_path: Path, monkeypatch, settings, depth) -> None:
+    """The part before the model, for settings and images that the other tests' run has not."""
     data = DataConfig.model_validate(settings)
     monkeypatch.chdir(tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 71, 4), dtype=np.uint8)
+    shape = (50, 71, 4) if depth == np.uint8 else (50, 71)
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(depth).max, shape, dtype=depth)
     Image.fromarray(pixels).save("image.png")
     code, run, _ = snippet(data, "onnx", "m.onnx").partition("session = ")
     assert run

@@ -58,7 +58,7 @@ DEAR = {
     "window": {"model.window": 3, "model.swin-depth": 2, "data.image-width": 64},
     **{
         name: {"model.backbone": name, "model.width": 0, "model.depths": "", "model.swin-depth": 0}
-        for name in ("efficientnet_lite0", "convnext_atto")
+        for name in ("efficientnet_lite0", "tf_efficientnet_lite0", "convnext_atto")
     },
 }
 

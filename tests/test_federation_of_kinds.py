@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Message
 from rich.console import Console
 from safetensors.torch import load_file
@@ -179,3 +180,51 @@ def test_a_site_that_lacks_what_measures_distances_refuses_before_training(
     with pytest.raises(RunRefused, match=r"polyclinic\[metrics\]"):
         run(federation, config)
     assert {m.metadata.message_type for m in federation.sent} == {wire.DESCRIBE}
+
+
+OPTIONS = [
+    {"block_order": "parallel", "upsample": "bilinear", "drop_path": 0.2},
+    {"token_mixing": "published", "window": 2, "swin_depth": 2},
+    {"head_stages": "1,2,3,4", "dfe": "concat", "dfe_rates": "1,2,3"},
+    {"preset": "light", "width": 0, "depths": ""},
+    {"backbone": "tf_efficientnet_lite0", "width": 0, "depths": "", "norm": "batch"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_of_the_network_trains_and_is_evaluated_from_settings(
+    tiny, grid, options: dict[str, object]
+) -> None:
+    """On images that are neither square nor multiples of 16, of four channels."""
+    config = tiny(
+        **{f"model__{name}": value for name, value in options.items()},
+        data__image_height=40,
+        data__image_width=56,
+        data__channels=4,
+        rounds__count=1,
+    )
+    federation = grid(config, 2)
+    folder = run(federation, config)
+    results = json.loads(folder.results.read_text())
+    assert set(results["sites"]) == {"site-1", "site-2"}
+    for site in results["sites"].values():
+        assert site["dice"] >= 0
+        assert site["accuracy"] >= 0
+    before = network_of(config.model, config.data, config.loss, seed=config.run.seed).state_dict()
+    after = load_file(folder.best)
+    still = [n for n in before if torch.equal(after[n], before[n]) and "num_batches" not in n]
+    assert not still
+
+
+def test_a_site_whose_timm_lacks_the_backbone_says_so_by_name(tiny, grid, monkeypatch) -> None:
+    from mtl_model.backbone import BackboneError
+    from server.rounds import RunFailed
+
+    def missing(*_: object, **__: object) -> None:
+        raise BackboneError("model.backbone: timm 0.9 has no resnet18")
+
+    monkeypatch.setattr("client.app.network_of", missing)
+    monkeypatch.setattr("client.app._network", missing)
+    config = tiny()
+    with pytest.raises(RunFailed, match=r"timm 0\.9 has no resnet18"):
+        run(grid(config), config)

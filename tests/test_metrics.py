@@ -74,8 +74,10 @@ def part(prediction: Prediction, targets: Targets, s: slice) -> tuple[Prediction
     )
 
 
-def test_classification_agrees_with_scikit_learn() -> None:
+@pytest.mark.parametrize("confidence", [1, 10])
+def test_classification_agrees_with_scikit_learn(confidence: int) -> None:
     prediction, targets = random_batch(0, n=400)
+    prediction = prediction._replace(class_logits=prediction.class_logits.double() * confidence)
     ours = compute(batch_sums(prediction, targets, THREE), THREE)
     known = targets.has_label
     true = targets.labels[known].argmax(1).numpy()

@@ -50,8 +50,9 @@ def compare(model: MultiTaskUNet, loss: LossConfig | None = None) -> None:
     for name, parameter in model.named_parameters():
         found = parameter.grad_sample
         assert found.shape == expected[name].shape, name
+        tolerance = 1e-9 + 1e-6 * expected[name].abs().max().item()  # ConvNeXt's can all be tiny
         torch.testing.assert_close(
-            found, expected[name], rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            found, expected[name], rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from client.dataset import Example, load_site, to_batch
 from client.manifest import read_sites
 from client.pixels import Frame, Picture, read_picture
 from client.predict import find, images_in, names_of, predict
-from configs.passport import Passport
+from configs.passport import ModelFileError, Passport
 from configs.run import RunConfig
+from mtl_model.backbone import BackboneError
 from mtl_model.saved import SavedModel, open_model, open_network
 from mtl_model.sums import predicted_masks
 
@@ -222,3 +225,24 @@ def test_a_mistake_ends_with_2(
     assert (status, out) == (2, "")
     assert said in err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_answer_that_is_no_number_is_told_and_not_written(tmp_path: Path) -> None:
+    model = seeing(1)
+    broken = replace(model, logits=lambda x: (model.logits(x)[0], torch.tensor([[math.nan, 0.0]])))
+    Image.fromarray(np.full((20, 30), 90, np.uint8)).save(tmp_path / "grey.png")
+    (outcome,) = predict(broken, [tmp_path / "grey.png"], tmp_path / "out", overlay=False)
+    assert outcome.entry is None
+    assert "grey.png: expected finite logits" in outcome.reason
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_whose_backbone_is_not_here_says_so(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise BackboneError("model.backbone: timm 0.9 has no resnet18")
+
+    monkeypatch.setattr("mtl_model.saved.network_of", missing)
+    with pytest.raises(ModelFileError, match=r"model.safetensors: its network cannot .*timm 0.9"):
+        open_network(exported["safetensors"])

@@ -204,3 +204,59 @@ def test_a_run_is_refused_before_any_site_is_asked(
     config = tiny(model__pretrained="missing.pth")
     with pytest.raises(RunRefused, match=r"missing.pth: no such file"):
         run(grid(config), config)
+
+
+def test_timms_own_weights_are_asked_for_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, state = timm.create_model, resnet()
+
+    def hub(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
+        model = create(name, **options)
+        if pretrained:
+            assert name == "resnet18"
+            model.load_state_dict(state)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    network = built(backbone="resnet18", pretrained="timm")
+    assert torch.equal(network.encoder.cnn.stem.conv1.weight, state["conv1.weight"])
+
+
+class NoRoute(Exception):
+    """As an HTTP client's errors, which are of no common kind."""
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(monkeypatch) -> None:
+    create = timm.create_model
+
+    def hub(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
+        if pretrained:
+            raise NoRoute("403 of the proxy")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", hub)
+    with pytest.raises(PretrainedError, match=r"resnet18 cannot be had \(403 of the proxy\).*give"):
+        built(backbone="resnet18", pretrained="timm")
+
+
+def test_names_of_another_implementation_are_taken_in_order_but_not_out_of_it(
+    tmp_path: Path,
+) -> None:
+    def file(state: dict[str, Tensor]) -> str:
+        torch.save(state, tmp_path / "weights.pth")  # safetensors would sort the names
+        return str(tmp_path / "weights.pth")
+
+    state = resnet()
+    others = {f"net_{i}.{name.rpartition('.')[2]}": t for i, (name, t) in enumerate(state.items())}
+    network = built(backbone="resnet18", pretrained=file(others))
+    assert torch.equal(network.encoder.cnn.stem.conv1.weight, state["conv1.weight"])
+    # statistics in front of scale and shift: each of the same shape as what stands in its place
+    order = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    shifted = dict(zip(order, order[2:4] + order[:2] + order[4:], strict=True))
+    swapped = {
+        name.replace(kind, shifted[kind]) if "bn" in list(state)[i] else name: t
+        for i, (name, t) in enumerate(others.items())
+        for kind in [name.rpartition(".")[2]]
+    }
+    assert list(swapped) != list(others)
+    with pytest.raises(PretrainedError, match="do not fit"):
+        built(backbone="resnet18", pretrained=file(swapped))

@@ -179,6 +179,13 @@ def test_a_preset_changes_what_is_at_its_default_and_nothing_else() -> None:
     assert ModelConfig(preset="light", mlp_ratio=3.0).mlp_ratio == 3.0
 
 
+def test_a_preset_does_not_overrule_what_was_asked_for_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.stride, model.dfe: model.preset=light sets it"):
+        load_run_config(None, ["model.preset=light", "model.dfe=concat", "model.stride=2"])
+    mine = load_run_config(None, ["model.preset=light", "model.dfe=sum", "model.stride=4"])
+    assert (mine.model.dfe, mine.model.stride) == ("sum", 4)
+
+
 def test_a_preset_written_out_reads_back_the_same() -> None:
     light = RunConfig.from_flat({"model.preset": "light", "model.stride": 2, "model.dfe": "sum"})
     assert light.model.stride == 4  # 2 is the default, and a default cannot be told from none

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from client.dataset import Examples
-from client.device import DeviceError, compiled, find_device
+from client.device import DeviceError, compiled, dtype_of, find_device
 from client.evaluate import EvaluationError, evaluate
 from client.train import (
     Round,
@@ -224,3 +224,46 @@ def test_a_site_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(DeviceError, match=r"train.compile: expected a C\+\+ compiler \(no-such"):
         compiled(small(size=(32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "has_it", "expected"),
+    [
+        ("auto", "cpu", True, torch.float32),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float32),  # one that only emulates it, and is slower with it
+        ("fp32", "cuda", True, torch.float32),
+        ("bf16", "cpu", False, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_taken_where_asked_for_or_native(
+    monkeypatch: pytest.MonkeyPatch, precision: str, device: str, has_it: bool, expected: object
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or has_it
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert dtype_of(precision, torch.device(device)) == expected
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo asks a view for it
+@pytest.mark.parametrize("again", [False, True])
+def test_a_compiled_round_trains_nearly_the_same_weights(again: bool) -> None:
+    def trained(compile: bool) -> dict[str, torch.Tensor]:
+        model = small(size=(32, 32), dfe="none", swin_depth=1)
+        train_one_round(
+            model,
+            some(),
+            Round(1, 2, 0, "a"),
+            data=DATA,
+            train=TrainConfig(batch_size=5, grad_checkpointing=again, compile=compile),
+            loss=LossConfig(),
+            device=CPU,
+        )
+        return model.state_dict()
+
+    plain, compiled_ = trained(False), trained(True)
+    for name, tensor in plain.items():  # Adam's first steps are as long as the learning rate
+        torch.testing.assert_close(compiled_[name], tensor, rtol=1e-3, atol=2e-4)

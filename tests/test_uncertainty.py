@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
 from client.train import Round, train_one_round
@@ -15,7 +14,7 @@ from mtl_model.losses import multi_task_loss
 from mtl_model.network import MultiTaskUNet, Prediction, build_model, network_of
 from mtl_model.uncertainty import Uncertainty
 from tests.test_losses import batch
-from tests.test_network import SMALL, ModelConfig, some_targets
+from tests.test_network import SMALL, ModelConfig
 from tests.test_train import CPU, DATA, some
 
 LEARNED = LossConfig(weighting="uncertainty", classification_weight=0.25)
@@ -130,31 +129,3 @@ def test_a_round_moves_the_variance_of_each_task_that_is_trained_and_no_other() 
     assert trained(masks=False)[0] == start[0]
     # half of it would be gone if weight decay pulled on it
     assert trained(labels=False)[1] == pytest.approx(start[1], abs=1e-7)
-
-
-# as of any first layer: images want no gradient
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-def test_gradients_of_single_examples_can_be_told_apart() -> None:
-    uncertainty = GradSampleModule(Uncertainty(1.0, 0.25), loss_reduction="sum")
-    prediction, targets = batch()
-    learned = prediction._replace(log_variances=uncertainty(prediction.class_logits))
-    multi_task_loss(learned, targets, LEARNED).total.sum().backward()
-    for parameter, known in zip(
-        uncertainty.parameters(), (targets.has_mask[:, 0], targets.has_label), strict=True
-    ):
-        assert parameter.grad_sample.shape == (4, 1)
-        assert torch.equal(parameter.grad_sample[:, 0] != 0, known)
-        torch.testing.assert_close(parameter.grad_sample.sum(0), parameter.grad)
-
-
-def test_single_examples_gradients_add_up_in_the_whole_network() -> None:
-    model = learning().train()
-    images = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    targets = some_targets(3, (32, 32))
-    multi_task_loss(model(images), targets, LEARNED).total.sum().backward()
-    whole = model.uncertainty.classification.value.grad.clone()
-    model.zero_grad()
-    for i in range(3):
-        one = type(targets)(*(tensor[i : i + 1] for tensor in targets))
-        multi_task_loss(model(images[i : i + 1]), one, LEARNED).total.sum().backward()
-    torch.testing.assert_close(model.uncertainty.classification.value.grad, whole)
