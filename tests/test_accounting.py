@@ -1,0 +1,246 @@
+"""What a history of noisy steps costs: by formula, beside Google's dp-accounting, at extremes."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from client import accounting
+from client.accounting import PRECISION, Spent, bound, epsilon, epsilon_rdp, noise_for
+
+ROOT = Path(__file__).resolve().parent.parent
+DELTA = 1e-5
+HISTORIES = {
+    "a round": [Spent(1.0, 0.05, 10)],
+    "a run": [Spent(1.1, 0.05, 1000)],
+    "little noise": [Spent(0.6, 0.02, 200)],
+    "much noise": [Spent(20.0, 0.1, 500)],
+    "two runs": [Spent(1.0, 0.05, 100), Spent(2.0, 0.1, 300)],
+    "three sizes": [Spent(1.3, 0.01, 500), Spent(0.9, 0.08, 40), Spent(4.0, 0.3, 60)],
+    "all units at once": [Spent(8.0, 1.0, 20)],
+    "some at once": [Spent(8.0, 1.0, 5), Spent(1.5, 0.05, 100)],
+}
+
+
+def google(history: list[Spent], accountant) -> object:
+    event = pytest.importorskip("dp_accounting", reason="pip install 'polyclinic[test]'").dp_event
+    for spent in history:
+        step = event.GaussianDpEvent(spent.noise_multiplier)
+        step = event.PoissonSampledDpEvent(spent.sample_rate, step)
+        accountant.compose(event.SelfComposedDpEvent(step, spent.steps))
+    return accountant
+
+
+def google_pld(history: list[Spent], delta: float) -> float:
+    pld = pytest.importorskip("dp_accounting.pld", reason="pip install 'polyclinic[test]'")
+    return google(history, pld.PLDAccountant()).get_epsilon(delta)
+
+
+def google_rdp(history: list[Spent], delta: float) -> float:
+    rdp = pytest.importorskip("dp_accounting.rdp", reason="pip install 'polyclinic[test]'")
+    return google(history, rdp.RdpAccountant(accounting._ORDERS)).get_epsilon(delta)
+
+
+@pytest.fixture
+def whole_orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(accounting, "_ORDERS", tuple(range(2, 64)))
+    accounting._rdp_of_a_step.cache_clear()
+    yield
+    accounting._rdp_of_a_step.cache_clear()
+
+
+def agrees(found: float, reference: float) -> bool:
+    """Not below the reference, but for its own rounding, and hardly above."""
+    return reference * 0.999 <= found <= reference * 1.02
+
+
+@pytest.mark.parametrize(
+    ("name", "delta"), [*((name, 1e-6) for name in HISTORIES), ("a run", 1e-3), ("two runs", 1e-9)]
+)
+def test_prv_agrees_with_googles_privacy_loss_distributions(name: str, delta: float) -> None:
+    found = bound(HISTORIES[name], delta)
+    assert found.by == "prv"
+    assert agrees(found.epsilon, google_pld(HISTORIES[name], delta))
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_rdp_agrees_with_googles_at_whole_orders(name: str, whole_orders: None) -> None:
+    expected = google_rdp(HISTORIES[name], DELTA)
+    assert epsilon_rdp(HISTORIES[name], DELTA) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["little noise", "three sizes"])
+def test_rdp_at_broken_orders_is_a_little_below_googles(name: str) -> None:
+    """Google adds up the magnitudes of a series of alternating signs."""
+    expected = google_rdp(HISTORIES[name], DELTA)
+    assert 0.99 * expected <= epsilon_rdp(HISTORIES[name], DELTA) <= expected
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_prv_is_the_smaller_bound(name: str) -> None:
+    assert epsilon(HISTORIES[name], DELTA) < epsilon_rdp(HISTORIES[name], DELTA)
+
+
+def test_an_accountant_that_miscounts_would_be_found() -> None:
+    history = HISTORIES["two runs"]
+    reference = google_pld(history, DELTA)
+    assert agrees(epsilon(history, DELTA), reference)
+    assert not agrees(epsilon(history[:1], DELTA), reference)
+    assert not agrees(epsilon([Spent(1.5, 0.05, 100), history[1]], DELTA), reference)
+    assert not agrees(epsilon([Spent(1.0, 0.04, 100), history[1]], DELTA), reference)
+
+
+@pytest.mark.parametrize("noise", [0.7, 3.0, 30.0])
+@pytest.mark.parametrize("steps", [1, 25])
+def test_without_sampling_it_is_the_gaussian_mechanisms_formula(noise: float, steps: int) -> None:
+    mean = math.sqrt(steps) / noise  # composed Gaussians are one of that signal-to-noise ratio
+
+    def delta_at(eps: float) -> float:
+        return norm.cdf(mean / 2 - eps / mean) - math.exp(eps) * norm.cdf(-mean / 2 - eps / mean)
+
+    exact = brentq(lambda eps: delta_at(eps) - DELTA, 0, 100)
+    assert exact <= epsilon([Spent(noise, 1.0, steps)], DELTA) <= 1.02 * exact
+
+
+def test_nothing_done_costs_nothing() -> None:
+    assert epsilon([], DELTA) == 0
+    assert epsilon([Spent(0.0, 0.1, 0)], DELTA) == 0
+    assert epsilon_rdp([], DELTA) == 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-300, 1e-160, 1e-4])
+def test_without_noise_the_cost_is_infinite(noise: float) -> None:
+    assert epsilon([Spent(2.0, 0.1, 10), Spent(noise, 0.1, 1)], DELTA) == math.inf
+    assert epsilon_rdp([Spent(noise, 1.0, 1)], DELTA) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("spent", "by"),
+    [
+        (Spent(1e-3, 0.1, 10), "rdp"),  # PRV would want a grid to epsilon 5 million
+        (Spent(0.1, 0.2, 10_000), "rdp"),  # 148 GB
+        (Spent(0.3, 0.01, 10_000), "rdp"),
+        (Spent(1.0, 0.001, 10**8), "rdp"),
+        (Spent(0.1, 0.01, 100), "rdp"),  # overflows and gives a number all the same
+        (Spent(1.0, 0.001, 10**6), "prv"),
+        (Spent(1.0, 1e-15, 1000), "prv"),
+        (Spent(1.0, 1 - 1e-16, 10), "prv"),
+        (Spent(1e200, 0.3, 10), "prv"),
+        (Spent(1.0, 0.01, 1), "prv"),
+    ],
+)
+def test_at_extremes_there_is_still_a_bound(spent: Spent, by: str) -> None:
+    found = bound([spent], DELTA)
+    assert found.by == by
+    assert 0 < found.epsilon < math.inf
+    assert found.epsilon <= epsilon_rdp([spent], DELTA)
+
+
+@pytest.mark.parametrize("delta", [0.9, 1e-2, 1e-9, 1e-14])
+def test_a_bound_is_never_negative(delta: float) -> None:
+    assert epsilon([Spent(50.0, 0.001, 1)], delta) >= 0
+    assert epsilon_rdp([Spent(50.0, 0.001, 1)], delta) >= 0
+
+
+def test_below_any_delta_that_was_compared_rdp_stands_alone() -> None:
+    assert bound([Spent(1.0, 0.05, 10)], 1e-9).by == "prv"
+    assert bound([Spent(1.0, 0.05, 10)], 1e-14).by == "rdp"
+
+
+def test_more_steps_less_noise_a_higher_rate_and_a_smaller_delta_cost_more() -> None:
+    for worse in (
+        [epsilon([Spent(1.2, 0.05, steps)], DELTA) for steps in (1, 2, 10, 11, 200, 5000)],
+        [epsilon([Spent(noise, 0.05, 50)], DELTA) for noise in (50.0, 5.0, 1.0, 0.9, 0.4, 0.05)],
+        [epsilon([Spent(1.2, rate, 50)], DELTA) for rate in (1e-4, 0.01, 0.011, 0.3, 0.99, 1.0)],
+        [epsilon([Spent(1.2, 0.05, 50)], delta) for delta in (1e-2, 1e-4, 1e-5, 1e-8, 1e-11)],
+        [epsilon([Spent(1.2, 0.05, 50), Spent(3.0, 0.1, n)], DELTA) for n in (0, 1, 20)],
+    ):
+        assert worse == sorted(set(worse))
+
+
+def test_a_thousand_equal_rounds_are_one_stretch_in_any_order() -> None:
+    rounds = [Spent(1.1, 0.05, 1)] * 900 + [Spent(2.0, 0.1, 7)] + [Spent(1.1, 0.05, 1)] * 100
+    assert accounting._merged(rounds, DELTA) == (Spent(1.1, 0.05, 1000), Spent(2.0, 0.1, 7))
+    assert accounting._merged(rounds[::-1], DELTA) == accounting._merged(rounds, DELTA)
+
+
+def test_many_different_stretches_are_grouped_to_the_costlier_side() -> None:
+    stretches = tuple(Spent(1.0 + i / 50, 0.05 + i / 1000, 20) for i in range(5))
+    grouped = accounting._grouped(stretches, 2)
+    assert len(grouped) <= 2
+    assert sum(spent.steps for spent in grouped) == 100
+    each = epsilon(stretches, DELTA)
+    assert each < epsilon(grouped, DELTA) < 1.1 * each
+    assert accounting._grouped(stretches, 5) == stretches
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "steps", "before"),
+    [
+        (3.0, 0.05, 1000, []),
+        (0.1, 0.2, 20, []),
+        (1.0, 1.0, 10, []),
+        (3.0, 0.05, 100, [Spent(1.5, 0.05, 100)]),
+        # of which RDP alone would say that it has spent the target
+        (2.0, 0.05, 50, [Spent(1.05, 0.05, 20)]),
+    ],
+)
+def test_noise_for_a_target_is_enough_and_no_more(target, rate, steps, before) -> None:
+    noise = noise_for(target, DELTA, rate, steps, before)
+    assert epsilon([*before, Spent(noise, rate, steps)], DELTA) <= target
+    assert epsilon([*before, Spent(noise / (1 + PRECISION) ** 2, rate, steps)], DELTA) > target
+
+
+def test_rdp_alone_would_refuse_what_noise_is_found_for() -> None:
+    assert epsilon_rdp([Spent(1.05, 0.05, 20)], DELTA) > 2
+
+
+def test_a_target_that_was_spent_before_is_refused_with_the_numbers() -> None:
+    before = [Spent(1.0, 0.05, 100)]
+    with pytest.raises(ValueError, match=r"epsilon 3\.\d+ of 2 is spent already"):
+        noise_for(2.0, DELTA, 0.05, 10, before)
+
+
+def test_a_target_that_no_noise_reaches_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"10000000000 steps .* cannot stay within epsilon 0\.001"):
+        noise_for(0.001, DELTA, 1.0, 10**10)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Spent(-1.0, 0.1, 1), "noise multiplier"),
+        (lambda: Spent(math.nan, 0.1, 1), "noise multiplier"),
+        (lambda: Spent(math.inf, 0.1, 1), "noise multiplier"),
+        (lambda: Spent(1.0, 0.0, 1), "sample rate"),
+        (lambda: Spent(1.0, 1.1, 1), "sample rate"),
+        (lambda: Spent(1.0, math.nan, 1), "sample rate"),
+        (lambda: Spent(1.0, 0.1, -1), "steps"),
+        (lambda: Spent(1.0, 0.1, 1.5), "steps"),
+        (lambda: epsilon([], 0.0), "delta"),
+        (lambda: epsilon([], 1.0), "delta"),
+        (lambda: epsilon_rdp([], math.nan), "delta"),
+        (lambda: noise_for(0.0, DELTA, 0.1, 1), "target epsilon"),
+        (lambda: noise_for(math.inf, DELTA, 0.1, 1), "target epsilon"),
+        (lambda: noise_for(1.0, DELTA, 2.0, 1), "sample rate"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(make, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}: expected"):
+        make()
+
+
+def test_importing_it_brings_neither_opacus_nor_torch_nor_numpy() -> None:
+    code = "import sys, client.accounting as _; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"opacus", "torch", "numpy"} & set(done.stdout.split())
+    assert "client.accounting" in done.stdout.split()
