@@ -32,6 +32,7 @@ class Examples:
     has_mask: NDArray[np.bool_]  # (n, M)
     labels: NDArray[np.uint8]  # (n, K), 1 for each class that an image is of
     has_label: NDArray[np.bool_]  # (n,)
+    group: NDArray[np.str_]  # (n,), the patient; the image itself where the manifest names none
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -157,15 +158,17 @@ def _examples(rows: Sequence[tuple[Row, Pixels]], config: DataConfig) -> Example
         if names is not None:
             labels[i] = [name in names for name in config.classes]
             has_label[i] = True
-    return Examples(images, masks, has_mask, labels, has_label)
+    group = np.array([row.group for row, _ in rows], dtype=np.str_)
+    return Examples(images, masks, has_mask, labels, has_label, group)
 
 
 def _fingerprint(splits: dict[str, Examples]) -> str:
     digest = hashlib.sha256()
     for name, examples in splits.items():
         digest.update(name.encode())
-        for array in vars(examples).values():
-            digest.update(array.tobytes())
+        for key, array in vars(examples).items():
+            if key != "group":
+                digest.update(array.tobytes())
     return digest.hexdigest()
 
 

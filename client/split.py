@@ -10,16 +10,21 @@ from configs import wire
 from configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig, LabelKind
 
 Splits = dict[str, list[Row]]
+Groups = dict[str, list[Row]]
 
 
 def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> Splits:
     """Divide a site's rows into train, val and test.
 
-    A group (patient) is never divided. Rows that name their split keep it. The others are
-    stratified by label (multi-label: by the set of labels) and ordered by a hash of seed, site and
-    group, so that the same data give the same split on every machine. Where a label has too few
-    groups for its share, what is left over is passed on to the next label, so that the site's
-    totals hold.
+    A group (patient) is never divided. Rows that name their split keep it. The others are placed
+    by a hash of seed, site and group, so that the same data give the same split on every machine:
+
+    - ``stratified`` by label (multi-label: by the set of labels) and ordered by the hash. Where a
+      label has too few groups for its share, what is left over is passed on to the next label, so
+      that the site's totals hold.
+    - ``independent``: by its own hash alone, so that no group's place depends on another's. One
+      patient more or less then changes the training images by that patient's and no others, which
+      differential privacy takes for granted; shares hold on average.
 
     Raises:
         DataError: if a group's rows name different splits, or a split that was asked for is empty.
@@ -28,7 +33,7 @@ def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> S
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     splits: Splits = {name: [] for name in wire.SPLITS}
-    strata: dict[str, list[str]] = {}
+    free: dict[str, list[Row]] = {}
     for group, members in groups.items():
         named = {row.split for row in members if row.split}
         if len(named) > 1:
@@ -40,23 +45,50 @@ def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> S
         if named:
             splits[named.pop()] += members
         else:
-            labels = sorted({_stratum(row, config.label_kind) for row in members})
-            strata.setdefault("+".join(labels), []).append(group)
-    owed = {wire.TEST_SPLIT: 0.0, wire.VAL_SPLIT: 0.0}
+            free[group] = members
     share = {wire.TEST_SPLIT: config.test_fraction, wire.VAL_SPLIT: config.val_fraction}
+    place = _independent if config.split == "independent" else _stratified
+    for group, name in place(manifest.site, free, config, share).items():
+        splits[name] += free[group]
+    _check(manifest, splits, len(groups), share)
+    return {name: sorted(members, key=lambda row: row.line) for name, members in splits.items()}
+
+
+def _stratified(
+    site: str, groups: Groups, config: DataConfig, share: dict[str, float]
+) -> dict[str, str]:
+    strata: dict[str, list[str]] = {}
+    for group, members in groups.items():
+        labels = sorted({_stratum(row, config.label_kind) for row in members})
+        strata.setdefault("+".join(labels), []).append(group)
+    places: dict[str, str] = {}
+    owed = dict.fromkeys(share, 0.0)
     for stratum in sorted(strata):
-        order = sorted(strata[stratum], key=lambda g: _rank(config.split_seed, manifest.site, g))
+        order = sorted(strata[stratum], key=lambda g: _rank(config.split_seed, site, g))
         images = sum(len(groups[group]) for group in order)
         for name, fraction in share.items():
             owed[name] += fraction * images
         for group in order:
-            members = groups[group]
-            name = next((n for n in owed if owed[n] >= len(members) / 2), wire.TRAIN_SPLIT)
-            splits[name] += members
+            size = len(groups[group])
+            name = next((n for n in owed if owed[n] >= size / 2), wire.TRAIN_SPLIT)
+            places[group] = name
             if name in owed:
-                owed[name] -= len(members)
-    _check(manifest, splits, len(groups), share)
-    return {name: sorted(members, key=lambda row: row.line) for name, members in splits.items()}
+                owed[name] -= size
+    return places
+
+
+def _independent(
+    site: str, groups: Groups, config: DataConfig, share: dict[str, float]
+) -> dict[str, str]:
+    def of(group: str) -> str:
+        place = int(_rank(config.split_seed, site, group), 16) / 16**64  # even in 0 to 1
+        for name, fraction in share.items():
+            if place < fraction:
+                return name
+            place -= fraction
+        return wire.TRAIN_SPLIT
+
+    return {group: of(group) for group in groups}
 
 
 def _stratum(row: Row, kind: LabelKind) -> str:

@@ -81,7 +81,7 @@ def train_one_round(
     steps = steps_of_round(len(examples), train)
     class_weights = class_weights_of(examples, data, loss).to(device)
     model.to(device).to(memory_format=torch.channels_last).train()
-    optimizer = _optimizer(model, train)
+    optimizer = adamw(model, train)
     model.set_grad_checkpointing(train.grad_checkpointing)
     forward = compiled(model) if train.compile else model
     totals = torch.zeros(4, dtype=torch.float64, device=device)
@@ -130,11 +130,11 @@ def learning_rate(train: TrainConfig, where: Round, step: int, steps: int) -> fl
     return train.learning_rate * (1 - done / (where.rounds * steps)) ** train.poly_power
 
 
-def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, which does not decay the tasks' log variances: 0 is no better a weight than others."""
+def adamw(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW of what is in training; tasks' log variances do not decay: 0 is no better a value."""
     learned = [module.value for module in model.modules() if isinstance(module, LogVariance)]
     apart = set(map(id, learned))
-    others = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     groups: list[dict[str, Any]] = [
         {"params": others},
         {"params": learned, "weight_decay": 0.0},

@@ -89,3 +89,24 @@ def test_a_group_in_two_splits_is_refused_with_its_rows() -> None:
 def test_too_few_to_split_is_refused_with_the_numbers(groups) -> None:
     with pytest.raises(DataError, match=r"site a: \d+ images of \d groups are too few to split"):
         split(manifest(groups))
+
+
+def test_independent_places_depend_on_no_other_group() -> None:
+    groups = [["benign" if i % 3 else "malignant"] * (1 + i % 4) for i in range(200)]
+    m = manifest(groups)
+    whole = split(m, split="independent")
+
+    def places(splits: dict[str, list[Row]]) -> dict[str, str]:
+        return {row.group: name for name, rows in splits.items() for row in rows}
+
+    assert all(len(rows) > 20 for rows in whole.values())
+    shares = {name: len(rows) / len(m.rows) for name, rows in whole.items()}
+    assert shares == pytest.approx({"train": 0.65, "val": 0.15, "test": 0.2}, abs=0.06)
+    moved = 0
+    for gone in sorted({row.group for row in m.rows})[:40]:
+        rows = [row for row in m.rows if row.group != gone]
+        left = places(split_rows(m, rows, DataConfig(split="independent")))
+        assert left == {g: n for g, n in places(whole).items() if g != gone}
+        stratified = places(split_rows(m, rows, DataConfig()))
+        moved += stratified != {g: n for g, n in places(split(m)).items() if g != gone}
+    assert moved > 0  # the negative control: stratified, others move

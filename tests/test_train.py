@@ -43,6 +43,7 @@ def some(n: int = 12, masks: bool = True, labels: bool = True) -> Examples:
         np.full((n, 1), masks),
         np.eye(2, dtype=np.uint8)[label] * np.uint8(labels),
         np.full(n, labels),
+        np.array([f"patient {i // 2}" for i in range(n)]),
     )
 
 

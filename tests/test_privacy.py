@@ -1,0 +1,325 @@
+"""DP-SGD: what one unit can change, how much noise there is, and what leaves no trace."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from scipy import stats
+from torch import Tensor, nn
+
+from client.dataset import Examples
+from client.privacy import (
+    Mechanism,
+    NoisyGradient,
+    packs,
+    sampling,
+    train_one_round_privately,
+    units_of,
+)
+from client.train import Round, TrainingError, train_one_round
+from client.unit_gradients import units_of_network
+from configs.run import ConfigError, LossConfig, PrivacyConfig, RunConfig, TrainConfig
+from mtl_model.network import MultiTaskUNet
+from tests.test_network import small
+from tests.test_train import CPU, DATA, changed_parts, same, some
+
+LOSS = LossConfig(class_weights="none")
+QUIET = Mechanism(noise_multiplier=0.0, sample_rate=0.5, steps=2, units=12, clip_norm=1.0)
+LOUD = replace(QUIET, noise_multiplier=1.0)
+
+
+def trained(
+    examples: Examples,
+    mechanism: Mechanism = LOUD,
+    unit: str = "patient",
+    physical: int = 4,
+    random: int | None = 0,
+    **train: object,
+) -> MultiTaskUNet:
+    model = small(size=(32, 32))
+    train_one_round_privately(
+        model,
+        examples,
+        Round(1, 2, 0, "a"),
+        mechanism=mechanism,
+        data=DATA,
+        train=TrainConfig(augment=False, **train),
+        loss=LOSS,
+        privacy=PrivacyConfig(mode="dp-sgd", unit=unit, physical_batch_size=physical),
+        device=CPU,
+        random=None if random is None else np.random.default_rng(random),
+    )
+    return model
+
+
+class Linear(nn.Module):
+    """The smallest network whose per-example gradients Opacus takes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def gradients_of(
+    xs: list[Tensor],
+    mechanism: Mechanism = QUIET,
+    physical: int = 100,
+    random: int = 0,
+    kind: str = "ghost",
+) -> list[Tensor]:
+    """The released gradient of one step, of units with the rows of ``xs``."""
+    torch.manual_seed(0)
+    network = Linear()
+    parameters = list(network.parameters())
+    gradient = NoisyGradient(parameters, mechanism, np.random.default_rng(random))
+    ends = np.cumsum([0, *map(len, xs)])
+    places = [np.arange(*span) for span in pairwise(ends)]
+    rows = torch.cat([torch.empty(0, 3), *xs])
+    with units_of_network(kind, network, parameters) as units:
+        for pack in packs(places, physical):
+            for chunk in pack:
+                loss = units.forward(rows[chunk.places]).square().sum()
+                units.backward(loss, torch.from_numpy(chunk.unit), alone=len(pack) > 1)
+            units.clip(mechanism.clip_norm, gradient.sums)
+    gradient.release()
+    return [p.grad for p in network.parameters()]
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """Between two sums of gradients, not the means that are released."""
+    return (
+        QUIET.expected_units
+        * torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)]).norm().item()
+    )
+
+
+@pytest.mark.parametrize("kind", ["ghost", "hooks"])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("physical", [2, 100])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
+def test_no_unit_changes_the_sum_by_more_than_the_clipping_norm(
+    rows: int, physical: int, size: float, kind: str
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    others = [torch.randn(n, 3, generator=generator) for n in (1, 3, 2, 1)]
+    one = size * torch.randn(rows, 3, generator=generator)
+    for at in range(len(others) + 1):
+        more = [*others[:at], one, *others[at:]]
+        found = gradients_of(more, physical=physical, kind=kind)
+        change = distance(found, gradients_of(others, kind=kind))
+        assert change < QUIET.clip_norm * (1 + 1e-4)
+    if size > 1:
+        assert change > 0.99 * QUIET.clip_norm
+
+
+def test_clipping_examples_does_not_bound_a_patient() -> None:
+    """The negative control: the same images as units of one each."""
+    one = 1e3 * torch.randn(1, 3).expand(5, 3)
+    as_patient = distance(gradients_of([one]), gradients_of([]))
+    as_examples = distance(gradients_of(list(one[:, None])), gradients_of([]))
+    assert as_patient < 1.001 * QUIET.clip_norm
+    assert as_examples > 4.99 * QUIET.clip_norm
+
+
+@pytest.mark.parametrize("physical", [1, 2, 3, 100])
+def test_the_size_of_a_pass_changes_nothing(physical: int) -> None:
+    xs = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (1, 3, 2, 5, 1)]
+    for found, expected in zip(gradients_of(xs, physical=physical), gradients_of(xs), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_of_examples_it_is_what_opacus_computes() -> None:
+    xs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    network = GradSampleModule(Linear(), loss_reduction="sum")
+    theirs = DPOptimizer(
+        torch.optim.SGD(network.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=QUIET.clip_norm,
+        expected_batch_size=6,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        network(xs).square().sum().backward()
+    theirs.pre_step()
+    for ours, parameter in zip(gradients_of(list(xs[:, None])), network.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad)
+
+
+@pytest.mark.parametrize("kind", ["ghost", "hooks"])
+def test_a_gradient_that_is_not_finite_counts_nothing(kind: str) -> None:
+    xs = [torch.randn(2, 3, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    broken = [*xs, torch.full((2, 3), torch.inf)]
+    for found, expected in zip(gradients_of(broken, kind=kind), gradients_of(xs), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def noise_p_value(mechanism: Mechanism, claimed: float) -> float:
+    """How likely noise as strange as this is, if its deviation were the claimed one (two sides)."""
+    steps = 400
+    noise = np.concatenate(
+        [
+            np.concatenate([g.flatten() for g in gradients_of([], mechanism, random=k)])
+            for k in range(steps)
+        ]
+    )
+    squares = ((noise * mechanism.expected_units / claimed) ** 2).sum()
+    below = stats.chi2.cdf(squares, len(noise))
+    return 2 * min(below, 1 - below)
+
+
+@pytest.mark.parametrize(("sigma", "clip"), [(1.0, 1.0), (0.7, 3.0)])
+def test_noise_has_the_deviation_that_is_accounted_for(sigma: float, clip: float) -> None:
+    mechanism = replace(QUIET, noise_multiplier=sigma, clip_norm=clip)
+    assert noise_p_value(mechanism, sigma * clip) > 1e-3
+    for wrong in (2 / 3, 3 / 2):  # the negative controls
+        assert noise_p_value(mechanism, wrong * sigma * clip) < 1e-9
+
+
+def test_in_training_noise_is_that_of_every_step_drawn_anew() -> None:
+    """The whole round's path: with a rate of 0 all that moves the weights is noise."""
+    seen: list[Tensor] = []
+
+    class Watching(NoisyGradient):
+        def release(self) -> None:
+            super().release()
+            seen.append(torch.cat([p.grad.flatten() for p in self.sums]))
+
+    mechanism = replace(LOUD, sample_rate=1e-12, units=10**12, steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("client.privacy.NoisyGradient", Watching)
+        trained(some(), mechanism)
+    assert len(seen) == 3
+    for noise in seen:
+        assert noise.std().item() == pytest.approx(1.0, rel=0.01)
+        assert abs(noise.mean().item()) < 0.01
+    assert abs(torch.corrcoef(torch.stack(seen[:2]))[0, 1].item()) < 0.01
+
+
+def test_a_step_in_which_no_unit_was_drawn_is_a_step_of_noise() -> None:
+    model = trained(some(), replace(LOUD, sample_rate=1e-12, units=10**12, steps=1))
+    assert changed_parts(model) == {"encoder", "dfe", "decoder", "head"}
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("unit", ["example", "patient"])
+def test_without_noise_and_clipping_it_learns_as_plain_training_does(unit: str) -> None:
+    """Every unit drawn, one step: the gradient is the plain one but for how it is averaged."""
+    examples = some()
+    everything = Mechanism(0.0, 1.0, 1, len(units_of(examples, unit)), clip_norm=1e9)
+    private = trained(examples, everything, unit, physical=5)
+    plain = small(size=(32, 32))
+    train_one_round(
+        plain,
+        examples,
+        Round(1, 2, 0, "a"),
+        data=DATA,
+        train=TrainConfig(augment=False, batch_size=len(examples), local_steps=1, clip_norm=0.0),
+        loss=LOSS,
+        device=CPU,
+    )
+    close = [
+        torch.isclose(a, b, atol=2e-4).float().mean().item()  # of Adam's first step of 1e-3
+        for a, b in zip(private.state_dict().values(), plain.state_dict().values(), strict=True)
+    ]
+    assert np.mean(close) > 0.99
+
+
+def test_the_size_of_a_pass_does_not_change_the_trained_weights() -> None:
+    small_, large = trained(some(), physical=3), trained(some(), physical=100)
+    for a, b in zip(small_.state_dict().values(), large.state_dict().values(), strict=True):
+        assert torch.isclose(a, b, atol=1e-4).float().mean() > 0.99
+
+
+def test_its_randomness_is_not_the_runs() -> None:
+    """The server knows the run's seed; two rounds with the same one must differ."""
+    assert same(trained(some(), random=3), trained(some(), random=3))
+    assert not same(trained(some(), random=None), trained(some(), random=None))
+
+
+def test_without_masks_the_segmentation_part_stays_as_it_came() -> None:
+    assert changed_parts(trained(some(masks=False))) == {"encoder", "head"}
+    assert changed_parts(trained(some(labels=False))) == {"encoder", "dfe", "decoder"}
+    with pytest.raises(TrainingError, match="none of 12 training examples"):
+        trained(some(masks=False, labels=False))
+
+
+def test_a_network_that_was_trained_privately_is_an_ordinary_one_afterwards() -> None:
+    model = trained(some(masks=False))
+    for parameter in model.parameters():
+        assert parameter.requires_grad
+        assert not hasattr(parameter, "grad_sample")
+        assert parameter.grad is None
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_units_are_examples_or_all_images_of_a_patient() -> None:
+    examples = some(7)
+    assert [u.tolist() for u in units_of(examples, "example")] == [[i] for i in range(7)]
+    assert sorted(u.tolist() for u in units_of(examples, "patient")) == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6],
+    ]
+
+
+def test_units_are_packed_whole_and_only_one_that_is_too_large_is_cut() -> None:
+    units = [np.arange(a, b) for a, b in ((0, 2), (2, 4), (4, 9), (9, 10))]
+    found = list(packs(units, 3))
+    assert [[chunk.places.tolist() for chunk in pack] for pack in found] == [
+        [[0, 1]],
+        [[4, 5, 6], [7, 8]],
+        [[2, 3, 9]],
+    ]
+    assert found[-1][0].unit.tolist() == [0, 0, 1]
+    assert list(packs([], 3)) == []
+
+
+def test_rate_and_steps_follow_from_what_is_declared() -> None:
+    assert sampling(TrainConfig(batch_size=8, local_epochs=2), 100) == (0.08, 26)
+    assert sampling(TrainConfig(batch_size=8, local_steps=5), 100) == (0.08, 5)
+    assert sampling(TrainConfig(batch_size=8), 4) == (1.0, 1)
+
+
+def private(**settings: object) -> RunConfig:
+    base = {
+        "privacy.mode": "dp-sgd",
+        "privacy.target-epsilon": 3.0,
+        "loss.class-weights": "none",
+        "data.split": "independent",
+    }
+    named = {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
+    return RunConfig.from_flat({**base, **named})
+
+
+def test_settings_that_would_break_the_bound_are_refused() -> None:
+    assert private().privacy.unit == "patient"
+    for settings, said in (
+        ({"data__split": "stratified"}, r"data.split: expected independent"),
+        ({"model__norm": "batch"}, r"model.norm: expected group .*; got batch"),
+        ({"train__grad_checkpointing": True}, r"train.grad-checkpointing: expected false"),
+        ({"train__compile": True}, r"train.compile: expected false"),
+        ({"loss__class_weights": "balanced"}, r"loss.class-weights: expected none, or a number"),
+        ({"privacy__target_epsilon": 0.0}, r"one of target-epsilon and noise-multiplier.*0 and 0"),
+        ({"privacy__noise_multiplier": 1.0}, r"one of target-epsilon and .* got 3 and 1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            private(**settings)
+
+
+def test_without_privacy_opacus_is_not_even_imported() -> None:
+    code = "import apps, sys; sys.exit('opacus' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
