@@ -1,0 +1,180 @@
+"""A site that trains privately, round after round, until it is killed; a program, not a test.
+
+``client.budget.train_within_budget`` is what it does, with a tiny network. It says where it is, a
+line each on stdout, before a thing begins and after it is done, and what was said stays in the pipe
+when it is dead. Each line begins with the name of the run:
+
+    a pid 4711              a life begins (forked, so that imports are paid for once)
+    a ready 0               first round not begun
+    a reserving 1           round 1
+    a reserved 1
+    a step 1                about to be taken; so said once for each
+    a settling 1
+    a settled 1
+    a released 1            weights have left, and a line in the file ``released`` is on the disk
+    a refused 2             by the budget; the life ends
+    a dead 9                of which signal; 0: by itself
+
+Each line on stdin begins a life: ``{"state": folder, "run": "a", "cap": 9.0, "late": false}``.
+``late`` is a ledger that writes a round down after it, as one might think to be enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import client.budget
+from client.accounting import Spent
+from client.budget import train_within_budget
+from client.gate import OPEN, Decline
+from client.ledger import LEDGER, Ledger, Reservation
+from client.site import Standing
+from client.train import Round
+from configs.run import RunConfig
+from configs.site import BudgetConfig
+from tests.conftest import TINY
+from tests.test_network import small
+from tests.test_train import some
+
+STEPS = 2  # of a round
+PATIENTS, EXAMPLES = 6, 12
+NOISE = 8.0
+DELTA = 1e-11  # below what PRV is asked for: RDP's bound takes milliseconds, PRV's up to a second
+
+CONFIG = RunConfig.from_flat(
+    {
+        **TINY,
+        "privacy.mode": "dp-sgd",
+        "privacy.noise-multiplier": NOISE,
+        "privacy.delta": DELTA,
+        "loss.class-weights": "none",
+        "data.split": "independent",
+        "train.local-steps": STEPS,
+        "train.augment": False,
+    }
+)
+MODEL = small(size=(32, 32), dfe="none", swin_depth=0)
+TRAINING = some(EXAMPLES)
+
+run_now, round_now = "", 0
+
+
+def say(word: str, number: int) -> None:
+    os.write(1, f"{run_now} {word} {number}\n".encode())
+
+
+class TellingLedger(Ledger):
+    """A ledger that says what it is doing."""
+
+    def reserve(self, run: str, round: int, spent: Spent) -> Reservation:
+        say("reserving", round)
+        reservation = super().reserve(run, round, spent)
+        say("reserved", round)
+        return reservation
+
+    def settle(self, reservation: Reservation, steps_taken: int) -> None:
+        say("settling", reservation.round)
+        super().settle(reservation, steps_taken)
+        say("settled", reservation.round)
+
+
+class LateLedger(TellingLedger):
+    """What must not be: a round is written down when it is over."""
+
+    def reserve(self, run: str, round: int, spent: Spent) -> Reservation:
+        return Reservation(0, run, round, spent)
+
+    def settle(self, reservation: Reservation, steps_taken: int) -> None:
+        super().settle(
+            super().reserve(reservation.run, reservation.round, reservation.spent), STEPS
+        )
+
+
+def live(state: Path, run: str, cap: float, late: bool) -> None:
+    """Train until killed, or refused."""
+    global round_now
+    client.budget.Ledger = LateLedger if late else TellingLedger  # type: ignore[misc]
+    budget = BudgetConfig(epsilon=cap, delta=DELTA, unit="patient")
+    standing = Standing(run, "north", EXAMPLES, PATIENTS, state / LEDGER, budget)
+    say("ready", 0)
+    while True:
+        round_now += 1
+        where = Round(round_now, 1000, 0, "north")
+        try:
+            train_within_budget(
+                MODEL,
+                TRAINING,
+                where,
+                standing,
+                CONFIG,
+                policy=OPEN,
+                device=torch.device("cpu"),
+            )
+        except Decline:
+            say("refused", round_now)
+            return
+        with (state / "released").open("a") as file:  # where the weights would leave
+            file.write(json.dumps({"run": run, "round": round_now, "steps": STEPS}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        say("released", round_now)
+
+
+def tell_step(*_: Any) -> None:
+    say("step", round_now)
+
+
+def begin(state: str, run: str, cap: float, late: bool) -> None:
+    """Live and die in a process of its own, below one that waits to tell of it."""
+    global run_now
+    run_now = run
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if pid := os.fork():
+        say("pid", pid)
+        say("dead", os.waitpid(pid, 0)[1])
+        return
+    try:
+        live(Path(state), run, cap, late)
+    except BaseException as error:
+        sys.stderr.write(f"run {run}: {error!r}\n")
+        os._exit(1)
+
+
+def rehearse() -> None:
+    """Train a round unheard: what torch does once in a process need not be done in each life."""
+    with tempfile.TemporaryDirectory() as folder:
+        budget = BudgetConfig(epsilon=100.0, delta=DELTA, unit="patient")
+        standing = Standing("rehearsal", "north", EXAMPLES, PATIENTS, Path(folder) / LEDGER, budget)
+        train_within_budget(
+            MODEL,
+            TRAINING,
+            Round(1, 1000, 0, "north"),
+            standing,
+            CONFIG,
+            policy=OPEN,
+            device=torch.device("cpu"),
+        )
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # others would not survive the fork
+    rehearse()
+    register_optimizer_step_pre_hook(tell_step)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while line := sys.stdin.readline():
+        if not os.fork():
+            begin(**json.loads(line))
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,932 @@
+"""The append-only file: what is durable, what tampering it shows, what it refuses to open."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import client.chain
+from client.chain import SCHEMA, Chain, Entry, Head, LedgerError, LedgerTampered
+
+ROOT = Path(__file__).resolve().parent.parent
+NOBODY = 65534
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "ledger.db"
+
+
+def append(path: Path, *kinds: str) -> None:
+    """One entry a turn, as training writes them."""
+    with Chain(path) as chain:
+        for kind in kinds:
+            with chain.turn():
+                chain.append(kind, note=f"of kind {kind}")
+
+
+def append_in(chain: Chain, *kinds: str) -> None:
+    """All in one turn."""
+    with chain.turn():
+        for kind in kinds:
+            chain.append(kind)
+
+
+def kinds(path: Path) -> list[str]:
+    with Chain(path, read_only=True) as chain:
+        return [entry.kind for entry in chain.entries]
+
+
+def head_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.head")
+
+
+@contextlib.contextmanager
+def database(path: Path) -> Iterator[sqlite3.Connection]:
+    """The file as another program sees it, which knows nothing of chains."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def without_triggers(path: Path) -> Iterator[sqlite3.Connection]:
+    with database(path) as opened:
+        names = [
+            row[0]
+            for row in opened.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")
+        ]
+        for name in names:
+            opened.execute(f"DROP TRIGGER {name}")
+        yield opened
+
+
+def rewrite(path: Path, texts: list[str]) -> None:
+    """What whoever knows this program would do: all entries anew, with hashes that fit."""
+    before = "0" * 64
+    with without_triggers(path) as opened:
+        opened.execute("DELETE FROM entries")
+        for number, text in enumerate(texts, 1):
+            before = hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
+            opened.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, text, before))
+
+
+def texts_of(path: Path) -> list[str]:
+    with database(path) as opened:
+        return [row[0] for row in opened.execute("SELECT content FROM entries ORDER BY number")]
+
+
+def test_entries_are_there_for_who_opens_the_file_next(path: Path) -> None:
+    started = datetime.now(UTC)
+    with Chain(path) as chain:
+        with chain.turn():
+            first = chain.append("terms", cap=8.0, unit="patient")
+            second = chain.append("reserve", steps=3)
+        assert chain.entries == (first, second)
+        assert chain.head == Head(2, second.hash)
+    with Chain(path) as again:
+        assert again.entries == (first, second)
+    assert dict(first.content) == {
+        "number": 1,
+        "kind": "terms",
+        "time": first.time.isoformat(),
+        "cap": 8.0,
+        "unit": "patient",
+    }
+    assert started <= first.time <= second.time <= datetime.now(UTC)
+
+
+def test_an_entry_is_on_the_disk_before_its_turn_ends(path: Path) -> None:
+    """Not power that fails, which no test can do, but what SQLite is told to do about it."""
+    with Chain(path) as chain:
+        assert chain._pragma("synchronous") == 2  # FULL: the log is synchronised at each commit
+        assert chain._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_each_hash_is_of_the_entry_and_the_hash_before(path: Path) -> None:
+    append(path, "one", "two", "three")
+    before = "0" * 64
+    with database(path) as opened:
+        rows = opened.execute("SELECT content, hash FROM entries ORDER BY number").fetchall()
+    for text, found in rows:
+        assert found == hashlib.sha256(before.encode() + b"\n" + text.encode()).hexdigest()
+        before = found
+    assert json.loads(head_of(path).read_text()) == {"number": 3, "hash": before}
+
+
+def test_a_turn_that_fails_writes_nothing(path: Path) -> None:
+    append(path, "one")
+    noted = head_of(path).read_bytes()
+    with Chain(path) as chain:
+        before = chain.entries
+        with pytest.raises(TypeError, match="JSON"):
+            append_in(chain, "two", b"three")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="JSON"), chain.turn():
+            chain.append("two", epsilon=float("nan"))
+        assert chain.entries == before
+        assert kinds(path) == ["one"]
+        assert head_of(path).read_bytes() == noted
+        with chain.turn():
+            chain.append("three")
+    assert kinds(path) == ["one", "three"]
+
+
+def test_appending_outside_a_turn_is_a_mistake_of_ours(path: Path) -> None:
+    with Chain(path) as chain, pytest.raises(RuntimeError, match=r"within turn\(\)"):
+        chain.append("one")
+    assert kinds(path) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("UPDATE entries SET content = '{}'", "never changed"),
+        ("DELETE FROM entries WHERE number = 2", "never deleted"),
+        ("INSERT INTO entries VALUES (4, '{}', '')", "numbered one by one"),
+        ("INSERT OR REPLACE INTO entries VALUES (1, '{}', '')", "numbered one by one"),
+    ],
+)
+def test_sqlite_itself_refuses_all_but_the_next_entry(
+    path: Path, statement: str, said: str
+) -> None:
+    append(path, "one", "two")
+    with database(path) as opened, pytest.raises(sqlite3.IntegrityError, match=said):
+        opened.execute(statement)
+    assert kinds(path) == ["one", "two"]
+
+
+def a_word_changed(path: Path) -> None:
+    with without_triggers(path) as opened:
+        opened.execute("UPDATE entries SET content = replace(content, 'of', 'or') WHERE number = 2")
+
+
+def not_even_text(path: Path) -> None:
+    with without_triggers(path) as opened:
+        opened.execute("UPDATE entries SET content = CAST(x'ff00ff' AS TEXT) WHERE number = 2")
+
+
+def a_hash_changed(path: Path) -> None:
+    with without_triggers(path) as opened:
+        opened.execute("UPDATE entries SET hash = lower(hex(randomblob(32))) WHERE number = 2")
+
+
+def one_taken_out(path: Path) -> None:
+    with without_triggers(path) as opened:
+        opened.execute("DELETE FROM entries WHERE number = 2")
+
+
+def two_swapped(path: Path) -> None:
+    with without_triggers(path) as opened:
+        for old, new in ((2, 9), (3, 2), (9, 3)):
+            opened.execute("UPDATE entries SET number = ? WHERE number = ?", (new, old))
+
+
+def one_put_behind(path: Path) -> None:
+    with database(path) as opened:
+        opened.execute("INSERT INTO entries VALUES (5, '{\"kind\":\"settle\"}', 'none')")
+
+
+def the_end_cut_off(path: Path) -> None:
+    with without_triggers(path) as opened:
+        opened.execute("DELETE FROM entries WHERE number > 2")
+
+
+def all_taken_out(path: Path) -> None:
+    with without_triggers(path) as opened:
+        opened.execute("DELETE FROM entries")
+
+
+def all_written_anew(path: Path) -> None:
+    rewrite(path, [text.replace("three", "other") for text in texts_of(path)])
+
+
+def the_file_emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def the_file_gone(path: Path) -> None:
+    path.unlink()
+
+
+def the_head_gone(path: Path) -> None:
+    head_of(path).unlink()
+
+
+def the_head_of_another(path: Path) -> None:
+    head_of(path).write_text(json.dumps({"number": 3, "hash": "1" * 64}))
+
+
+def the_head_ahead(path: Path) -> None:
+    noted = json.loads(head_of(path).read_text())
+    head_of(path).write_text(json.dumps({**noted, "number": 5}))
+
+
+def the_head_below_zero(path: Path) -> None:
+    head_of(path).write_text(json.dumps({"number": -1, "hash": "0" * 64}))
+
+
+def the_head_something_else(path: Path) -> None:
+    head_of(path).write_text('{"number": Infinity, "hash": ""}')
+
+
+HARMS = {
+    a_word_changed: "entry 2 was changed: its hash does not fit",
+    not_even_text: "entry 2 was changed: its hash does not fit",
+    a_hash_changed: "entry 2 was changed: its hash does not fit",
+    one_taken_out: "entry 2 was changed: it is missing, 3 follows",
+    two_swapped: "entry 2 was changed: its hash does not fit",
+    one_put_behind: "entry 5 was changed: its hash does not fit",
+    the_end_cut_off: r"entry 3 is missing: ledger.db.head knows of 4 entries",
+    all_taken_out: r"entry 1 is missing: ledger.db.head knows of 4 entries",
+    all_written_anew: r"entry 4 is not the one that ledger.db.head knows",
+    the_file_emptied: r"entry 1 is missing: ledger.db.head knows of 4 entries",
+    the_file_gone: r"expected 4 entries by ledger.db.head, found no file",
+    the_head_gone: r"ledger.db.head: expected the newest entry's number and hash, found no file",
+    the_head_of_another: r"entry 3 is not the one that ledger.db.head knows",
+    the_head_ahead: r"entry 5 is missing: ledger.db.head knows of 5 entries",
+    the_head_below_zero: r"entry -1 is not the one that ledger.db.head knows",
+    the_head_something_else: r"ledger.db.head: expected .*, found something else",
+}
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["to write", "to read"])
+@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
+def test_tampering_is_found_by_who_opens_the_file(
+    path: Path, harm: Callable[[Path], None], read_only: bool
+) -> None:
+    append(path, "one", "two", "three", "four")
+    harm(path)
+    for _ in range(2):  # the first look mends nothing
+        with pytest.raises(LedgerTampered, match=HARMS[harm]):
+            Chain(path, read_only=read_only)
+
+
+def test_an_untouched_file_is_not_suspected(path: Path, tmp_path: Path) -> None:
+    """The negative control: opened, vacuumed by another program, put back from a copy."""
+    append(path, "one", "two", "three", "four")
+    with database(path) as opened:
+        opened.execute("VACUUM")
+    shutil.copytree(path.parent, tmp_path / "copy")
+    shutil.rmtree(path.parent)
+    (tmp_path / "copy").rename(path.parent)
+    with Chain(path) as chain:
+        chain.verify()
+    assert kinds(path) == ["one", "two", "three", "four"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("written") / "ledger.db"
+    append(path, "one", "two", "three", "four")
+    return path
+
+
+def opened_after(written: Path, harm: Callable[[Path], None]) -> list[tuple[Entry, ...] | str]:
+    """What who reads and who writes find in a copy that was harmed."""
+    found: list[tuple[Entry, ...] | str] = []
+    for read_only in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(shutil.copy(written, folder))
+            shutil.copy(head_of(written), folder)
+            harm(path)
+            try:
+                with Chain(path, read_only=read_only) as chain:
+                    chain.verify()
+                    found.append(chain.entries)
+            except LedgerError as error:
+                found.append(str(error))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_byte_changed_anywhere_is_found_or_changes_no_entry(
+    written: Path, data: st.DataObject
+) -> None:
+    size = written.stat().st_size
+    content = written.read_bytes()
+    held = [i for i in range(size) if content[i]]  # most of the file is nothing
+    place = data.draw(st.one_of(st.integers(0, size - 1), st.sampled_from(held)))
+    other = data.draw(st.integers(1, 255)) ^ content[place]
+
+    def harm(path: Path) -> None:
+        path.write_bytes(content[:place] + bytes([other]) + content[place + 1 :])
+
+    with Chain(written, read_only=True) as chain:
+        truth = chain.entries
+    for outcome in opened_after(written, harm):
+        assert outcome == truth or isinstance(outcome, str)
+    entries = content.index(b'{"kind"'), content.rindex(b"}") + 1 + 64
+    if entries[0] <= place < entries[1] and chr(content[place]).isprintable():
+        assert isinstance(opened_after(written, harm)[0], str)
+
+
+@settings(max_examples=30, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_anywhere_is_found(written: Path, share: float) -> None:
+    length = int(share * written.stat().st_size)
+    for outcome in opened_after(written, lambda path: os.truncate(path, length)):
+        assert isinstance(outcome, str)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["number", "hash", "x"]), inner)
+    ),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(head=JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20))
+def test_a_head_that_says_anything_else_is_found(written: Path, head: bytes) -> None:
+    def harm(path: Path) -> None:
+        head_of(path).write_bytes(head)
+
+    for outcome in opened_after(written, harm):
+        assert isinstance(outcome, str)
+
+
+def test_who_forges_file_and_head_is_shown_by_a_head_kept_elsewhere(path: Path) -> None:
+    """The limit of a file that whoever may write it may write anew."""
+    append(path, "one", "two", "three")
+    with Chain(path) as chain:
+        kept = chain.head
+    rewrite(path, [text.replace("three", "other") for text in texts_of(path)])
+    with database(path) as opened:
+        number, found = opened.execute("SELECT max(number), hash FROM entries").fetchone()
+    head_of(path).write_text(json.dumps({"number": number, "hash": found}))
+    with Chain(path) as chain:
+        chain.verify()  # nothing to be found here
+        assert chain.head.number == kept.number
+        assert chain.head != kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"kind":"one"}',
+        '{"kind":"one","number":1,"time":"soon"}',
+        '{"kind":"one","number":1,"time":"2026-01-01T00:00:00"}',  # in which zone?
+        '{"kind":"one","number":1,"time":17}',
+        '{"kind":1,"number":1,"time":"2026-01-01T00:00:00+00:00"}',
+        '{"kind":"one","number":2,"time":"2026-01-01T00:00:00+00:00"}',
+        '{"number":1,"kind":"one","time":"2026-01-01T00:00:00+00:00"}',  # keys in another order
+        '{"kind":"one","number":1,"time":"2026-01-01T00:00:00+00:00","x":NaN}',
+        "[]",
+        "none",
+        "",
+    ],
+)
+def test_an_entry_that_this_program_would_not_write_is_found_though_its_hash_fits(
+    path: Path, text: str
+) -> None:
+    append(path, "one")
+    rewrite(path, [text])
+    head_of(path).write_text(json.dumps({"number": 0, "hash": "0" * 64}))
+    with pytest.raises(LedgerTampered, match=r"entry 1 was changed: it (cannot be read|is not as)"):
+        Chain(path)
+
+
+def test_an_entry_from_before_the_entry_before_it_is_found_though_its_hash_fits(path: Path) -> None:
+    append(path, "one", "two")
+    one, two = (json.loads(text) for text in texts_of(path))
+    before = datetime.fromisoformat(one["time"]) - timedelta(hours=1)
+    two["time"] = before.isoformat()
+    rewrite(path, [json.dumps(each, sort_keys=True, separators=(",", ":")) for each in (one, two)])
+    head_of(path).write_text(json.dumps({"number": 0, "hash": "0" * 64}))
+    with pytest.raises(LedgerTampered, match="entry 2 was changed: its time lies before"):
+        Chain(path)
+
+
+def test_a_head_that_a_crash_left_behind_is_repaired(path: Path) -> None:
+    append(path, "one", "two")
+    behind = head_of(path).read_bytes()
+    append(path, "three")
+    newest = head_of(path).read_bytes()
+    head_of(path).write_bytes(behind)
+    assert kinds(path) == ["one", "two", "three"]
+    assert head_of(path).read_bytes() == behind  # who only reads repairs nothing
+    Chain(path).close()
+    assert head_of(path).read_bytes() == newest
+
+
+def test_a_crash_while_the_file_is_made_leaves_nothing_to_mend(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    head_of(path).write_text(json.dumps({"number": 0, "hash": "0" * 64}) + "\n")
+    assert kinds(path) == []
+    append(path, "one")
+    assert kinds(path) == ["one"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from client.chain import Chain
+chain = Chain(Path(sys.argv[1]))
+with chain.turn():
+    chain.append("kept")
+chain._database.execute("BEGIN IMMEDIATE")
+chain.append("lost")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_what_it_committed_and_no_lock(path: Path) -> None:
+    for number in range(1, 4):
+        died = subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, check=False)
+        assert died.returncode == -9
+        assert path.with_name("ledger.db-wal").stat().st_size > 0
+        assert kinds(path) == ["kept"] * number
+
+
+def test_a_lost_log_is_found(path: Path) -> None:
+    """Entries that only the write-ahead log holds, since the process that wrote them was killed."""
+    subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, check=False)
+    subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, check=False)
+    for name in ("ledger.db-wal", "ledger.db-shm"):
+        path.with_name(name).unlink()
+    with pytest.raises(LedgerTampered, match=r"ledger.db.head knows of 2 entries"):
+        Chain(path)
+
+
+def test_who_takes_a_turn_sees_what_others_wrote(path: Path) -> None:
+    with Chain(path) as one, Chain(path) as other:
+        with one.turn():
+            first = one.append("one")
+        assert other.entries == ()
+        with other.turn():
+            assert other.entries == (first,)
+            second = other.append("two")
+        with one.turn():
+            assert one.entries == (first, second)
+    assert kinds(path) == ["one", "two"]
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from client.chain import Chain
+print("ready", flush=True)
+sys.stdin.readline()
+with Chain(Path(sys.argv[1]), timeout_s=60) as chain:
+    for number in range(int(sys.argv[2])):
+        with chain.turn():
+            chain.append("by " + sys.argv[3], count=number)
+"""
+
+
+@contextlib.contextmanager
+def together(count: int, *arguments: object) -> Iterator[None]:
+    """Several processes that begin at the same time; at the end they must have ended well."""
+    program = [sys.executable, "-c", TOGETHER, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    writers = [
+        subprocess.Popen([*program, str(k)], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+        for k in range(count)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        yield
+        assert [writer.wait() for writer in writers] == [0] * count
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+
+
+def test_processes_that_make_and_write_one_file_at_once_lose_nothing(path: Path) -> None:
+    with together(4, path, 10):
+        pass
+    with Chain(path) as chain:
+        chain.verify()
+        for k in range(4):
+            mine = [entry.content["count"] for entry in chain.entries if entry.kind == f"by {k}"]
+            assert mine == list(range(10))
+    assert json.loads(head_of(path).read_text())["number"] == 40
+
+
+def test_who_reads_while_others_write_sees_a_whole_beginning_of_it(path: Path) -> None:
+    append(path, "first")
+    seen = []
+    with together(2, path, 30):
+        while not seen or seen[-1] < 61:
+            with Chain(path, read_only=True) as chain:
+                chain.verify()
+                seen.append(len(chain.entries))
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2  # it did look in between
+
+
+def test_who_reads_while_the_first_entry_is_written_suspects_nobody(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    path.touch()
+    looks = iter(["is there a file?", "what does the head say?"])
+    look = Chain._noted
+
+    def slowly(chain: Chain) -> Head | None:
+        found = look(chain)
+        if next(looks, "") == "what does the head say?":
+            append(path, "one")
+        return found
+
+    monkeypatch.setattr(Chain, "_noted", slowly)
+    assert kinds(path) == ["one"]
+
+
+def test_who_makes_the_file_waits_for_another_who_does(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    check = Chain._check_kind
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    release = threading.Timer(0.2, lambda: other.execute("ROLLBACK"))
+
+    def then_be_late(chain: Chain) -> None:
+        check(chain)
+        other.execute("BEGIN IMMEDIATE")
+        release.start()
+
+    monkeypatch.setattr(Chain, "_check_kind", then_be_late)
+    with contextlib.closing(other):
+        Chain(path).close()
+        release.join()
+
+
+def test_a_file_that_another_process_makes_meanwhile_is_no_other_programs(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    path.touch()
+    look = Chain._pragma
+
+    def then_be_late(chain: Chain, name: str) -> int:
+        found = look(chain, name)
+        monkeypatch.setattr(Chain, "_pragma", look)
+        append(path, "one")
+        return found
+
+    monkeypatch.setattr(Chain, "_pragma", then_be_late)
+    append(path, "two")
+    assert kinds(path) == ["one", "two"]
+
+
+def test_a_file_locked_by_another_process_is_refused_after_a_while(path: Path) -> None:
+    append(path, "one")
+    with Chain(path, timeout_s=0.05) as chain, database(path) as other:
+        other.execute("BEGIN IMMEDIATE")
+        said = r"ledger.db: locked by another process for 0.05 s; .* wait for it"
+        with pytest.raises(LedgerError, match=said):
+            append_in(chain, "two")
+        with pytest.raises(LedgerError, match=said):
+            Chain(path, timeout_s=0.05)
+        assert kinds(path) == ["one"]  # who reads need not wait
+        other.execute("ROLLBACK")
+        with chain.turn():
+            chain.append("two")
+    assert kinds(path) == ["one", "two"]
+
+
+def test_an_entry_stands_though_its_head_cannot_be_noted(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(path, "one")
+    behind = head_of(path).read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk groans")
+
+    with Chain(path) as chain:
+        monkeypatch.setattr(Path, "replace", refuse)
+        with chain.turn():
+            chain.append("two")
+        monkeypatch.undo()
+    assert "left behind the newest entry" in caplog.text
+    assert head_of(path).read_bytes() == behind
+    append(path, "three")
+    assert kinds(path) == ["one", "two", "three"]
+    assert json.loads(head_of(path).read_text())["number"] == 3
+
+
+@pytest.mark.parametrize("harm", [a_word_changed, one_taken_out, the_head_gone, the_head_ahead])
+def test_a_change_behind_the_back_of_who_has_it_open_is_found(
+    path: Path, harm: Callable[[Path], None]
+) -> None:
+    append(path, "one", "two", "three", "four")
+    with Chain(path) as chain:
+        harm(path)
+        with pytest.raises(LedgerTampered, match=HARMS[harm]):
+            chain.verify()
+
+
+def test_a_newest_entry_that_changed_is_found_before_another_follows_it(path: Path) -> None:
+    append(path, "one", "two")
+    with Chain(path) as chain:
+        a_hash_changed(path)
+        with pytest.raises(LedgerTampered, match=r"entry 2 .* not what it was a moment ago"):
+            append_in(chain, "three")
+
+
+def test_a_file_put_in_place_of_the_open_one_is_found(path: Path, tmp_path: Path) -> None:
+    append(path, "one")
+    shutil.copytree(path.parent, tmp_path / "earlier")
+    with Chain(path) as chain:
+        (tmp_path / "earlier" / path.name).replace(path)
+        with pytest.raises(LedgerTampered, match="replaced by another file"):
+            append_in(chain, "two")
+        path.unlink()
+        with pytest.raises(LedgerTampered, match="replaced by another file"):
+            append_in(chain, "two")
+
+
+def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(path: Path) -> None:
+    append(path, "one")
+    with database(path) as opened:
+        opened.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    before = path.read_bytes()
+    for read_only in (False, True):
+        with pytest.raises(LedgerError, match=rf"newer Polyclinic \(schema {SCHEMA + 1}.* update"):
+            Chain(path, read_only=read_only)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("statement", ["CREATE TABLE cats (name)", "PRAGMA application_id = 7"])
+def test_another_programs_database_is_refused_and_left_as_it_is(path: Path, statement: str) -> None:
+    path.parent.mkdir()
+    with database(path) as opened:
+        opened.execute(statement)
+    before = path.read_bytes()
+    for read_only in (False, True):
+        with pytest.raises(LedgerError, match="found another program's database"):
+            Chain(path, read_only=read_only)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("length", [7, 5000])
+def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path, length: int) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"budget " * (length // 7))
+    for read_only in (False, True):
+        with pytest.raises(LedgerError, match="expected a ledger, found no database"):
+            Chain(path, read_only=read_only)
+    assert path.read_bytes() == b"budget " * (length // 7)
+
+
+def test_a_damaged_page_is_found_before_anything_is_written(path: Path) -> None:
+    append(path, *"abcdefghijklmnopqrst")
+    content = bytearray(path.read_bytes())
+    content[4096:8192] = os.urandom(4096)
+    path.write_bytes(content)
+    for read_only in (False, True):
+        with pytest.raises(LedgerError, match=r"ledger.db: damaged.*backup"):
+            Chain(path, read_only=read_only)
+    assert path.read_bytes() == content
+
+
+def test_damage_beside_the_entries_is_found_too(path: Path) -> None:
+    append(path, "one")
+    content = bytearray(path.read_bytes())
+    content[36:40] = (7).to_bytes(4, "big")  # SQLite's count of pages that are free
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match=r"ledger.db: damaged \(.*freelist.*7\); .*backup"):
+        Chain(path)
+    with Chain(path, read_only=True) as chain, pytest.raises(LedgerError, match="damaged"):
+        chain.verify()
+    assert path.read_bytes() == content
+
+
+def test_there_is_nothing_to_read_before_something_is_written(path: Path) -> None:
+    with pytest.raises(LedgerError, match="no such ledger"):
+        Chain(path, read_only=True)
+    assert not path.parent.exists()
+
+
+def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LedgerError, match=r"file/ledger.db.head: cannot be read: Not a directory"):
+        Chain(tmp_path / "file" / "ledger.db")
+    (tmp_path / "folder" / "ledger.db").mkdir(parents=True)
+    with pytest.raises(LedgerError, match="cannot be opened"):
+        Chain(tmp_path / "folder" / "ledger.db")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Set the clock some seconds away from what it is."""
+
+    def move(seconds: float) -> None:
+        monkeypatch.setattr(
+            client.chain, "_now", lambda: datetime.now(UTC) + timedelta(seconds=seconds)
+        )
+
+    return move
+
+
+def test_a_clock_that_went_back_is_refused(path: Path, clock: Callable[[float], None]) -> None:
+    append(path, "one")
+    with Chain(path) as chain:
+        clock(-120)
+        said = r"the clock went back: entry 1 was written at 20.*, now it is 20.*; set the clock"
+        with pytest.raises(LedgerError, match=said):
+            append_in(chain, "two")
+        with pytest.raises(LedgerError, match=said):
+            Chain(path)
+        assert kinds(path) == ["one"]  # to look at it the clock need not be right
+        clock(0)
+        with chain.turn():
+            chain.append("two")
+    assert kinds(path) == ["one", "two"]
+
+
+def test_a_clock_that_goes_back_within_a_turn_writes_nothing(
+    path: Path, clock: Callable[[float], None]
+) -> None:
+    append(path, "one")
+
+    def be_late(chain: Chain) -> None:
+        with chain.turn():
+            clock(-120)
+            chain.append("two")
+
+    with Chain(path) as chain:
+        with pytest.raises(LedgerError, match="the clock went back"):
+            be_late(chain)
+        clock(0)
+    append(path, "three")
+    assert kinds(path) == ["one", "three"]
+
+
+def test_a_clock_may_be_set_back_a_little(path: Path, clock: Callable[[float], None]) -> None:
+    for seconds in (0, -30, -50):
+        clock(seconds)
+        append(path, "one")
+    assert kinds(path) == ["one"] * 3
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that everybody may enter; pytest's own are their user's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+        Path(folder).chmod(0o755)
+
+
+@contextlib.contextmanager
+def bound_by_modes() -> Iterator[None]:
+    """Root may write everywhere, so be nobody for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def only_read(path: Path) -> None:
+    for place in (*path.parent.iterdir(), path.parent):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+
+
+def test_a_read_only_file_is_refused_for_writing_and_can_be_looked_at(shared: Path) -> None:
+    path = shared / "ledger.db"
+    append(path, "one")
+    only_read(path)
+    with bound_by_modes():
+        with pytest.raises(LedgerError, match=r"read only; .* make it writable for this user"):
+            Chain(path)
+        assert kinds(path) == ["one"]
+    assert sorted(place.name for place in shared.iterdir()) == ["ledger.db", "ledger.db.head"]
+
+
+def test_a_head_that_another_user_wrote_is_no_hindrance(shared: Path) -> None:
+    """As when root lowers delta for the user that trains."""
+    path = shared / "ledger.db"
+    append(path, "one")
+    shared.chmod(0o777)
+    path.chmod(0o666)
+    head_of(path).chmod(0o444)
+    with bound_by_modes():
+        append(path, "two")
+    assert kinds(path) == ["one", "two"]
+
+
+def test_a_folder_where_nothing_can_be_made_is_refused(shared: Path) -> None:
+    shared.chmod(0o555)
+    with bound_by_modes():
+        with pytest.raises(LedgerError, match=f"{shared}: read only"):
+            Chain(shared / "ledger.db")
+        with pytest.raises(LedgerError, match=r"state: cannot be made: Permission denied"):
+            Chain(shared / "state" / "ledger.db")
+
+
+def test_what_only_sqlite_finds_to_be_read_only_is_refused_too(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system mounted read only looks writable to root, who may write whatever its mode."""
+    path = shared / "ledger.db"
+    append(path, "one")
+    only_read(path)
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    with bound_by_modes(), pytest.raises(LedgerError, match=r"read only|cannot be opened"):
+        Chain(path)
+    assert kinds(path) == ["one"]
+
+
+def test_a_disk_without_room_for_the_head_is_refused_before_the_entry(path: Path) -> None:
+    append(path, "one")
+    with Chain(path) as chain:
+        path.with_name(".ledger.db.head").symlink_to("/dev/full")
+        with pytest.raises(LedgerError, match="No space left on device"):
+            append_in(chain, "two")
+        path.with_name(".ledger.db.head").unlink()
+        assert [entry.kind for entry in chain.entries] == kinds(path) == ["one"]
+        with chain.turn():
+            chain.append("three")
+    assert kinds(path) == ["one", "three"]
+
+
+def test_a_disk_without_room_for_the_entry_is_refused(path: Path) -> None:
+    append(path, "one")
+    with Chain(path) as chain:
+        pages = chain._pragma("page_count")
+        chain._database.execute(f"PRAGMA max_page_count = {pages}")  # what SQLite takes for full
+        with pytest.raises(LedgerError, match="the disk is full; nothing was written"):
+            append_in(chain, "-" * 10000)
+        assert [entry.kind for entry in chain.entries] == kinds(path) == ["one"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only who may mount can fill a disk of its own")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place: Path, leave: int) -> None:
+    """Leave some bytes, or the pages that they need."""
+    filling = place / "filling"
+    filling.unlink(missing_ok=True)
+    with filling.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"-" * 4096):
+            pass
+    os.truncate(filling, max(filling.stat().st_size - leave, 0))
+
+
+def test_on_a_full_disk_an_entry_is_written_wholly_or_refused(small_disk: Path) -> None:
+    path = small_disk / "ledger.db"
+    append(path, "first")
+    expected, refusals = ["first"], []
+
+    def on_full(pages: int, write: Callable[[str], None], kind: str) -> None:
+        fill(small_disk, pages * 4096)
+        try:
+            write(kind)
+            expected.append(kind)
+        except LedgerError as error:
+            refusals.append(str(error))
+        (small_disk / "filling").unlink()
+        assert kinds(path) == expected
+
+    for pages in range(14):
+        on_full(pages, lambda kind: append(path, kind), f"opened with {pages}")
+    with Chain(path) as chain:
+        for pages in range(6):
+            on_full(pages, lambda kind: append_in(chain, kind), f"at work with {pages}")
+            assert [entry.kind for entry in chain.entries] == expected
+    assert len(refusals) > 2
+    words = ("the disk is full", "is the disk full", "No space left")
+    assert all(any(each in said for each in words) for said in refusals), refusals
+    append(path, "last")
+    assert kinds(path) == [*expected, "last"]
