@@ -9,6 +9,7 @@ import typer
 import client.commands
 import server.commands
 import simulation.commands
+from client.chain import LedgerError
 from client.manifest import DataError
 from configs import VERSION
 from configs.passport import ModelFileError
@@ -39,7 +40,7 @@ def main() -> None:
     except (ConfigError, DataError, ModelFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
+    except (OSError, LedgerError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -1,7 +1,9 @@
 """What a site does with each kind of message: unpack, call, pack.
 
-A reason that the site or its data give is answered as a refusal, which the server reports by the
-site's name. Anything else that goes wrong is a fault of ours: it is raised, and Flower tells the
+The site's policy is asked at each step (``client.gate``); what it forbids is declined. A reason
+that the site or its data give is answered as a refusal. Either way the server reports it by the
+site's name, and a deployed site writes down every reply before it leaves (``client.outgoing``).
+Anything else that goes wrong is a fault of ours: it is raised, and Flower tells the
 server that the site failed.
 """
 
@@ -10,7 +12,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 
 import flwr
 import torch
@@ -20,18 +25,46 @@ from flwr.clientapp import ClientApp
 from client.dataset import SiteData
 from client.device import DeviceError, find_device
 from client.evaluate import EvaluationError, evaluate
+from client.gate import (
+    UNNAMED,
+    Decline,
+    check_evaluation,
+    check_hours,
+    check_release,
+    check_size,
+    check_steps,
+    check_training,
+    check_update,
+    supported,
+    told_reason,
+    told_sums,
+)
+from client.ledger import LedgerError
 from client.manifest import DataError
+from client.outgoing import write_down
 from client.records import (
     ProtocolError,
     Request,
+    declined,
     describe_reply,
     evaluate_reply,
     read_request,
     refusal,
+    sent,
     train_reply,
 )
-from client.site import PhantomRoot, open_site
-from client.train import Round, TrainingError, train_one_round
+from client.release import own_release
+from client.site import (
+    SITE_CONFIG,
+    PhantomRoot,
+    Site,
+    Spending,
+    Standing,
+    load,
+    open_site,
+    standing,
+)
+from client.train import Round, TrainingError, steps_of_round, train_one_round
 from configs import VERSION, wire
 from configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
 from mtl_model.backbone import BackboneError
@@ -42,101 +75,189 @@ from mtl_model.packing import Layout
 log = logging.getLogger(__name__)
 
 
-def client_app(phantom_root: PhantomRoot) -> ClientApp:
-    """Make the app that Flower starts at every site.
+@dataclass(frozen=True)
+class Simulated:
+    """What a simulated site is given by a room above this one."""
 
-    Args:
-        phantom_root: what writes phantom hospitals; a room above this one provides it.
-    """
+    phantom_root: PhantomRoot  # writes phantom hospitals
+    ledgers: Callable[[], Path]  # folder for their privacy ledgers, of one run each
+
+
+def client_app(simulated: Simulated) -> ClientApp:
+    """Make the app that Flower starts at every site."""
     app = ClientApp()
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
-        return _answer(_describe, message, context, phantom_root)
+        return _answer(_describe, message, context, simulated)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(_train, message, context, phantom_root)
+        return _answer(_train, message, context, simulated)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(_evaluate, message, context, phantom_root)
+        return _answer(_evaluate, message, context, simulated)
 
     return app
 
 
-Handler = Callable[[Message, RunConfig, SiteData], Message]
+@dataclass(frozen=True)
+class Asked:
+    """A message, with what this site is and has."""
+
+    message: Message
+    run: str
+    config: RunConfig
+    site: Site
+    data: SiteData
+    standing: Standing | None  # None: without privacy
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply, and what it did to the site's privacy budget."""
+
+    reply: Message
+    spending: Spending | None = None
+
+
+Handler = Callable[[Asked], Answer]
 
 REASONS = (
     BackboneError,  # this site's timm has another list of networks
     ConfigError,
-    DataError,
     DeviceError,
     DistanceError,
     EvaluationError,
-    OSError,  # the site's disk or files
+    LedgerError,
     ProtocolError,
     TrainingError,
 )
+REASONS_OF_FILES = (DataError, OSError)  # their messages may name images
 
 
-def _answer(
-    handle: Handler, message: Message, context: Context, phantom_root: PhantomRoot
-) -> Message:
+def _answer(handle: Handler, message: Message, context: Context, simulated: Simulated) -> Message:
+    run = str(context.run_id)
     try:
         config = RunConfig.from_flat(context.run_config)
-        site = open_site(context.node_config, config, phantom_root)
-        return handle(message, config, site)
-    except REASONS as error:
-        log.warning("refused %s: %s", message.metadata.message_type, error)
+    except ConfigError as error:
         return refusal(message, str(error))
+    try:
+        site = open_site(context.node_config, config, simulated.phantom_root)
+    except (ConfigError, *REASONS_OF_FILES) as error:  # it has not said what it allows
+        log.warning("refused %s: %s", message.metadata.message_type, error)
+        reason = UNNAMED if SITE_CONFIG in context.node_config else str(error)
+        return refusal(message, reason)
+    answer = _answer_of(handle, message, run, config, site, simulated)
+    if site.config is not None:
+        told = sent(message, answer.reply, run, own_release(), answer.spending)
+        write_down(site.config.state, told)
+    return answer.reply
 
 
-def _describe(message: Message, config: RunConfig, site: SiteData) -> Message:
-    device = find_device(config.train.device)
-    if config.evaluate.hd95:
+def _answer_of(
+    handle: Handler,
+    message: Message,
+    run: str,
+    config: RunConfig,
+    site: Site,
+    simulated: Simulated,
+) -> Answer:
+    kind = message.metadata.message_type
+    try:
+        check_release(site.policy, own_release())
+        data = load(site, config.data)
+        private = config.privacy.mode != "off"
+        declared = standing(site, data, run, simulated.ledgers()) if private else None
+        return handle(Asked(message, run, config, site, data, declared))
+    except Decline as error:
+        log.warning("declined %s: %s", kind, error)
+        return Answer(declined(message, str(error)))
+    except REASONS_OF_FILES as error:
+        log.warning("refused %s: %s", kind, error)
+        return Answer(refusal(message, told_reason(site.policy, str(error))))
+    except REASONS as error:
+        log.warning("refused %s: %s", kind, error)
+        return Answer(refusal(message, str(error)))
+
+
+def _describe(asked: Asked) -> Answer:
+    device = find_device(asked.config.train.device)
+    if asked.config.evaluate.hd95:
         check_distances()
+    for row in asked.data.skipped:
+        log.warning("left out: %s", row)
     versions = {"polyclinic": VERSION, "flwr": flwr.__version__, "torch": torch.__version__}
-    return describe_reply(message, site, str(device), versions)
-
-
-def _train(message: Message, config: RunConfig, site: SiteData) -> Message:
-    model, layout, request = _received(message, config)
-    where = Round(request.number, config.rounds.count, config.run.seed, site.site)
-    result = train_one_round(
-        model,
-        site.splits[wire.TRAIN_SPLIT],
-        where,
-        data=config.data,
-        train=config.train,
-        loss=config.loss,
-        device=find_device(config.train.device),
+    policy, declared = asked.site.policy, asked.standing
+    return Answer(
+        describe_reply(asked.message, asked.data, policy, str(device), versions, declared)
     )
+
+
+def _train(asked: Asked) -> Answer:
+    config, policy, declared = asked.config, asked.site.policy, asked.standing
+    examples = asked.data.splits[wire.TRAIN_SPLIT]
+    check_training(asked.site.budget, config)
+    check_hours(policy, datetime.now())
+    if declared is None:
+        check_size(policy, len(examples), len(set(examples.group.tolist())))
+        check_steps(policy, steps_of_round(len(examples), config.train))
+    else:  # what is counted must not decide, or it would be told
+        check_size(policy, declared.examples, declared.patients)
+    model, layout, request = _received(asked.message, config)
+    where = Round(request.number, config.rounds.count, config.run.seed, asked.data.site)
+    device = find_device(config.train.device)
+    spending = None
+    if declared is None:
+        result = train_one_round(
+            model,
+            examples,
+            where,
+            data=config.data,
+            train=config.train,
+            loss=config.loss,
+            device=device,
+        )
+    else:
+        from client.budget import train_within_budget  # Opacus takes a second to import
+
+        result, spending = train_within_budget(
+            model, examples, where, declared, config, policy, device
+        )
     weights = layout.pack(model.state_dict())
     try:
         layout.check(weights)
     except ValueError as error:
         raise TrainingError(f"round {request.number}: trained weights: {error}") from None
-    return train_reply(message, site, weights, result)
+    check_update(policy, request.weights, weights)
+    reply = train_reply(asked.message, asked.data, weights, result, declared, spending)
+    return Answer(reply, spending)
 
 
-def _evaluate(message: Message, config: RunConfig, site: SiteData) -> Message:
+def _evaluate(asked: Asked) -> Answer:
     started = time.perf_counter()
-    model, _, request = _received(message, config)
+    config, policy = asked.config, asked.site.policy
+    check_evaluation(policy)
+    check_hours(policy, datetime.now())
+    model, _, request = _received(asked.message, config)
     if request.split not in (wire.VAL_SPLIT, wire.TEST_SPLIT):
         raise ProtocolError(
             f"{wire.SPLIT}: expected {wire.VAL_SPLIT} or {wire.TEST_SPLIT}, got {request.split!r}"
         )
+    examples, withheld = supported(policy, asked.data.splits[request.split], config.data)
     sums = evaluate(
         model,
-        site.splits[request.split],
+        examples,
         data=config.data,
         batch_size=config.evaluate.batch_size,
         precision=config.train.precision,
         device=find_device(config.train.device),
         hd95=config.evaluate.hd95,
     )
-    return evaluate_reply(message, site, sums, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    told = told_sums(policy, sums)
+    return Answer(evaluate_reply(asked.message, asked.data, told, withheld, seconds))
 
 
 def _received(message: Message, config: RunConfig) -> tuple[MultiTaskUNet, Layout, Request]:

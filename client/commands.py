@@ -1,17 +1,29 @@
-"""Commands of whoever has images and a finished model."""
+"""Commands of a site, and of whoever has images and a finished model."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from client.chain import Entry
+from client.ledger import LEDGER, Account, Round, lower_delta, read_accounts, verify_ledger
+from client.outgoing import OUTGOING, read_outgoing
+from client.release import own_release, release_of_fab
 from configs.run import ConfigError
+from configs.site import read_site_config
 
 app = typer.Typer()
+site = typer.Typer(help="Look after a site.", no_args_is_help=True)
+app.add_typer(site, name="site")
+
+SiteFile = Annotated[Path, typer.Argument(metavar="SITE_YAML", help="The site's site.yaml.")]
 
 
 @app.command()
@@ -99,3 +111,169 @@ def _brief(entry: dict[str, Any]) -> str:
     classes = ", ".join(f"{name} {p:.3f}" for name, p in entry["probabilities"].items())
     masks = ", ".join(f"{name} {share:.1%}" for name, share in entry["area"].items())
     return f"{classes}; {masks} of the image"
+
+
+@site.command()
+def ledger(
+    site_file: SiteFile,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check and compute every entry again.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what training has spent of the site's privacy budget, by run and round.
+
+    May be called while the site trains. Exit status: 1 if the ledger was changed or is damaged.
+    """
+    from rich.console import Console
+
+    config = read_site_config(site_file)
+    path = config.state / LEDGER
+    words = Console(stderr=True, markup=False, highlight=False)
+    entries = verify_ledger(path, _counted(words)) if verify else None
+    account = read_accounts(path).get(config.cohort_name)
+    if account is None:
+        if as_json:
+            sys.stdout.write(json.dumps({"ledger": str(path), "cohort": None}) + "\n")
+        words.print(f"cohort {config.cohort_name}: nothing spent, nothing in {path}")
+        return
+    with words.status("computing epsilon"):
+        rounds = account.by_round()
+        spent, spent_rdp, left = account.spent(), account.spent_rdp(), account.left()
+    if as_json:
+        content = {
+            "ledger": str(path),
+            "cohort": account.cohort,
+            **{key: asdict(account.now)[key] for key in ("unit", "units", "delta", "cap")},
+            "spent": _number(spent),
+            "spent-rdp": _number(spent_rdp),
+            "left": None if account.now.cap is None else left,
+            "verified-entries": entries,
+            "terms": [asdict(terms) for terms in account.terms],
+            "rounds": [{**asdict(row), "epsilon": _number(row.epsilon)} for row in rounds],
+        }
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        return
+    cap = account.now.cap
+    out = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
+    out.print(_rounds_table(account.cohort, rounds))
+    of = "no cap" if cap is None else f"of {cap:g}, left {left:.4g}"
+    out.print(f"spent    epsilon {spent:.4g} {of} (RDP alone: {spent_rdp:.4g})")
+    out.print(f"at delta {account.now.delta:g}")
+    out.print(
+        f"for each {account.now.unit} of cohort {account.cohort} ({account.now.units} declared)"
+    )
+    for line in _changes(account):
+        out.print(line)
+    if entries is not None:
+        out.print(f"verified {entries} entries, {path}", soft_wrap=True)
+
+
+@site.command("lower-delta")
+def lower_delta_command(site_file: SiteFile) -> None:
+    """Record the smaller budget.delta of site.yaml for a cohort that has spent at a larger one.
+
+    For a cohort that grew. What was promised still holds; at the smaller delta more counts as
+    spent, so that less may be left. It cannot be raised again.
+    """
+    config = read_site_config(site_file)
+    if config.budget is None:
+        raise ConfigError(f"{site_file}: expected a section budget with the smaller delta")
+    lower_delta(config.state / LEDGER, config.cohort_name, config.budget.delta)
+    typer.echo(f"cohort {config.cohort_name}: delta {config.budget.delta:g} from now on")
+
+
+@site.command()
+def outgoing(
+    site_file: SiteFile,
+    last: Annotated[int, typer.Option(min=0, help="Only so many; 0 for all.")] = 20,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON lines, with every number that left.")
+    ] = False,
+) -> None:
+    """Show what has left the site: every reply, its size, and what it did to the budget.
+
+    The log is checked on the way; exit status 1 if it was changed or is damaged.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    config = read_site_config(site_file)
+    found = read_outgoing(config.state)
+    shown = found[-last:] if last else found
+    if as_json:
+        sys.stdout.writelines(json.dumps(entry) + "\n" for entry in shown)
+        return
+    table = Table(title=f"Left site {config.name}", title_justify="left")
+    columns = ("time (UTC)", "run", "round", "message", "outcome", "MB", "sha256", "epsilon")
+    for name in columns:
+        table.add_column(name, justify="right" if name in ("round", "MB") else "left")
+    for entry in shown:
+        before, after = entry["epsilon_before"], entry["epsilon_after"]
+        table.add_row(
+            entry["time"][:19],
+            entry["run"],
+            str(entry["round"]),
+            entry["message"],
+            entry["outcome"],
+            f"{entry['bytes'] / 1e6:.1f}",
+            (entry["sha256"] or "")[:12],
+            "" if after is None else f"{before:.4g} -> {after:.4g}",
+        )
+    out = Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False)
+    out.print(table)
+    out.print(f"{len(shown)} of {len(found)} replies, {config.state / OUTGOING}", soft_wrap=True)
+
+
+@site.command()
+def release(
+    fab: Annotated[
+        Path | None, typer.Argument(help="A packed app (.fab); without one, the code installed.")
+    ] = None,
+) -> None:
+    """Print the digest of a release, as site.yaml's policy.releases wants it."""
+    typer.echo(own_release() if fab is None else release_of_fab(fab))
+
+
+def _counted(words: Any) -> Any:  # noqa: ANN401
+    """Entries with a progress bar, since each takes a fraction of a second to compute."""
+    from rich.progress import track
+
+    def watch(entries: Sequence[Entry]) -> Iterable[Entry]:
+        hidden = not words.is_terminal
+        return track(entries, "verifying", console=words, disable=hidden, transient=True)
+
+    return watch
+
+
+def _rounds_table(cohort: str, rounds: Sequence[Round]) -> Any:  # noqa: ANN401
+    from rich.table import Table
+
+    table = Table(title=f"Rounds of cohort {cohort}", title_justify="left")
+    for name in ("run", "round", "reserved", "taken", "noise", "rate", "epsilon after"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for row in rounds:
+        table.add_row(
+            row.run,
+            str(row.round),
+            str(row.reserved),
+            "all, not settled" if row.taken is None else str(row.taken),
+            f"{row.noise_multiplier:.4g}",
+            f"{row.sample_rate:.4g}",
+            f"{row.epsilon:.4g}",
+        )
+    return table
+
+
+def _changes(account: Account) -> Iterable[str]:
+    """What was changed of the terms since the first, and when."""
+    for before, after in zip(account.terms, account.terms[1:], strict=False):
+        then, now = asdict(before), asdict(after)
+        for key in ("unit", "units", "delta", "cap"):
+            if then[key] != now[key]:
+                yield f"{after.since[:19]}Z {key}: {then[key]} -> {now[key]}"
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return "infinity" if value is not None and math.isinf(value) else value

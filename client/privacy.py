@@ -11,6 +11,7 @@ which the server knows: who knows the noise can take it off.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from client.augment import Augmentation
@@ -42,6 +43,14 @@ Places = NDArray[np.int64]  # of examples, in their split
 
 
 @dataclass(frozen=True)
+class Adaptation:
+    """How the clipping norm follows the units' (Andrew et al., 2021)."""
+
+    quantile: float  # share of the units whose gradients are to lie below the norm
+    rate: float  # of each step's change of the norm's logarithm
+
+
+@dataclass(frozen=True)
 class Mechanism:
     """What a local round does to the units, as far as privacy goes.
 
@@ -54,6 +63,7 @@ class Mechanism:
     steps: int  # of one round
     units: int  # declared
     clip_norm: float
+    adapts: Adaptation | None = None  # how the clipping norm moves; None: it stays
 
     @property
     def expected_units(self) -> float:
@@ -107,7 +117,7 @@ def train_one_round_privately(
     """
     tasks = examples.tasks
     if not tasks:
-        raise TrainingError(f"none of {len(examples)} training examples has a mask or a label")
+        raise TrainingError("none of the training examples has a mask or a label")
     started = time.perf_counter()
     random = random or np.random.Generator(np.random.Philox())
     units = units_of(examples, privacy.unit)
@@ -118,13 +128,15 @@ def train_one_round_privately(
     model.to(device).to(memory_format=torch.channels_last).train()
     trained = _only_those_of(model, tasks)
     optimizer = adamw(model, train)
-    gradient = NoisyGradient(trained, mechanism, random)
+    gradient = NoisyGradient(trained, mechanism.expected_units, random)
+    clipping = ClipNorm(mechanism, random)
     try:
         with units_of_network(privacy.gradients, model, trained) as network:
             for step in range(mechanism.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(train, where, step, mechanism.steps)
                 chosen = np.flatnonzero(random.random(len(units)) < mechanism.sample_rate)
+                norms = [torch.empty(0)]
                 for pack in packs([units[k] for k in chosen], privacy.physical_batch_size):
                     for chunk in pack:
                         batch = default_collate([dataset[int(place)] for place in chunk.places])
@@ -134,8 +146,9 @@ def train_one_round_privately(
                         losses = multi_task_loss(prediction, targets, loss, class_weights)
                         unit = torch.from_numpy(chunk.unit).to(device)
                         network.backward(losses.total.sum(), unit, alone=len(pack) > 1)
-                    network.clip(mechanism.clip_norm, gradient.sums)
-                gradient.release()
+                    norms.append(network.clip(clipping.norm, gradient.sums).cpu())
+                gradient.release(clipping.deviation)
+                clipping.move(torch.cat(norms))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     finally:
@@ -188,6 +201,50 @@ def _chunk(units: Sequence[Places]) -> Chunk:
     return Chunk(np.concatenate(units), np.repeat(np.arange(len(units)), [len(u) for u in units]))
 
 
+class ClipNorm:
+    """The clipping norm of a step, and what it costs to let it move.
+
+    With adaptation, each step also counts the units whose gradient lies below the norm, with noise
+    of its own, and moves the norm so that the share of them comes to a quantile. A step then
+    releases two numbers of each unit: its clipped gradient and a half more or less of the count.
+    The gradient's noise is raised so that both together are a Gaussian mechanism with the noise
+    multiplier that is accounted for: z_gradient^-2 + (2 sigma_count)^-2 = z^-2 (Andrew et al.,
+    "Differentially Private Learning with Adaptive Clipping", 2021, theorem 1).
+    """
+
+    def __init__(self, mechanism: Mechanism, random: np.random.Generator) -> None:
+        self.norm = mechanism.clip_norm
+        self.noise_multiplier = mechanism.noise_multiplier  # of the gradient
+        self.expected_units = mechanism.expected_units
+        self.adapts = mechanism.adapts
+        self.random = random
+        # as wide as a twentieth of the units, which hardly moves the share; never so narrow that
+        # the count alone would cost more than the step may
+        self.count_deviation = max(self.expected_units / 20, mechanism.noise_multiplier)
+        if self.adapts and mechanism.noise_multiplier:
+            rest = mechanism.noise_multiplier**-2 - (2 * self.count_deviation) ** -2
+            self.noise_multiplier = rest**-0.5
+
+    @property
+    def deviation(self) -> float:
+        """Of the noise on each number of the gradient's sum."""
+        return self.noise_multiplier * self.norm
+
+    def move(self, norms: Tensor) -> None:
+        """Go on to the next step's norm.
+
+        Shapes:
+            norms: (U,) of all units of the step, as ``Units.clip`` returns them
+        """
+        if self.adapts is None:
+            return
+        # 1/2 off each, so that one unit more changes the sum by no more than that
+        below = float((norms <= self.norm).sum()) - 0.5 * len(norms)
+        noisy = below + self.count_deviation * self.random.standard_normal()
+        share = noisy / self.expected_units + 0.5
+        self.norm *= math.exp(-self.adapts.rate * (share - self.adapts.quantile))
+
+
 class NoisyGradient:
     """The gradient of a step: the sum of what units added, with noise.
 
@@ -197,17 +254,19 @@ class NoisyGradient:
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], mechanism: Mechanism, random: np.random.Generator
+        self,
+        parameters: Sequence[nn.Parameter],
+        expected_units: float,
+        random: np.random.Generator,
     ) -> None:
-        self.mechanism = mechanism
+        self.expected_units = expected_units
         self.random = random
         self.sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
 
-    def release(self) -> None:
+    def release(self, deviation: float) -> None:
         """Give the parameters the noisy mean, over the units expected, as their gradient."""
-        deviation = self.mechanism.noise_multiplier * self.mechanism.clip_norm
         for parameter, total in self.sums.items():
             noise = self.random.standard_normal(tuple(total.shape), dtype=np.float32)
             noisy = total.add_(torch.from_numpy(noise).to(total.device), alpha=deviation)
-            parameter.grad = (noisy / self.mechanism.expected_units).to(parameter.dtype)
+            parameter.grad = (noisy / self.expected_units).to(parameter.dtype)
             total.zero_()

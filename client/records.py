@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from client.dataset import Examples, SiteData
+from client.gate import told_counts, told_skipped
+from client.outgoing import Sent
+from client.site import Spending, Standing
 from client.train import TrainResult
 from configs import wire
+from configs.site import PolicyConfig
 from mtl_model.packing import Layout, Packed
 from mtl_model.sums import MetricSums
+from mtl_model.tasks import TASKS
 
 MetricRecordValues = int | float | list[int] | list[float]
 
@@ -58,18 +64,31 @@ def read_request(message: Message, layout: Layout) -> Request:
 
 
 def describe_reply(
-    message: Message, site: SiteData, device: str, versions: dict[str, str]
+    message: Message,
+    site: SiteData,
+    policy: PolicyConfig,
+    device: str,
+    versions: dict[str, str],
+    standing: Standing | None = None,
 ) -> Message:
-    """Say who this site is and what it has, by split and class."""
+    """Say who this site is and what it has, by split and class.
+
+    Args:
+        policy: what may be told of few images and of rows left out.
+        standing: of a site that trains privately, which tells of its training images what it
+            declares and nothing else.
+    """
     counts: dict[str, MetricRecordValues] = {}
     for name, examples in site.splits.items():
-        counts[name] = _counts(examples)
-        counts[f"{name}.{wire.CLASSES}"] = examples.class_counts().tolist()
+        private = standing is not None and name == wire.TRAIN_SPLIT
+        counts[name] = _counts(examples, standing if private else None)
+        if not private:
+            counts[f"{name}.{wire.CLASSES}"] = told_counts(policy, examples.class_counts())
     about = ConfigRecord(
         {
             wire.NAME: site.site,
-            wire.FINGERPRINT: site.fingerprint,
-            wire.SKIPPED: list(site.skipped),
+            wire.FINGERPRINT: "" if standing else site.fingerprint,
+            wire.SKIPPED: [] if standing else list(told_skipped(policy, site.skipped)),
             wire.DEVICE: device,
             wire.VERSIONS: json.dumps(versions),
         }
@@ -77,39 +96,90 @@ def describe_reply(
     return _reply(message, about, MetricRecord(counts))
 
 
-def train_reply(message: Message, site: SiteData, weights: Packed, result: TrainResult) -> Message:
-    """Send a round's weights home, with the counts that weigh them."""
-    examples, with_mask, with_label = _counts(site.splits[wire.TRAIN_SPLIT])
+def train_reply(
+    message: Message,
+    site: SiteData,
+    weights: Packed,
+    result: TrainResult,
+    standing: Standing | None = None,
+    spending: Spending | None = None,
+) -> Message:
+    """Send a round's weights home, with the counts that weigh them.
+
+    Args:
+        standing: of a site that trains privately, which tells neither losses nor seconds.
+        spending: of its budget.
+    """
+    examples, with_mask, with_label = _counts(site.splits[wire.TRAIN_SPLIT], standing)
     sums: dict[str, MetricRecordValues] = {
         wire.EXAMPLES: examples,
         wire.WITH_MASK: with_mask,
         wire.WITH_LABEL: with_label,
         wire.STEPS: result.steps,
-        wire.SECONDS: result.seconds,
     }
+    if standing is None:
+        sums[wire.SECONDS] = result.seconds
     if result.loss_segmentation is not None:
         sums[wire.LOSS_SEGMENTATION] = result.loss_segmentation
     if result.loss_classification is not None:
         sums[wire.LOSS_CLASSIFICATION] = result.loss_classification
+    if spending is not None:
+        sums[wire.EPSILON], sums[wire.DELTA] = spending.after, spending.delta
     reply = _reply(message, ConfigRecord({wire.NAME: site.site}), MetricRecord(sums))
     reply.content[wire.WEIGHTS] = ArrayRecord({k: Array(v) for k, v in weights.items()})
     return reply
 
 
-def evaluate_reply(message: Message, site: SiteData, sums: MetricSums, seconds: float) -> Message:
-    """Send an evaluation's sums home; nothing about a single image is among them."""
-    record = MetricRecord({**sums.to_lists(), wire.SECONDS: seconds})
-    return _reply(message, ConfigRecord({wire.NAME: site.site}), record)
+def evaluate_reply(
+    message: Message, site: SiteData, sums: MetricSums, withheld: Sequence[str], seconds: float
+) -> Message:
+    """Send an evaluation's sums home; nothing about a single image is among them.
+
+    Args:
+        withheld: what the site's policy keeps out of them.
+    """
+    about = ConfigRecord({wire.NAME: site.site, wire.WITHHELD: list(withheld)})
+    return _reply(message, about, MetricRecord({**sums.to_lists(), wire.SECONDS: seconds}))
 
 
 def refusal(message: Message, reason: str) -> Message:
-    """Say why this site does not do what it was asked."""
+    """Say why this site cannot do what it was asked."""
     return _reply(message, ConfigRecord({wire.REFUSAL: reason}), MetricRecord())
+
+
+def declined(message: Message, reason: str) -> Message:
+    """Say why this site will not do what it was asked."""
+    return _reply(message, ConfigRecord({wire.DECLINED: reason}), MetricRecord())
+
+
+def sent(
+    message: Message, reply: Message, run: str, release: str, spending: Spending | None
+) -> Sent:
+    """What a reply carries, for the site's outgoing log."""
+    about = reply.content.config_records[wire.SITE]
+    outcomes = {wire.DECLINED: "declined", wire.REFUSAL: "refused"}
+    arrays = reply.content.array_records.get(wire.WEIGHTS) or ArrayRecord()
+    asked = message.content.config_records.get(wire.ROUND) or ConfigRecord()
+    return Sent(
+        kind=message.metadata.message_type,
+        outcome=next((word for key, word in outcomes.items() if key in about), "answered"),
+        run=run,
+        round=int(str(asked.get(wire.NUMBER, 0))),
+        release=release,
+        told={**about, **reply.content.metric_records[wire.SUMS]},
+        arrays={name: array.data for name, array in arrays.items()},
+        epsilon_before=spending.before if spending else None,
+        epsilon_after=spending.after if spending else None,
+    )
 
 
 def _reply(message: Message, about: ConfigRecord, sums: MetricRecord) -> Message:
     return Message(RecordDict({wire.SITE: about, wire.SUMS: sums}), reply_to=message)
 
 
-def _counts(examples: Examples) -> list[int]:
-    return [len(examples), examples.with_mask, examples.with_label]
+def _counts(examples: Examples, standing: Standing | None = None) -> list[int]:
+    """Images, those with a mask, those with a label; declared ones of one with a standing."""
+    if standing is None:
+        return [len(examples), examples.with_mask, examples.with_label]
+    annotated = (standing.examples if task in examples.tasks else 0 for task in TASKS)
+    return [standing.examples, *annotated]

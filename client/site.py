@@ -8,13 +8,17 @@ the run names, or a phantom hospital if it names none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from client.dataset import SiteData, load_site
+from client.gate import OPEN, permitted
+from client.ledger import LEDGER
 from client.manifest import DataError, Manifest, chosen_sites, read_site, read_sites
-from configs.run import DataConfig, PhantomConfig, RunConfig
-from configs.site import read_site_config
+from configs import wire
+from configs.run import ConfigError, DataConfig, PhantomConfig, RunConfig
+from configs.site import BudgetConfig, PolicyConfig, SiteConfig, read_site_config
 
 SITE_CONFIG = "site-config"
 PARTITION = "partition-id"
@@ -24,22 +28,101 @@ PARTITIONS = "num-partitions"
 PhantomRoot = Callable[[PhantomConfig, int], Path]
 
 
-def open_site(node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot) -> SiteData:
-    """Find out who this node is and load its examples; the same again from memory next time.
+@dataclass(frozen=True)
+class Site:
+    """Who a site is, where its images lie, and what it allows."""
+
+    manifest: Manifest
+    policy: PolicyConfig
+    config: SiteConfig | None  # None: simulated
+
+    @property
+    def budget(self) -> BudgetConfig | None:
+        return self.config.budget if self.config else None
+
+
+def open_site(node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot) -> Site:
+    """Find the site that this process stands for.
 
     Raises:
-        DataError: if the data cannot be used.
-        ConfigError: if site.yaml is missing or wrong.
+        DataError: if its manifest cannot be used, or if the number of sites is not the number
+            simulated.
+        ConfigError: if its site.yaml cannot be used.
     """
-    manifest = _manifest(node, config, phantom_root)
-    # A manifest that was edited between two rounds is read again.
-    return _loaded(manifest, config.data, manifest.path.stat().st_mtime_ns)
-
-
-def _manifest(node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot) -> Manifest:
     if SITE_CONFIG in node:
-        site = read_site_config(Path(str(node[SITE_CONFIG])))
-        return read_site(site.data_root, site.name)
+        own = read_site_config(Path(str(node[SITE_CONFIG])))
+        return Site(read_site(own.data_root, own.name), own.policy, own)
+    return Site(_simulated(node, config, phantom_root), OPEN, None)
+
+
+def load(site: Site, data: DataConfig) -> SiteData:
+    """Read a site's images, or take them from memory if nothing has changed.
+
+    Raises:
+        DataError: if they cannot be used.
+    """
+    return permitted(
+        site.policy, _loaded(site.manifest, data, site.manifest.path.stat().st_mtime_ns)
+    )
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a site declares of the patients it trains on, and the ledger of what they have spent.
+
+    Declared, not counted: numbers that follow from the images may not leave a site that trains
+    privately. A simulated site, whose patients nobody protects, declares what it has.
+    """
+
+    run: str  # identity of the run that asks
+    cohort: str
+    examples: int  # training images
+    patients: int
+    ledger: Path
+    budget: BudgetConfig | None  # None: no cap
+
+    def units(self, unit: str) -> int:
+        return self.examples if unit == "example" else self.patients
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a round did to its cohort's budget: epsilon at delta, of all that was ever spent."""
+
+    before: float
+    after: float
+    delta: float
+
+
+def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> Standing:
+    """Find out what a site declares.
+
+    Args:
+        run: identity of the run; simulated sites' ledgers are of one run each.
+        ledgers: folder for simulated sites' ledgers.
+
+    Raises:
+        ConfigError: if a deployed site's site.yaml does not declare its cohort.
+    """
+    if site.config is not None:
+        own, cohort = site.config, site.config.cohort
+        if cohort.examples is None or cohort.patients is None or own.budget is None:
+            raise ConfigError(
+                f"site {own.name}: expected cohort (examples, patients) and budget (epsilon, "
+                "delta, unit) in its site.yaml, without which it does not train privately; "
+                "docs/privacy.md has both"
+            )
+        return Standing(
+            run, own.cohort_name, cohort.examples, cohort.patients, own.state / LEDGER, own.budget
+        )
+    train = data.splits[wire.TRAIN_SPLIT]
+    patients = len(set(train.group.tolist()))
+    return Standing(run, data.site, len(train), patients, ledgers / run / data.site / LEDGER, None)
+
+
+def _simulated(
+    node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot
+) -> Manifest:
     if PARTITION not in node:
         raise DataError(
             f"node config: expected {SITE_CONFIG} (a deployed site) or {PARTITION} (a simulated "

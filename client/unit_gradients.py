@@ -59,10 +59,13 @@ class Units(Protocol):
             unit: (B,), 0 to U - 1 in order
         """
 
-    def clip(self, clip_norm: float, sums: Sums) -> None:
+    def clip(self, clip_norm: float, sums: Sums) -> Tensor:
         """Bring what each unit added since the last time to a norm, and add that to the sums.
 
         A unit whose gradient is not finite has no norm, and adds nothing.
+
+        Returns:
+            (U,) their norms before; not finite where there is none.
         """
 
 
@@ -92,9 +95,8 @@ def units_of_network(
             units.close()
 
 
-def _factors(squares: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+def _factors(norms: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
     """What to scale each unit with, (U,), and which have a norm at all, (U,)."""
-    norms = squares.clamp(min=0).sqrt()
     finite = norms.isfinite()
     factors = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
     return torch.where(finite, factors, torch.zeros_like(factors)), finite
@@ -163,9 +165,12 @@ class HookedUnits:
                 self.stored.add(parameter, _by_unit(each, spans))
             parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
 
-    def clip(self, clip_norm: float, sums: Sums) -> None:
-        if self.stored.of:
-            self.stored.add_to(sums, *_factors(self.stored.squares(), clip_norm))
+    def clip(self, clip_norm: float, sums: Sums) -> Tensor:
+        if not self.stored.of:
+            return torch.empty(0)
+        norms = self.stored.squares().sqrt()
+        self.stored.add_to(sums, *_factors(norms, clip_norm))
+        return norms
 
 
 Placed = nn.Linear | nn.Conv2d  # of which places can be laid out
@@ -246,11 +251,12 @@ class GhostUnits:
         for parameter in self.trained:
             parameter.grad = None  # of layers that Opacus's rules are for
 
-    def clip(self, clip_norm: float, sums: Sums) -> None:
+    def clip(self, clip_norm: float, sums: Sums) -> Tensor:
         squares = ([self.stored.squares()] if self.stored.of else []) + self._squares
         if not squares:
-            return
-        factors, finite = _factors(torch.stack(squares).sum(0), clip_norm)
+            return torch.empty(0)
+        norms = torch.stack(squares).sum(0).clamp(min=0).sqrt()
+        factors, finite = _factors(norms, clip_norm)
         self.stored.add_to(sums, factors, finite)
         use = finite[self._unit]
         for call, backprops in self._kept:
@@ -262,6 +268,7 @@ class GhostUnits:
             weight = _weight(call.layer)
             sums[weight] += _gradients(call.layer, x, scaled, {weight})[weight]
         self._squares, self._kept = [], []
+        return norms
 
     def _called(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
@@ -307,6 +314,9 @@ class GhostUnits:
         x = call.x.to(backprops.dtype)
         if isinstance(layer, Norm):
             each = _examples_of_norm(layer, x, backprops)
+            return {p: _by_unit(each[p], self._spans) for p in wanted}
+        if _has_places(layer) and _few_places(layer, backprops):
+            each = _examples_by_places(layer, x, backprops)
             return {p: _by_unit(each[p], self._spans) for p in wanted}
         weighted = cast(Weighted, layer)
         parts = [_gradients(weighted, x[span], backprops[span], wanted) for span in self._spans]
@@ -361,6 +371,21 @@ def _gradients(
     if bias is not None and bias in wanted:
         channel = backprops.dim() - 1 if isinstance(layer, nn.Linear) else 1
         found[bias] = backprops.sum([d for d in range(backprops.dim()) if d != channel])
+    return found
+
+
+def _few_places(layer: Placed, backprops: Tensor) -> bool:
+    """Whether one product of matrices an example is quicker than its convolution's own kernel."""
+    return backprops[0].numel() // layer.weight.shape[0] < layer.weight[0].numel()
+
+
+def _examples_by_places(layer: Placed, x: Tensor, backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Each example's gradient of weight and bias: (B, ...)."""
+    ins, outs = _places(layer, x, backprops)
+    weight, bias = _weight(layer), cast(nn.Parameter | None, layer.bias)
+    found = {weight: (outs.mT @ ins).reshape(-1, *weight.shape)}
+    if bias is not None:
+        found[bias] = outs.sum(1)
     return found
 
 

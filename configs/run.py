@@ -108,6 +108,10 @@ class DataConfig(Section):
     )
     val_fraction: float = Field(0.15, ge=0.0, lt=1.0)
     test_fraction: float = Field(0.2, ge=0.0, lt=1.0)
+    split: Literal["stratified", "independent"] = Field(
+        "stratified",
+        description="independent: no patient's split depends on others, as dp-sgd needs.",
+    )
     split_seed: int = Field(0, ge=0)
     on_error: Literal["skip", "refuse"] = Field(
         "skip", description="What an image that cannot be read does to its site."
@@ -334,6 +338,72 @@ class RoundsConfig(Section):
     wait_for_sites_s: float = Field(120.0, gt=0.0, description="Longest wait for sites at start.")
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of what a site's weights tell of its training images."""
+
+    mode: Literal["off", "dp-sgd"] = Field(
+        "off", description="dp-sgd: clip what each unit adds to a step, and add noise."
+    )
+    unit: Literal["example", "patient"] = Field(
+        "patient", description="What is protected: one image, or all images of a patient."
+    )
+    target_epsilon: float = Field(
+        0.0, ge=0.0, description="Of the whole run at each site; 0: noise-multiplier is given."
+    )
+    noise_multiplier: float = Field(
+        0.0, ge=0.0, description="Noise over clip-norm; 0: from target-epsilon."
+    )
+    delta: float = Field(1e-5, gt=0.0, lt=1.0, description="Below 1 over a site's units.")
+    clip_norm: float = Field(1.0, gt=0.0, description="Most that a unit adds to a step's gradient.")
+    adaptive_clipping: bool = Field(
+        False,
+        description="Let clip-norm, from each round's start, follow the units' gradients; what "
+        "that costs is accounted for.",
+    )
+    clip_quantile: float = Field(
+        0.5, gt=0.0, lt=1.0, description="Share of units that adaptive clipping leaves whole."
+    )
+    clip_rate: float = Field(0.2, gt=0.0, description="Of adaptive clipping, a step.")
+    physical_batch_size: int = Field(
+        8, ge=1, description="Images at once in memory; a step may take several such."
+    )
+    gradients: Literal["ghost", "hooks"] = Field(
+        "ghost",
+        description="How units are told apart, with the same numbers: ghost is faster and "
+        "smaller; hooks is Opacus's own way.",
+    )
+
+
+class CentralConfig(Section):
+    """Differential privacy of the averaged model: the consortium's, whose unit is a whole site.
+
+    The coordinator sees each site's weights, and must be trusted to clip them and to add the noise.
+    ``privacy`` is the sites' own and needs no such trust. docs/privacy.md tells the two apart.
+    """
+
+    mode: Literal["off", "fixed", "adaptive"] = Field(
+        "off", description="Clip each site's update, add noise; adaptive: the clip norm learns."
+    )
+    noise_multiplier: float = Field(
+        1.0, gt=0.0, description="Noise on the sum over clip-norm; adaptive: the count's included."
+    )
+    clip_norm: float = Field(
+        1.0, gt=0.0, description="Largest norm of a site's whole update; adaptive: in round 1."
+    )
+    delta: float = Field(1e-5, gt=0.0, lt=1.0, description="Far below 1 over the number of sites.")
+    target_clipped_quantile: float = Field(
+        0.5, ge=0.0, le=1.0, description="adaptive: share of the sites' updates to be clipped."
+    )
+    clip_norm_lr: float = Field(
+        0.2, gt=0.0, description="adaptive: step of the clip norm's logarithm in a round."
+    )
+    clipped_count_stddev: float = Field(
+        0.0,
+        ge=0.0,
+        description="adaptive: noise on how many were clipped; 0: sites / 20, or the multiplier.",
+    )
+
+
 class StrategyConfig(Section):
     """How the sites' weights become one."""
 
@@ -362,6 +432,8 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     rounds: RoundsConfig = RoundsConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    central: CentralConfig = CentralConfig()
     strategy: StrategyConfig = StrategyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -380,7 +452,67 @@ class RunConfig(Section):
                 "loss.classification: expected soft-margin, since with data.label-kind multi-label "
                 f"an image may have several classes or none, got {self.loss.classification!r}"
             )
+        if self.privacy.mode != "off":
+            self._check_private()
+        if self.central.mode != "off":
+            self._check_central()
         return self
+
+    def _check_private(self) -> None:
+        """Refuse what would let one unit act on another's gradient, and noise left open."""
+        wanted = (
+            (
+                "data.split",
+                self.data.split,
+                "independent",
+                "stratified, one patient decides where others go",
+            ),
+            ("model.norm", self.model.norm, "group", "batch norm lets one image act on others"),
+            (
+                "train.grad-checkpointing",
+                self.train.grad_checkpointing,
+                False,
+                "its second pass would be counted as other images",
+            ),
+            (
+                "train.compile",
+                self.train.compile,
+                False,
+                "it gives no gradient an image",
+            ),
+        )
+        for key, value, expected, why in wanted:
+            if value != expected:
+                raise ValueError(
+                    f"{key}: expected {str(expected).lower()} with privacy.mode dp-sgd, since "
+                    f"{why}; got {str(value).lower()}"
+                )
+        if self.loss.class_weights == "balanced":
+            raise ValueError(
+                "loss.class-weights: expected none, or a number a class, with privacy.mode dp-sgd: "
+                "weights balanced by a site's labels tell of them; got balanced"
+            )
+        given = (self.privacy.target_epsilon > 0) + (self.privacy.noise_multiplier > 0)
+        if given != 1:
+            raise ValueError(
+                "privacy: expected one of target-epsilon and noise-multiplier above 0, got "
+                f"{self.privacy.target_epsilon:g} and {self.privacy.noise_multiplier:g}"
+            )
+
+    def _check_central(self) -> None:
+        """Refuse what no noise on the average can cover, or would break."""
+        if self.model.norm == "batch":
+            raise ValueError(
+                f"model.norm: expected group with central.mode {self.central.mode}, since noise "
+                "makes batch norm's variances negative and its counters senseless; got batch"
+            )
+        noise, count_noise = self.central.noise_multiplier, self.central.clipped_count_stddev
+        if self.central.mode == "adaptive" and count_noise > 0 and noise >= 2 * count_noise:
+            raise ValueError(
+                "central.clipped-count-stddev: expected 0, or more than half of "
+                f"central.noise-multiplier ({noise:g}), got {count_noise:g}: the count alone would "
+                "cost more than that noise is worth"
+            )
 
     @classmethod
     def from_flat(cls, flat: Flat) -> RunConfig:

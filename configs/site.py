@@ -2,23 +2,144 @@
 
 from __future__ import annotations
 
+import re
+from datetime import time
 from pathlib import Path
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
-from configs.run import ConfigError, kebab
+from configs.run import ConfigError, Section, kebab
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-class SiteConfig(BaseModel):
-    """Who a site is and where its images lie."""
+class CohortConfig(Section):
+    """Whose images these are, as the site declares it: public, and never counted from the data."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True
+    name: str = Field("", pattern=rf"{NAME}|^$", description="Owns a budget; if empty, the site's.")
+    examples: int | None = Field(None, ge=1, description="Images that may train, declared.")
+    patients: int | None = Field(None, ge=1, description="People whom they show, declared.")
+
+
+class BudgetConfig(Section):
+    """The most that training may ever tell of one unit of the cohort."""
+
+    epsilon: float = Field(gt=0, description="Over all runs together.")
+    delta: float = Field(gt=0, lt=1, description="Below 1 / units of the cohort.")
+    unit: Literal["example", "patient"] = Field(description="What one unit is.")
+
+
+class PolicyConfig(Section):
+    """What the site allows, whatever a run asks for; what is not said is allowed."""
+
+    tasks: tuple[Literal["segmentation", "classification"], ...] = Field(
+        ("segmentation", "classification"),
+        min_length=1,
+        description="Annotations of other tasks are taken as absent.",
+    )
+    evaluation: bool = Field(True, description="Whether models are tested on the site's images.")
+    least_examples: int = Field(1, ge=1, description="Training images below which none trains.")
+    least_patients: int = Field(1, ge=1, description="Their patients, likewise.")
+    most_steps: int | None = Field(None, ge=1, description="Optimiser steps of one round.")
+    least_noise: float = Field(
+        0.0, ge=0, description="Noise multiplier of a private round, beside the budget's epsilon."
+    )
+    most_update_mb: float | None = Field(None, gt=0, description="Of the weights that leave.")
+    most_update_norm: float | None = Field(
+        None, gt=0, description="L2 norm of what a round changed in all weights together."
+    )
+    metrics: tuple[Literal["segmentation", "classification", "scores", "distances"], ...] = Field(
+        ("segmentation", "classification", "scores", "distances"),
+        description="Sums that may leave; scores are histograms, which AUC needs.",
+    )
+    least_support: int = Field(
+        10, ge=1, description="Images of a kind below which their sums and counts are withheld."
+    )
+    releases: tuple[str, ...] | None = Field(
+        None, description="Digests of releases that may ask; `polyclinic site release` prints one."
+    )
+    hours: str | None = Field(
+        None, description="When the site works, local time, as 20:00-06:00; always if absent."
+    )
+    name_files: bool = Field(
+        False, description="Whether reasons that name files go to the server, or to the log alone."
     )
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="As in all tables.")
+    @field_validator("hours")
+    @classmethod
+    def _hours_are_two_times(cls, value: str | None) -> str | None:
+        if value is not None:
+            opening_hours(value)
+        return value
+
+    @field_validator("releases")
+    @classmethod
+    def _releases_are_digests(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for digest in value or ():
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(
+                    f"policy.releases: expected sha256 digests (64 hexadecimal digits), got "
+                    f"{digest!r}"
+                )
+        return value
+
+
+def opening_hours(text: str) -> tuple[time, time]:
+    """From when to when a site works.
+
+    Raises:
+        ValueError: if the text is not two different times.
+    """
+    try:
+        start, end = (time.fromisoformat(part.strip()) for part in text.split("-"))
+    except ValueError:
+        start = end = time()
+    if start == end:
+        raise ValueError(f"policy.hours: expected two times, as 20:00-06:00, got {text!r}")
+    return start, end
+
+
+class SiteConfig(Section):
+    """Who a site is, where its images lie, and what it may spend on training with privacy."""
+
+    name: str = Field(pattern=NAME, description="As in all tables.")
     data_root: Path = Field(description="Folder with labels.csv; relative to site.yaml.")
+    state: Path = Field(
+        Path("state"), description="Folder for what must outlast a run; relative to site.yaml."
+    )
+    cohort: CohortConfig = CohortConfig()
+    budget: BudgetConfig | None = Field(
+        None, description="With one, the site trains with privacy alone, and within it."
+    )
+    policy: PolicyConfig = PolicyConfig()
+
+    @model_validator(mode="after")
+    def _budget_fits_the_cohort(self) -> Self:
+        if self.budget is None:
+            return self
+        units = self.units(self.budget.unit)
+        if units is None:
+            raise ValueError(
+                f"cohort.{self.budget.unit}s: expected a number, since budget.unit is "
+                f"{self.budget.unit}, got none"
+            )
+        if self.budget.delta >= 1 / units:
+            raise ValueError(
+                f"budget.delta: expected less than 1 / {units} (cohort.{self.budget.unit}s), got "
+                f"{self.budget.delta:g}"
+            )
+        return self
+
+    @property
+    def cohort_name(self) -> str:
+        return self.cohort.name or self.name
+
+    def units(self, unit: Literal["example", "patient"]) -> int | None:
+        """How many of a unit the cohort has, as declared."""
+        return self.cohort.examples if unit == "example" else self.cohort.patients
 
 
 def read_site_config(path: Path) -> SiteConfig:
@@ -40,10 +161,15 @@ def read_site_config(path: Path) -> SiteConfig:
     try:
         config = SiteConfig.model_validate(content)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, d['loc']))}: {d['msg']}, got {d['input']!r}"
-            for d in error.errors()
-        ]
-        raise ConfigError(f"{path}: " + "; ".join(problems)) from None
-    root = config.data_root.expanduser()
-    return config.model_copy(update={"data_root": (path.parent / root).resolve()})
+        problems = "; ".join(_explained(detail) for detail in error.errors())
+        raise ConfigError(f"{path}: {problems}") from None
+    folders = {"data_root": config.data_root, "state": config.state}
+    placed = {k: (path.parent / folder.expanduser()).resolve() for k, folder in folders.items()}
+    return config.model_copy(update=placed)
+
+
+def _explained(detail: ErrorDetails) -> str:
+    if detail["type"] == "value_error":  # raised by our own validators, which name their key
+        return str(detail["ctx"]["error"])
+    key = ".".join(kebab(str(part)) for part in detail["loc"])
+    return f"{key}: {detail['msg']}, got {detail['input']!r}"

@@ -23,7 +23,9 @@ SPLIT = "split"
 # SITE
 NAME = "name"
 REFUSAL = "refusal"  # why a site will not or cannot do what was asked; absent when it did
-CLASSES = "classes"
+DECLINED = "declined"  # the same, where it is the site's own rules that say no
+CLASSES = "classes"  # absent for the training images of a site that trains privately
+WITHHELD = "withheld"  # what a site's policy keeps out of its sums, in words
 FINGERPRINT = "fingerprint"
 SKIPPED = "skipped"
 DEVICE = "device"
@@ -34,9 +36,12 @@ EXAMPLES = "examples"  # each counts the site's training examples; a task's aver
 WITH_MASK = "with-mask"  # weighted by the examples that carry its annotation
 WITH_LABEL = "with-label"
 STEPS = "steps"
-SECONDS = "seconds"
-LOSS_SEGMENTATION = "loss-segmentation"
+SECONDS = "seconds"  # of a round with privacy absent, as they tell how many images it drew
+LOSS_SEGMENTATION = "loss-segmentation"  # absent with privacy, which they would not have
 LOSS_CLASSIFICATION = "loss-classification"
+# Spent by the site's cohort so far, this round included; absent without privacy
+EPSILON = "epsilon"
+DELTA = "delta"
 
 # Splits
 TRAIN_SPLIT = "train"

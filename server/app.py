@@ -17,8 +17,9 @@ from configs.run import RunConfig
 from mtl_model.backbone import BackboneError
 from mtl_model.metrics import Metrics
 from mtl_model.network import MultiTaskUNet
-from mtl_model.packing import Layout
+from mtl_model.packing import Layout, Packed
 from mtl_model.pretrained import PretrainedError
+from server.central import CentralPrivacy, noise_to_update, refuse_integers, sites_by_group
 from server.folder import RunFolder, write_json
 from server.history import Line
 from server.initial import initial_network
@@ -74,7 +75,7 @@ def run(grid: Grid, config: RunConfig) -> RunFolder:
         federation, reports = gather_sites(grid, config, notify)
         write_json(folder.environment, _environment(config, reports))
         _announce(reports)
-        rounds = _rounds(config, folder, federation, network)
+        rounds = _rounds(config, folder, federation, network, reports)
         evaluation = rounds.run()
         status = "completed"
     except BaseException as error:
@@ -104,7 +105,11 @@ def _initial(config: RunConfig) -> MultiTaskUNet:
 
 
 def _rounds(
-    config: RunConfig, folder: RunFolder, federation: Federation, network: MultiTaskUNet
+    config: RunConfig,
+    folder: RunFolder,
+    federation: Federation,
+    network: MultiTaskUNet,
+    reports: dict[str, SiteReport],
 ) -> Rounds:
     from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed here alone
 
@@ -117,9 +122,33 @@ def _rounds(
         for name, value in vars(line.train).items() if line.train else ():
             if value is not None:
                 writer.add_scalar(f"train-{name}/{line.site}", value, line.round)
+        if line.central:
+            writer.add_scalar("central-epsilon/site", line.central.epsilon, line.round)
         writer.flush()
 
-    return Rounds(config, folder, federation, layout, layout.pack(network.state_dict()), watch)
+    weights = layout.pack(network.state_dict())
+    central = _central(config, folder, reports, weights)
+    return Rounds(config, folder, federation, layout, weights, watch, central)
+
+
+def _central(
+    config: RunConfig, folder: RunFolder, reports: dict[str, SiteReport], weights: Packed
+) -> CentralPrivacy | None:
+    if config.central.mode == "off":
+        return None
+    try:
+        refuse_integers(weights)
+    except ValueError as error:
+        raise RunRefused(f"central.mode {config.central.mode}: {error}") from None
+    ratio = noise_to_update(config.central, len(reports), weights)
+    say = log.info if ratio < 1 else log.warning
+    say(
+        "central differential privacy of %d sites: each round's noise has %.3g times the largest "
+        "norm that the average update can have",
+        len(reports),
+        ratio,
+    )
+    return CentralPrivacy(config.central, sites_by_group(reports), folder.central)
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:

@@ -21,6 +21,7 @@ from mtl_model.sums import BINS
 from server.export import Exported
 from server.folder import RunFolder
 from server.history import POOLED, read_history
+from server.releases import read_releases
 from server.report import class_tables, metrics_table
 from server.snippet import snippet
 
@@ -74,11 +75,11 @@ def model_card(folder: RunFolder, exported: Exported) -> str:
         _left_out(sites),
         "### Training procedure",
         _procedure(config, number),
-        *(_settings(config, section) for section in ("strategy", "train", "loss")),
+        *(_settings(config, section) for section in _sections_of_training(config)),
         "## Quantitative analyses",
         *_analyses(config, evaluated, number),
         "## Ethical considerations",
-        _privacy(),
+        _privacy(config, folder, number),
         "## How to use it",
         _usage(config, exported),
         "## Caveats and recommendations",
@@ -132,6 +133,11 @@ def _settings(config: RunConfig, section: str) -> str:
     return _table(("setting", "value"), rows)
 
 
+def _sections_of_training(config: RunConfig) -> tuple[str, ...]:
+    central = () if config.central.mode == "off" else ("central",)
+    return ("strategy", "train", "loss", *central)
+
+
 def _metrics_text(config: RunConfig) -> str:
     kind = (
         "Accuracy counts images whose classes are all right."
@@ -162,7 +168,7 @@ def counts_table(
             site,
             split,
             *(str(about[key][split]) for key in ("examples", "with_mask", "with_label")),
-            *(str(count) for count in about["classes"][split]),
+            *map(str, about["classes"].get(split, ["not told"] * len(classes))),
         )
         for site, about in sites.items()
         for split in splits
@@ -196,8 +202,14 @@ def _procedure(config: RunConfig, number: int) -> str:
         f"Federated: the model is that of round {number} of {config.rounds.count}. In each round "
         f"the sites (at least: {config.rounds.min_sites}, `rounds.min-sites`) trained it on their "
         "own images, and the server averaged their weights task by task "
-        f"({config.strategy.name}). Seed {config.run.seed}."
+        f"({config.strategy.name}){_how_central(config)}. Seed {config.run.seed}."
     )
+
+
+def _how_central(config: RunConfig) -> str:
+    if config.central.mode == "off":
+        return ""
+    return ", each site counting alike, its update clipped, and noise on the average"
 
 
 def _evaluated(folder: RunFolder, number: int) -> Evaluated | None:
@@ -237,14 +249,77 @@ def _analyses(config: RunConfig, evaluated: Evaluated | None, number: int) -> It
         yield f"No values of {site}, which gave none."
 
 
-def _privacy() -> str:
-    return (
-        "Images, masks and labels stayed at the sites. What left each site: its weights after each "
-        "local round, counts of images by split and class, losses, and sums over its validation "
-        "and test images, all **without noise**. No differential privacy was used: weights can "
-        "reveal something of the images that they were trained on, and this file is such weights. "
-        "The server saw each site's weights before it averaged them."
+def _privacy(config: RunConfig, folder: RunFolder, number: int) -> str:
+    parts = [_privacy_of_sites(config, folder, number)]
+    if config.central.mode != "off":
+        parts.append(_central_privacy(folder))
+    elif config.privacy.mode == "off":
+        parts.append(
+            "No differential privacy was used: weights can reveal something of the images that "
+            "they were trained on, and this file is such weights."
+        )
+    return "\n\n".join(parts)
+
+
+def _central_privacy(folder: RunFolder) -> str:
+    # all rounds, also where this model is an earlier one's: the best was chosen among them, and
+    # every site was sent each
+    releases = read_releases(folder.central)
+    rows = [
+        (
+            str(len(releases)),
+            str(last.sites),
+            f"{last.noise_multiplier:g}",
+            f"{last.epsilon:.2f}",
+            f"{last.delta:g}",
+        )
+        for last in releases[-1:]
+    ]
+    return "\n\n".join(
+        (
+            "The consortium's **central differential privacy** has another unit, a whole site: the "
+            "server clipped each site's update and put noise on the average, and whether a site's "
+            "updates were among those averaged or not changes the probability of any averaged "
+            "models of the run by a factor of e^(central epsilon) at most, but for a probability "
+            "of delta. That holds against whoever sees averaged models, not against the server; it "
+            "is no statement of how much a single patient is protected, and does not cover the "
+            "values above, which are exact. All rounds of this run together, and no other run:",
+            _table(
+                ("averages", "sites", "noise multiplier", "central epsilon (site)", "delta"), rows
+            ),
+        )
     )
+
+
+def _privacy_of_sites(config: RunConfig, folder: RunFolder, number: int) -> str:
+    if config.privacy.mode == "off":
+        return _WITHOUT_PRIVACY
+    spent = {
+        line.site: (line.train.epsilon, line.train.delta)
+        for line in read_history(folder.history)
+        if line.train and line.train.epsilon is not None and line.round <= number
+    }  # the last of each site, up to this model's round
+    unit = {"example": "one image", "patient": "all images of one patient"}[config.privacy.unit]
+    rows = [(site, f"{epsilon:.2f}", f"{delta:g}") for site, (epsilon, delta) in spent.items()]
+    return "\n\n".join(
+        (
+            "Images, masks and labels stayed at the sites, and each site trained with differential "
+            f"privacy (DP-SGD): whether {unit} was among a site's training images or not changes "
+            "the probability of any weights that left it by a factor of e^epsilon at most, but for "
+            "a probability of delta. Validation and test images are not covered: sums over them "
+            "left without noise. As each site's ledger counts, all rounds and earlier runs on the "
+            "same patients included:",
+            _table(("site", f"epsilon ({config.privacy.unit})", "delta"), rows),
+        )
+    )
+
+
+_WITHOUT_PRIVACY = (
+    "Images, masks and labels stayed at the sites. What left each site: its weights after each "
+    "local round, counts of images by split and class, losses, and sums over its validation "
+    "and test images, all **without noise**. The server saw each site's weights before it averaged "
+    "them."
+)
 
 
 def _usage(config: RunConfig, exported: Exported) -> str:

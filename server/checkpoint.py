@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,14 @@ def save_round(
     weights: Packed,
     number: int,
     best: Best | None,
+    central: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a round's weights and the server's state, then drop rounds that are no longer kept.
 
     The state is written last: a round counts as saved once its state is there.
+
+    Args:
+        central: what central differential privacy has to remember, where it is on.
     """
     content = _serialised(config, layout, weights, number)
     write_atomically(folder.checkpoint(number), content)
@@ -50,6 +55,8 @@ def save_round(
         "sha256": hashlib.sha256(content).hexdigest(),
         "best": vars(best) if best else None,
     }
+    if central is not None:
+        state["central"] = dict(central)
     write_json(folder.state(number), state)
     for old in folder.checkpoints()[: -config.rounds.keep_checkpoints]:
         folder.state(old).unlink()

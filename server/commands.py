@@ -123,7 +123,7 @@ def show(
 ) -> None:
     """Print a run's tables: every round's pooled values, and every site on the test images."""
     from server.history import POOLED, read_history
-    from server.report import class_tables, metrics_table
+    from server.report import central_text, class_tables, metrics_table, spent_text
 
     folder = _folder_of(name, out)
     lines = read_history(folder / "history.jsonl")
@@ -133,7 +133,8 @@ def show(
         sys.stdout.write(json.dumps({**_summary(folder), "history": content}, indent=2) + "\n")
         return
     console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
-    data = load_run_config(folder / "config.toml").data
+    config = load_run_config(folder / "config.toml")
+    data = config.data
     pooled = {
         f"round {line.round}": line.metrics
         for line in lines
@@ -152,6 +153,13 @@ def show(
             console.print(metrics_table(heading, rows, data.positive))
             for table in class_tables(rows, data):
                 console.print(table)
+    spent = {
+        line.site: line.train.epsilon for line in lines if line.train and line.train.epsilon
+    }  # the last round's of each site
+    if spent:
+        console.print(spent_text(spent, config.privacy.unit))
+    for release in [line.central for line in lines if line.central][-1:]:
+        console.print(central_text(release))
     summary = _summary(folder)
     console.print(f"{summary['status']}" + (f": {summary['reason']}" if summary["reason"] else ""))
     console.print(f"run folder: {folder.absolute()}", soft_wrap=True, highlight=False)

@@ -7,6 +7,7 @@ progress.jsonl       one line an event, for whoever watches
 checkpoints/         round-0007.safetensors and state-0007.json, the last few
 best.safetensors     the weights of the best round
 results.json         the best round's model on the held-out test images
+central.json         what central differential privacy has cost (server/releases.py), where it is on
 outcome.json         how the run ended; absent while it goes on, and after a crash
 events.*             TensorBoard
 """
@@ -95,6 +96,10 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.path / "results.json"
+
+    @property
+    def central(self) -> Path:
+        return self.path / "central.json"
 
     @property
     def outcome(self) -> Path:

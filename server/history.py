@@ -10,6 +10,7 @@ from typing import Any
 from mtl_model.metrics import Metrics
 from server.folder import append_line, read_lines
 from server.records import TrainReport
+from server.releases import Release
 
 POOLED = "pooled"  # stands for all sites together; no site may be called so
 
@@ -24,8 +25,10 @@ class Line:
     metrics: Metrics | None = None
     train: TrainReport | None = None
     failed: dict[str, str] = field(default_factory=dict)  # phase: why this site did not answer
+    declined: dict[str, str] = field(default_factory=dict)  # phase: why it would not
     bytes_down: int = 0  # array bytes sent to the site in this round
     bytes_up: int = 0
+    central: Release | None = None  # the round's noisy average; stands at ``pooled`` alone
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Line:
@@ -34,6 +37,8 @@ class Line:
             known["metrics"] = Metrics.from_json(known["metrics"])
         if known.get("train"):
             known["train"] = TrainReport(**known["train"])
+        if known.get("central"):
+            known["central"] = Release(**known["central"])
         return cls(**known)
 
 

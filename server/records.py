@@ -28,7 +28,11 @@ class ReplyError(ValueError):
 
 
 class Refusal(ReplyError):
-    """A site said why it does not do what it was asked."""
+    """A site said why it cannot do what it was asked."""
+
+
+class Declined(Refusal):
+    """A site said why it will not: its own rules, its budget. It is well, and is asked again."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class SiteReport:
 
     name: str
     examples: dict[str, int]  # by split
-    classes: dict[str, list[int]]  # by split, then by class
+    classes: dict[str, list[int]]  # by split, then by class; splits that are not told are absent
     with_mask: dict[str, int]
     with_label: dict[str, int]
     skipped: tuple[str, ...]
@@ -51,9 +55,11 @@ class TrainReport:
     """What a site says of its local round, beside the weights."""
 
     steps: int
-    seconds: float
+    seconds: float | None  # None of a site that trains privately
     loss_segmentation: float | None
     loss_classification: float | None
+    epsilon: float | None = None  # spent by the site's cohort, this round and all before included
+    delta: float | None = None
 
 
 def question() -> RecordDict:
@@ -80,12 +86,14 @@ def read_description(reply: Message, data: DataConfig) -> SiteReport:
     try:
         counts = {split: [int(n) for n in _list(sums[split])] for split in wire.SPLITS}
         classes = {
-            split: [int(n) for n in _list(sums[f"{split}.{wire.CLASSES}"])] for split in wire.SPLITS
+            split: [int(n) for n in _list(sums[f"{split}.{wire.CLASSES}"])]
+            for split in wire.SPLITS
+            if f"{split}.{wire.CLASSES}" in sums
         }
         for split, (examples, with_mask, with_label) in counts.items():
             if not 0 <= max(with_mask, with_label) <= examples:
                 raise ValueError(f"{split}: {examples} examples, {with_mask} masks")
-            if len(classes[split]) != len(data.classes):
+            if split in classes and len(classes[split]) != len(data.classes):
                 raise ValueError(f"{split}: {len(classes[split])} classes")
         return SiteReport(
             name=str(about[wire.NAME]),
@@ -106,7 +114,7 @@ def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contributi
     """Read the weights and counts of a local round.
 
     Raises:
-        Refusal: if the site says that it did not train.
+        Refusal: if the site says that it did not train; Declined: that it will not.
         ReplyError: if weights or counts are missing, of another network, or not finite.
     """
     _about(reply)
@@ -135,21 +143,23 @@ def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contributi
     }
     report = TrainReport(
         steps=steps,
-        seconds=_number(sums.get(wire.SECONDS), wire.SECONDS),
+        seconds=_optional(sums.get(wire.SECONDS), wire.SECONDS),
         loss_segmentation=_optional(sums.get(wire.LOSS_SEGMENTATION), wire.LOSS_SEGMENTATION),
         loss_classification=_optional(sums.get(wire.LOSS_CLASSIFICATION), wire.LOSS_CLASSIFICATION),
+        epsilon=_optional(sums.get(wire.EPSILON), wire.EPSILON),
+        delta=_optional(sums.get(wire.DELTA), wire.DELTA),
     )
     return Contribution(site, weights, counts), report
 
 
-def read_evaluation(reply: Message, data: DataConfig) -> MetricSums:
-    """Read the sums of an evaluation.
+def read_evaluation(reply: Message, data: DataConfig) -> tuple[MetricSums, tuple[str, ...]]:
+    """Read the sums of an evaluation, and what the site's policy keeps out of them.
 
     Raises:
         Refusal: if the site says that it did not evaluate.
         ReplyError: if sums are missing or impossible.
     """
-    _about(reply)
+    about = _about(reply)
     lists = {
         key: [float(n) for n in _list(value)]
         for key, value in reply.content.metric_records[wire.SUMS].items()
@@ -157,7 +167,8 @@ def read_evaluation(reply: Message, data: DataConfig) -> MetricSums:
     }
     try:
         size = (data.image_height, data.image_width)
-        return MetricSums.from_lists(lists, Classes.of(data), size)
+        sums = MetricSums.from_lists(lists, Classes.of(data), size)
+        return sums, tuple(str(text) for text in _list(about.get(wire.WITHHELD, [])))
     except ValueError as error:
         raise ReplyError(f"evaluation: {error}") from None
 
@@ -172,6 +183,8 @@ def _about(reply: Message) -> ConfigRecord:
         got = ", ".join(reply.content) or "none"
         raise ReplyError(f"expected records {wire.SITE} and {wire.SUMS}, got {got}")
     about = reply.content.config_records[wire.SITE]
+    if wire.DECLINED in about:
+        raise Declined(str(about[wire.DECLINED]))
     if wire.REFUSAL in about:
         raise Refusal(str(about[wire.REFUSAL]))
     return about

@@ -10,6 +10,7 @@ from configs.run import DataConfig, RunConfig
 from mtl_model.metrics import Metrics
 from mtl_model.summary import Summary
 from server.history import POOLED
+from server.releases import Release
 
 _VALUES = {
     "Dice": "dice",
@@ -64,6 +65,17 @@ def metrics_table(title: str, rows: Mapping[str, Metrics], positive: str) -> Tab
             end_section=len(rows) > 1 and list(rows)[-2:] == [name, POOLED],
         )
     return table
+
+
+def spent_text(epsilon: Mapping[str, float], unit: str) -> str:
+    """What each site's cohort has spent, this run and all before included."""
+    each = ", ".join(f"{site} {value:.2f}" for site, value in epsilon.items())
+    return f"epsilon spent ({unit}): {each}"
+
+
+def central_text(release: Release) -> str:
+    """What the consortium's averages have cost, this run's first to this one."""
+    return f"central epsilon (site): {release.epsilon:.2f}, delta {release.delta:g}"
 
 
 def class_tables(rows: Mapping[str, Metrics], data: DataConfig) -> list[Table]:

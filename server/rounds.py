@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -22,10 +22,12 @@ from mtl_model.metrics import Metrics, compute
 from mtl_model.packing import Layout, Packed
 from mtl_model.sums import Classes, empty_sums
 from server.aggregate import Contribution, average_by_task
+from server.central import CentralPrivacy
 from server.checkpoint import Best, save_round
 from server.folder import RunFolder, append_line, write_json
 from server.history import POOLED, Line, write_line
 from server.records import (
+    Declined,
     ReplyError,
     SiteReport,
     TrainReport,
@@ -35,6 +37,7 @@ from server.records import (
     read_training,
     task,
 )
+from server.report import central_text
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +66,22 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Answers(Generic[Answer]):
+    """What came of a phase, by site."""
+
+    usable: dict[str, Answer]
+    failed: dict[str, str]  # why there is no usable answer
+    declined: dict[str, str]  # why a site would not, by its own rules
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One model on one split of every site."""
 
     metrics: dict[str, Metrics]  # by site, then POOLED
     failed: dict[str, str]
+    declined: dict[str, str]
+    withheld: dict[str, tuple[str, ...]]  # what a site's policy keeps out of its sums
 
 
 class Federation:
@@ -121,31 +135,37 @@ class Federation:
 
     def read(
         self, phase: Phase, number: int, read: Callable[[Message, str], Answer]
-    ) -> tuple[dict[str, Answer], dict[str, str]]:
+    ) -> Answers[Answer]:
         """Read every reply; one that cannot be used becomes a failure with its reason.
 
-        Returns:
-            The usable answers, and why the other sites have none; both by site.
+        A site that declines is there and well: the round goes on without it, whatever
+        rounds.min-sites says, as long as one site answers.
 
         Raises:
-            RunFailed: if fewer sites than needed gave a usable answer.
+            RunFailed: if fewer sites than needed answered, or none but declining ones.
         """
-        answers: dict[str, Answer] = {}
-        failed = dict(phase.silent)
+        answers: Answers[Answer] = Answers({}, dict(phase.silent), {})
         for site in sorted(phase.answered):
             try:
-                answers[site] = read(phase.answered[site], site)
+                answers.usable[site] = read(phase.answered[site], site)
+            except Declined as error:
+                answers.declined[site] = str(error)
             except ReplyError as error:
-                failed[site] = str(error)
-        for site, reason in failed.items():
+                answers.failed[site] = str(error)
+        for site, reason in answers.failed.items():
             log.warning("round %d, %s: %s: %s", number, phase.name, site, reason)
-        if len(answers) < self.needed:
-            reasons = "; ".join(f"{site}: {why}" for site, why in sorted(failed.items()))
+        for site, reason in answers.declined.items():
+            log.warning("round %d, %s: %s declined: %s", number, phase.name, site, reason)
+        there = len(answers.usable) + len(answers.declined)
+        if there < self.needed or (self.needed and not answers.usable):
+            missing = answers.failed | answers.declined
+            reasons = "; ".join(f"{site}: {why}" for site, why in sorted(missing.items()))
+            declined = f" and {len(answers.declined)} declined" if answers.declined else ""
             raise RunFailed(
-                f"round {number}, {phase.name}: {len(answers)} of {len(self.nodes)} sites "
-                f"answered, {self.needed} are needed (rounds.min-sites): {reasons}"
+                f"round {number}, {phase.name}: {len(answers.usable)} of {len(self.nodes)} sites "
+                f"answered{declined}, {self.needed} are needed (rounds.min-sites): {reasons}"
             )
-        return answers, failed
+        return answers
 
 
 def gather_sites(
@@ -163,7 +183,8 @@ def gather_sites(
     unnamed = {f"node {node}": node for node in nodes}
     asked = Federation(grid, unnamed, 0, rounds.deadline_s, notify)
     phase = asked.ask(0, "describe", wire.DESCRIBE, question())
-    found, failed = asked.read(phase, 0, lambda reply, _: read_description(reply, config.data))
+    described = asked.read(phase, 0, lambda reply, _: read_description(reply, config.data))
+    found, failed = described.usable, described.failed | described.declined
     if len(found) < needed:
         raise RunRefused(
             f"{len(found)} of {len(nodes)} sites can take part, {needed} are needed "
@@ -175,9 +196,9 @@ def gather_sites(
             raise RunRefused(f"two sites are called {report.name!r}, or it is a reserved name")
         by_name[report.name] = label
     reports = {name: found[by_name[name]] for name in sorted(by_name)}
-    check_classes(
-        config.data.classes, {name: r.classes[wire.TRAIN_SPLIT] for name, r in reports.items()}
-    )
+    told = {name: r.classes.get(wire.TRAIN_SPLIT) for name, r in reports.items()}
+    if None not in told.values():  # with privacy no site tells
+        check_classes(config.data.classes, {name: n for name, n in told.items() if n is not None})
     notify(
         {
             "event": "sites",
@@ -249,6 +270,7 @@ class Rounds:
         layout: Layout,
         weights: Packed,
         watch: Callable[[Line], None] = lambda line: None,
+        central: CentralPrivacy | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -256,6 +278,7 @@ class Rounds:
         self.layout = layout
         self.weights = weights
         self.watch = watch
+        self.central = central
         self.best: Best | None = None
         self.best_weights = weights
 
@@ -274,15 +297,20 @@ class Rounds:
         size = sum(array.nbytes for array in self.weights.values())
         content = task(number, self.layout, self.weights, wire.TRAIN_SPLIT)
         phase = self.federation.ask(number, "train", wire.TRAIN, content)
-        trained, failed = self.federation.read(
+        trained = self.federation.read(
             phase, number, lambda reply, site: read_training(reply, site, self.layout)
         )
-        contributions: list[Contribution] = [c for c, _ in trained.values()]
-        self.weights = average_by_task(contributions, self.weights)
+        contributions: list[Contribution] = [c for c, _ in trained.usable.values()]
+        if self.central is None:
+            self.weights = average_by_task(contributions, self.weights)
+        else:
+            self.weights = self.central.average(number, contributions, self.weights)
+        release = self.central.releases[-1] if self.central else None
         evaluation = self._evaluate(number, wire.VAL_SPLIT)
         self._choose(number, evaluation)
-        reports: dict[str, TrainReport] = {site: report for site, (_, report) in trained.items()}
-        why = {"train": failed, "evaluate": evaluation.failed}
+        reports: dict[str, TrainReport] = {s: report for s, (_, report) in trained.usable.items()}
+        failed = {"train": trained.failed, "evaluate": evaluation.failed}
+        declined = {"train": trained.declined, "evaluate": evaluation.declined}
         for site in (*self.federation.nodes, POOLED):
             self._record(
                 Line(
@@ -291,22 +319,41 @@ class Rounds:
                     wire.VAL_SPLIT,
                     evaluation.metrics.get(site),
                     reports.get(site),
-                    {phase: reasons[site] for phase, reasons in why.items() if site in reasons},
+                    {phase: reasons[site] for phase, reasons in failed.items() if site in reasons},
+                    {
+                        phase: reasons[site]
+                        for phase, reasons in declined.items()
+                        if site in reasons
+                    },
                     bytes_down=0 if site == POOLED else 2 * size,  # to train, and to evaluate
                     bytes_up=size if site in reports else 0,
+                    central=release if site == POOLED else None,
                 )
             )
         for site, metrics in evaluation.metrics.items():
             log.info("round %d/%d: %s: %s", number, self.config.rounds.count, site, metrics.brief())
+        if release is not None:
+            log.info("round %d/%d: %s", number, self.config.rounds.count, central_text(release))
         # after its history: a round whose state is there is complete
-        save_round(self.folder, self.config, self.layout, self.weights, number, self.best)
+        save_round(
+            self.folder,
+            self.config,
+            self.layout,
+            self.weights,
+            number,
+            self.best,
+            self.central.state() if self.central else None,
+        )
         self.federation.notify(
             {
                 "event": "round",
                 "round": number,
                 "best": self.best.number if self.best else None,
                 "metrics": {site: asdict(m) for site, m in evaluation.metrics.items()},
-                "failed": failed | evaluation.failed,
+                "failed": trained.failed | evaluation.failed,
+                "declined": trained.declined | evaluation.declined,
+                "epsilon": {s: r.epsilon for s, r in reports.items() if r.epsilon is not None},
+                "central": asdict(release) if release else None,
             }
         )
 
@@ -327,6 +374,8 @@ class Rounds:
                 "sites": {s: asdict(m) for s, m in evaluation.metrics.items() if s != POOLED},
                 POOLED: asdict(evaluation.metrics[POOLED]),
                 "failed": evaluation.failed,
+                "declined": evaluation.declined,
+                "withheld": evaluation.withheld,
             },
         )
         return evaluation
@@ -335,13 +384,13 @@ class Rounds:
         content = task(number, self.layout, self.weights, split)
         phase = self.federation.ask(number, f"evaluate on {split}", wire.EVALUATE, content)
         data = self.config.data
-        sums, failed = self.federation.read(
-            phase, number, lambda reply, _: read_evaluation(reply, data)
-        )
+        answers = self.federation.read(phase, number, lambda reply, _: read_evaluation(reply, data))
+        sums = {site: found for site, (found, _) in answers.usable.items()}
+        withheld = {site: words for site, (_, words) in answers.usable.items() if words}
         classes = Classes.of(data)
         metrics = {site: compute(s, classes) for site, s in sums.items()}
         metrics[POOLED] = compute(sum(sums.values(), empty_sums(classes)), classes)
-        return Evaluation(metrics, failed)
+        return Evaluation(metrics, answers.failed, answers.declined, withheld)
 
     def _choose(self, number: int, evaluation: Evaluation) -> None:
         """A round beats another that no more sites evaluated; fewer sites make another value."""

@@ -52,6 +52,11 @@ def compare_run(run: Path, as_json: bool) -> int:
             f"{folder.path}: expected a completed run, found no {folder.results.name}"
         )
     config = load_run_config(folder.config)
+    if config.privacy.mode != "off":
+        raise ConfigError(
+            f"{folder.path}: expected a run without privacy: sites of a private one do not tell "
+            "on which images they trained"
+        )
     results = json.loads(folder.results.read_text(encoding="utf-8"))
     sites = _same_data(folder, config)
     comparison: Comparison = {}

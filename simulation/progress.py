@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from configs.run import RunConfig
 from mtl_model.metrics import Metrics
 from server.history import POOLED
-from server.report import metrics_table
+from server.releases import Release
+from server.report import central_text, metrics_table, spent_text
 
 
 class Display:
@@ -71,6 +72,8 @@ class Display:
         elif kind == "round":
             self._round(event)
             self._failed(event["failed"])
+            for site, reason in event["declined"].items():
+                self.console.print(f"  {site} declined: {reason}", style="yellow", soft_wrap=True)
 
     def _say(self, event: Mapping[str, Any]) -> None:
         round_ = f"round {event['round']}, " if event["round"] else ""
@@ -95,6 +98,7 @@ class Display:
         if self.console.is_terminal:
             title = f"Round {event['round']} on the validation images (best: {event['best']})"
             table = metrics_table(title, rows, self.config.data.positive)
+            table.caption = "\n".join([str(table.caption), *self._spent(event)])
             self.live.update(Group(table, self.progress), refresh=True)
             return
         parts = [
@@ -106,9 +110,19 @@ class Display:
         self.console.print(
             f"round {event['round']}/{self.config.rounds.count} "
             f"({time.monotonic() - self.started:.0f} s): Dice/balanced accuracy on val: "
-            f"{', '.join(parts)}; pooled {shown(pooled.dice)}/{shown(pooled.balanced_accuracy)}",
+            f"{', '.join(parts)}; pooled {shown(pooled.dice)}/{shown(pooled.balanced_accuracy)}"
+            f"{''.join(f'; {text}' for text in self._spent(event))}",
             soft_wrap=True,
         )
+
+    def _spent(self, event: Mapping[str, Any]) -> list[str]:
+        """What the sites' privacy has cost so far, and what the consortium's has."""
+        texts = []
+        if event["epsilon"]:
+            texts.append(spent_text(event["epsilon"], self.config.privacy.unit))
+        if event["central"]:
+            texts.append(central_text(Release(**event["central"])))
+        return texts
 
 
 def shown(value: float | None) -> str:

@@ -45,6 +45,11 @@ def cache_folder() -> Path:
     return Path(home) / "polyclinic"
 
 
+def ledger_folder() -> Path:
+    """Where simulated sites keep their privacy ledgers, of one run each."""
+    return cache_folder() / "ledgers"
+
+
 def simulated_sites(data: DataConfig, phantoms: PhantomConfig) -> tuple[Path, dict[str, Manifest]]:
     """The folder that a simulation's sites lie in, absolute, and their manifests.
 

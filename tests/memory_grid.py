@@ -6,6 +6,7 @@ and Ray are left out. tests/test_simulate.py runs the same path through the real
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -35,6 +36,7 @@ class MemoryGrid(Grid):
         self.run_config = run_config
         self.nodes = {1000 + partition: partition for partition in range(sites)}
         self.tamper = tamper
+        self.run_id = secrets.randbits(31)
         self.sent: list[Message] = []
         self._replies: dict[str, Message] = {}
 
@@ -73,11 +75,14 @@ class MemoryGrid(Grid):
     ) -> list[Message]:
         return self.pull_messages(self.push_messages(messages))
 
+    def node_config(self, partition: int) -> dict[str, object]:
+        return {"partition-id": partition, "num-partitions": len(self.nodes)}
+
     def _answer(self, partition: int, message: Message) -> Message:
         context = Context(
-            run_id=1,
+            run_id=self.run_id,
             node_id=1000 + partition,
-            node_config={"partition-id": partition, "num-partitions": len(self.nodes)},
+            node_config=self.node_config(partition),
             state=RecordDict(),
             run_config=self.run_config,
         )

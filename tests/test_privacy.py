@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from client.dataset import Examples
 from client.privacy import (
+    Adaptation,
+    ClipNorm,
     Mechanism,
     NoisyGradient,
     packs,
@@ -83,7 +85,9 @@ def gradients_of(
     torch.manual_seed(0)
     network = Linear()
     parameters = list(network.parameters())
-    gradient = NoisyGradient(parameters, mechanism, np.random.default_rng(random))
+    generator = np.random.default_rng(random)
+    gradient = NoisyGradient(parameters, mechanism.expected_units, generator)
+    clipping = ClipNorm(mechanism, generator)
     ends = np.cumsum([0, *map(len, xs)])
     places = [np.arange(*span) for span in pairwise(ends)]
     rows = torch.cat([torch.empty(0, 3), *xs])
@@ -92,8 +96,8 @@ def gradients_of(
             for chunk in pack:
                 loss = units.forward(rows[chunk.places]).square().sum()
                 units.backward(loss, torch.from_numpy(chunk.unit), alone=len(pack) > 1)
-            units.clip(mechanism.clip_norm, gradient.sums)
-    gradient.release()
+            units.clip(clipping.norm, gradient.sums)
+    gradient.release(clipping.deviation)
     return [p.grad for p in network.parameters()]
 
 
@@ -193,8 +197,8 @@ def test_in_training_noise_is_that_of_every_step_drawn_anew() -> None:
     seen: list[Tensor] = []
 
     class Watching(NoisyGradient):
-        def release(self) -> None:
-            super().release()
+        def release(self, deviation: float) -> None:
+            super().release(deviation)
             seen.append(torch.cat([p.grad.flatten() for p in self.sums]))
 
     mechanism = replace(LOUD, sample_rate=1e-12, units=10**12, steps=3)
@@ -206,6 +210,47 @@ def test_in_training_noise_is_that_of_every_step_drawn_anew() -> None:
         assert noise.std().item() == pytest.approx(1.0, rel=0.01)
         assert abs(noise.mean().item()) < 0.01
     assert abs(torch.corrcoef(torch.stack(seen[:2]))[0, 1].item()) < 0.01
+
+
+FOLLOWS = Adaptation(quantile=0.5, rate=0.2)
+
+
+def test_an_adaptive_norm_comes_to_the_quantile() -> None:
+    generator = np.random.default_rng(0)
+    clipping = ClipNorm(Mechanism(1.0, 0.5, 1, 400, 100.0, FOLLOWS), generator)
+    for _ in range(150):
+        clipping.move(torch.from_numpy(generator.lognormal(1.0, 0.5, 200)))
+    assert clipping.norm == pytest.approx(np.e, rel=0.15)  # the median
+    fixed = ClipNorm(Mechanism(1.0, 0.5, 1, 400, 100.0), generator)
+    fixed.move(torch.zeros(200))
+    assert (fixed.norm, fixed.noise_multiplier) == (100.0, 1.0)
+
+
+@pytest.mark.parametrize(("noise", "units"), [(0.5, 4), (1.0, 40), (3.0, 1000)])
+def test_gradient_and_count_together_have_the_noise_that_is_accounted_for(
+    noise: float, units: int
+) -> None:
+    clipping = ClipNorm(Mechanism(noise, 0.5, 1, 2 * units, 7.0, FOLLOWS), np.random.default_rng(0))
+    # one unit moves the gradient by the norm and the count by 1/2; in units of each one's noise:
+    moved = (7.0 / clipping.deviation) ** 2 + (0.5 / clipping.count_deviation) ** 2
+    assert moved**-0.5 == pytest.approx(noise)
+    assert clipping.noise_multiplier > noise
+
+
+def test_one_unit_moves_the_count_by_a_half_whichever_side_it_is_on() -> None:
+    def count(norms: list[float]) -> float:
+        clipping = ClipNorm(Mechanism(0.0, 1.0, 1, 10, 1.0, FOLLOWS), np.random.default_rng(0))
+        clipping.count_deviation = 0.0
+        clipping.move(torch.tensor(norms))
+        return 10 * (FOLLOWS.quantile - np.log(clipping.norm) / FOLLOWS.rate)
+
+    for more in (0.1, 10.0, float("nan"), float("inf")):
+        assert abs(count([0.5, 2.0, more]) - count([0.5, 2.0])) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_a_round_with_adaptive_clipping_trains() -> None:
+    adapting = replace(LOUD, adapts=FOLLOWS, steps=3)
+    assert not same(trained(some(), adapting), trained(some(), replace(LOUD, steps=3)))
 
 
 def test_a_step_in_which_no_unit_was_drawn_is_a_step_of_noise() -> None:
@@ -252,7 +297,7 @@ def test_its_randomness_is_not_the_runs() -> None:
 def test_without_masks_the_segmentation_part_stays_as_it_came() -> None:
     assert changed_parts(trained(some(masks=False))) == {"encoder", "head"}
     assert changed_parts(trained(some(labels=False))) == {"encoder", "dfe", "decoder"}
-    with pytest.raises(TrainingError, match="none of 12 training examples"):
+    with pytest.raises(TrainingError, match="none of the training examples"):
         trained(some(masks=False, labels=False))
 
 

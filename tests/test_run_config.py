@@ -44,7 +44,7 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("train.batch-sise", 1, "unknown key; did you mean train.batch-size"),
         ("training.batch-size", 1, "did you mean train.batch-size"),
         ("train.zzzzzz", 1, "known keys of train: train.local-epochs"),
-        ("zzz.q", 1, "known sections: data, evaluate"),
+        ("zzz.q", 1, "known sections: central, data, evaluate"),
         ("train.batch-size", 0, r"train.batch-size: .*greater than or equal to 1, got 0"),
         ("train.batch-size", 1.5, r"train.batch-size: .*got 1.5"),
         ("train.batch-size", True, "train.batch-size: expected no true or false"),

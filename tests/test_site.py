@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from client.dataset import SiteData
 from client.manifest import DataError
-from client.site import open_site
+from client.site import load, open_site
 from configs.run import PhantomConfig
 from tests.conftest import rows_of, write_manifest
 
@@ -26,9 +27,12 @@ def test_a_deployed_site_is_named_and_placed_by_its_own_file(site_folder, tiny) 
     path = folder.parent / "site.yaml"
     path.write_text(f"name: north\ndata-root: {folder.name}\n")
     # what the run says of data.root is for simulation alone
-    site = open_site({"site-config": str(path)}, tiny(data__root="/elsewhere"), no_phantoms)
-    assert site.site == "north"
-    assert sum(map(len, site.splits.values())) == 12
+    config = tiny(data__root="/elsewhere")
+    site = open_site({"site-config": str(path)}, config, no_phantoms)
+    assert site.config is not None
+    data = load(site, config.data)
+    assert data.site == "north"
+    assert sum(map(len, data.splits.values())) == 12
 
 
 def test_simulated_sites_are_the_folders_sites_in_order(site_folder, tiny) -> None:
@@ -36,7 +40,7 @@ def test_simulated_sites_are_the_folders_sites_in_order(site_folder, tiny) -> No
         site_folder(twelve(), f"sites/{name}")
     config = tiny(data__root=str(site_folder(twelve(), "sites/c").parent))
     names = [
-        open_site({"partition-id": i, "num-partitions": 3}, config, no_phantoms).site
+        open_site({"partition-id": i, "num-partitions": 3}, config, no_phantoms).manifest.site
         for i in range(3)
     ]
     assert names == ["a", "b", "c"]
@@ -46,11 +50,15 @@ def test_data_are_loaded_once_and_again_after_the_manifest_was_edited(site_folde
     folder = site_folder(twelve())
     config = tiny(data__root=str(folder))
     node = {"partition-id": 0, "num-partitions": 1}
-    first = open_site(node, config, no_phantoms)
-    assert open_site(node, config, no_phantoms) is first
+
+    def data() -> SiteData:
+        return load(open_site(node, config, no_phantoms), config.data)
+
+    first = data()
+    assert data() is first
     write_manifest(folder, twelve()[1:])
     os.utime(folder / "labels.csv", ns=(1, 1))
-    assert sum(map(len, open_site(node, config, no_phantoms).splits.values())) == 11
+    assert sum(map(len, data().splits.values())) == 11
 
 
 def test_a_node_that_says_neither_is_refused(tiny) -> None:

@@ -1,0 +1,101 @@
+"""A private round within a site's budget: reserved in its ledger before the first step."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from client.accounting import Spent, noise_for
+from client.dataset import Examples
+from client.gate import Decline, check_noise, check_steps, check_unit
+from client.ledger import BudgetExceeded, Cohort, Ledger
+from client.privacy import Adaptation, Mechanism, sampling, train_one_round_privately
+from client.site import Spending, Standing
+from client.train import Round, TrainResult
+from configs.run import PrivacyConfig, RunConfig, TrainConfig
+from configs.site import PolicyConfig
+from mtl_model.network import MultiTaskUNet
+
+
+def train_within_budget(
+    model: MultiTaskUNet,
+    examples: Examples,
+    where: Round,
+    standing: Standing,
+    config: RunConfig,
+    policy: PolicyConfig,
+    device: torch.device,
+) -> tuple[TrainResult, Spending]:
+    """Train a round with differential privacy, if the site's budget has room for it.
+
+    The round's cost is in the ledger, on the disk, before the first step; steps not taken come
+    back afterwards. Whatever happens in between, the ledger never says less than what was done.
+
+    Raises:
+        Decline: if the round would exceed the budget, or the site's rules ask for another unit,
+            more noise or fewer steps.
+        LedgerError: if the ledger cannot be used.
+    """
+    if standing.budget is not None:
+        check_unit(standing.budget, config.privacy)
+    mechanism = mechanism_of(config.train, config.privacy, config.rounds.count, standing)
+    check_noise(policy, mechanism.noise_multiplier)
+    check_steps(policy, mechanism.steps)
+    cohort, delta, cap = _terms(config.privacy, standing)
+    cost = Spent(mechanism.noise_multiplier, mechanism.sample_rate, mechanism.steps)
+    with Ledger(standing.ledger, cohort, delta, cap) as ledger:
+        before = ledger.spent()
+        try:
+            reservation = ledger.reserve(standing.run, where.number, cost)
+        except BudgetExceeded as error:
+            raise Decline(str(error)) from None
+        result = train_one_round_privately(
+            model,
+            examples,
+            where,
+            mechanism=mechanism,
+            data=config.data,
+            train=config.train,
+            loss=config.loss,
+            privacy=config.privacy,
+            device=device,
+        )
+        ledger.settle(reservation, result.steps)
+        return result, Spending(before, ledger.spent(), delta)
+
+
+def mechanism_of(
+    train: TrainConfig, privacy: PrivacyConfig, rounds: int, standing: Standing
+) -> Mechanism:
+    """What one round will do, from settings and declared numbers alone.
+
+    Raises:
+        Decline: if no noise keeps the planned rounds within the target.
+    """
+    rate, steps = sampling(train, standing.examples)
+    noise = privacy.noise_multiplier
+    if not noise:
+        _, delta, _ = _terms(privacy, standing)
+        try:
+            noise = _noise_for(privacy.target_epsilon, delta, rate, steps * rounds)
+        except ValueError as error:
+            raise Decline(f"privacy.target-epsilon: {error}") from None
+    units = standing.units(privacy.unit)
+    adapts = Adaptation(privacy.clip_quantile, privacy.clip_rate)
+    return Mechanism(
+        noise, rate, steps, units, privacy.clip_norm, adapts if privacy.adaptive_clipping else None
+    )
+
+
+_noise_for = lru_cache(maxsize=8)(noise_for)  # seconds, and the same in every round
+
+
+def _terms(privacy: PrivacyConfig, standing: Standing) -> tuple[Cohort, float, float | None]:
+    """The ledger's cohort, delta and cap: the site's where it has rules, the stricter of two."""
+    budget = standing.budget
+    units = standing.units(privacy.unit)
+    cohort = Cohort(standing.cohort, privacy.unit, units)
+    if budget is None:
+        return cohort, privacy.delta, None
+    return cohort, min(privacy.delta, budget.delta), budget.epsilon

@@ -1,0 +1,250 @@
+"""Private rounds in a federation: what is spent, what is told, who declines; in one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+from safetensors.torch import load_file
+
+import client.accounting
+import client.app
+from client.budget import mechanism_of
+from client.gate import Decline
+from client.site import Standing
+from client.train import TrainingError
+from configs import wire
+from configs.run import PrivacyConfig, RunConfig, TrainConfig
+from configs.site import BudgetConfig
+from server.app import run
+from server.card import _privacy
+from server.history import read_history
+from server.rounds import RunFailed
+from simulation.phantom import write_phantoms
+from simulation.sites import ledger_folder
+from tests.memory_grid import MemoryGrid
+
+PRIVATE = {
+    "privacy__mode": "dp-sgd",
+    "privacy__noise_multiplier": 1.0,
+    "privacy__delta": 1e-3,
+    "loss__class_weights": "none",
+    "data__split": "independent",
+    "data__val_fraction": 0.25,
+    "phantom__examples": 40,
+    "train__local_steps": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coarser grid: bounds as valid, and a percent larger."""
+    monkeypatch.setattr(client.accounting, "_POINTS", 2**16)
+
+
+Tiny = Callable[..., RunConfig]
+Federate = Callable[..., MemoryGrid]
+
+
+def trained_lines(folder) -> dict[str, list]:
+    """Training reports of each site, in the order of rounds."""
+    lines: dict[str, list] = {}
+    for line in read_history(folder.history):
+        if line.train is not None:
+            lines.setdefault(line.site, []).append(line.train)
+    return lines
+
+
+def test_a_private_run_trains_and_tells_what_each_site_has_spent(tiny: Tiny, grid) -> None:
+    config = tiny(**PRIVATE)
+    folder = run(grid(config), config)
+    lines = trained_lines(folder)
+    assert set(lines) == {"site-1", "site-2", "site-3"}
+    for reports in lines.values():
+        first, second = (report.epsilon for report in reports)
+        assert 0 < first < second
+        assert {report.delta for report in reports} == {1e-3}
+        assert {report.loss_segmentation for report in reports} == {None}
+    environment = json.loads(folder.environment.read_text())
+    for site in environment["sites"].values():
+        assert site["fingerprint"] == ""
+        assert set(site["classes"]) == {"val", "test"}
+    card = _privacy(config, folder, 2)
+    assert "all images of one patient" in card
+    assert f"| site-1 | {lines['site-1'][1].epsilon:.2f} | 0.001 |" in card
+    assert "No differential privacy" not in card
+
+
+def test_the_planned_rounds_spend_the_target_and_no_more(tiny: Tiny, grid) -> None:
+    config = tiny(**{**PRIVATE, "privacy__noise_multiplier": 0.0, "privacy__target_epsilon": 4.0})
+    for reports in trained_lines(run(grid(config), config)).values():
+        assert 3.9 < reports[-1].epsilon <= 4.0
+
+
+def answers_of(federation: MemoryGrid) -> Callable[[int, Message], Message]:
+    kept: list[tuple[int, Message]] = []
+
+    def keep(partition: int, reply: Message) -> Message:
+        kept.append((partition, reply))
+        return reply
+
+    federation.tamper = keep
+    return kept  # type: ignore[return-value]
+
+
+def test_nothing_but_noisy_weights_depends_on_the_training_images(
+    tiny: Tiny, grid, tmp_path: Path
+) -> None:
+    """Two federations whose first site differs in one patient's training image."""
+    from PIL import Image
+
+    def told(root: Path) -> list[dict]:
+        config = tiny(**PRIVATE, data__root=str(root), run__name=root.name)
+        federation = grid(config, 2)
+        kept = answers_of(federation)
+        run(federation, config)
+        return [
+            {
+                "about": dict(reply.content.config_records[wire.SITE]),
+                "sums": {
+                    k: v
+                    for k, v in reply.content.metric_records[wire.SUMS].items()
+                    if k != wire.SECONDS
+                },
+            }
+            for partition, reply in kept
+            if partition == 0 and reply.metadata.message_type in (wire.DESCRIBE, wire.TRAIN)
+        ]
+
+    for name in ("one", "other"):
+        write_phantoms(tmp_path / name, sites=2, examples=24, seed=0, size=48, normal_fraction=0.0)
+    config = tiny(**PRIVATE, data__root=str(tmp_path / "one"))
+    train = set(_training_images(tmp_path / "one" / "site-1", config))
+    images = tmp_path / "other" / "site-1" / "images"
+    changed = next(path for path in sorted(images.iterdir()) if path.name in train)
+    with Image.open(changed) as before:
+        size = before.size
+    Image.new("L", size, 77).save(changed)
+    table = changed.parent.parent / "labels.csv"
+    rows = table.read_text().splitlines()
+    at = next(i for i, row in enumerate(rows) if changed.name in row)
+    flipped = {"benign": "malignant", "malignant": "benign"}
+    label = next(word for word in flipped if word in rows[at])
+    rows[at] = rows[at].replace(label, flipped[label])
+    table.write_text("\n".join(rows) + "\n")
+    one, other = told(tmp_path / "one"), told(tmp_path / "other")
+    assert one == other
+    assert len(one) == 3  # a description and two rounds
+
+
+def _training_images(folder: Path, config: RunConfig) -> list[str]:
+    from client.manifest import read_site
+    from client.split import split_rows
+
+    manifest = read_site(folder, folder.name)
+    return [row.image.name for row in split_rows(manifest, manifest.rows, config.data)["train"]]
+
+
+@pytest.fixture
+def budgets(monkeypatch: pytest.MonkeyPatch) -> dict[str, BudgetConfig]:
+    """Budgets that simulated sites are given as if their site.yaml named them."""
+    given: dict[str, BudgetConfig] = {}
+    declared = client.app.standing
+
+    def standing(*arguments: object) -> Standing:
+        found = declared(*arguments)
+        return replace(found, budget=given.get(found.cohort))
+
+    monkeypatch.setattr(client.app, "standing", standing)
+    return given
+
+
+def test_a_site_whose_budget_is_spent_declines_and_the_others_go_on(
+    tiny: Tiny, grid, budgets
+) -> None:
+    config = tiny(**PRIVATE, rounds__count=3)
+    alone = trained_lines(run(grid(config), config))["site-2"]
+    cap = (alone[0].epsilon + alone[1].epsilon) / 2  # room for one round
+    budgets["site-2"] = BudgetConfig(epsilon=cap, delta=1e-3, unit="patient")
+    again = tiny(**PRIVATE, rounds__count=3, run__name="again")
+    folder = run(grid(again), again)
+    lines = {(line.round, line.site): line for line in read_history(folder.history)}
+    for number in (2, 3):
+        line = lines[number, "site-2"]
+        assert line.train is None
+        assert f"{cap:.4g}" in line.declined["train"]
+        assert not line.failed
+        assert line.metrics is not None  # evaluation spends nothing
+        assert lines[number, "site-1"].train is not None
+    assert lines[1, "site-2"].train.epsilon <= cap
+    assert json.loads(folder.outcome.read_text())["status"] == "completed"
+
+
+def test_when_all_sites_decline_the_run_ends_with_their_reasons(tiny: Tiny, grid, budgets) -> None:
+    for site in ("site-1", "site-2", "site-3"):
+        budgets[site] = BudgetConfig(epsilon=0.01, delta=1e-3, unit="patient")
+    config = tiny(**PRIVATE)
+    with pytest.raises(RunFailed, match=r"0 of 3 sites answered and 3 declined.*site-1: .*0\.01"):
+        run(grid(config), config)
+
+
+def test_a_site_that_protects_patients_declines_to_protect_examples(
+    tiny: Tiny, grid, budgets
+) -> None:
+    budgets["site-1"] = BudgetConfig(epsilon=50.0, delta=1e-3, unit="patient")
+    config = tiny(**PRIVATE, privacy__unit="example", rounds__count=1)
+    folder = run(grid(config), config)
+    (line,) = (
+        line
+        for line in read_history(folder.history)
+        if (line.site, line.split) == ("site-1", "val")
+    )
+    assert "protects patients" in line.declined["train"]
+
+
+def standing_of(examples: int = 1000, patients: int = 400) -> Standing:
+    return Standing("1", "a", examples, patients, Path("unused"), None)
+
+
+def test_a_mechanism_follows_from_declared_numbers() -> None:
+    train = TrainConfig(batch_size=50)
+    given = PrivacyConfig(mode="dp-sgd", noise_multiplier=0.8, unit="patient", clip_norm=2.0)
+    mechanism = mechanism_of(train, given, 10, standing_of())
+    assert (mechanism.sample_rate, mechanism.steps, mechanism.units) == (0.05, 20, 400)
+    assert (mechanism.noise_multiplier, mechanism.clip_norm) == (0.8, 2.0)
+    assert mechanism.expected_units == 20.0
+    of_small = mechanism_of(
+        train, PrivacyConfig(mode="dp-sgd", target_epsilon=3.0), 10, standing_of(200, 80)
+    )
+    of_large = mechanism_of(
+        train, PrivacyConfig(mode="dp-sgd", target_epsilon=3.0), 10, standing_of()
+    )
+    assert of_small.noise_multiplier > of_large.noise_multiplier > 0
+
+
+def test_a_round_that_fails_stays_spent(tiny: Tiny, grid, monkeypatch) -> None:
+    import client.budget
+
+    def broken(*_: object, **__: object) -> None:
+        raise TrainingError("the disk is full of sand")
+
+    config = tiny(**PRIVATE, rounds__count=1, rounds__min_sites="2")
+    train = client.budget.train_one_round_privately
+    calls = iter([broken, train, train])
+    monkeypatch.setattr(
+        client.budget, "train_one_round_privately", lambda *a, **k: next(calls)(*a, **k)
+    )
+    folder = run(grid(config), config)
+    ledgers = sorted(ledger_folder().rglob("site-1/ledger.db"))
+    assert ledgers
+    assert load_file(folder.best)
+
+
+def test_a_target_that_no_noise_meets_is_declined_with_the_numbers() -> None:
+    impossible = PrivacyConfig(mode="dp-sgd", target_epsilon=1e-9)
+    with pytest.raises(Decline, match=r"privacy.target-epsilon: .*1e-09"):
+        mechanism_of(TrainConfig(local_epochs=1000), impossible, 10**6, standing_of())

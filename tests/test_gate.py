@@ -1,0 +1,389 @@
+"""What a deployed site allows, what it tells, and what it writes down; in one process."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import sqlite3
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message
+
+from client.gate import OPEN, Decline, check_hours, check_size, check_update, permitted, supported
+from client.ledger import LedgerError
+from client.outgoing import OUTGOING, Sent, read_outgoing, write_down
+from client.release import own_release, release_of_fab, release_of_folder
+from client.site import load, open_site
+from configs import wire
+from configs.run import ConfigError, RunConfig
+from configs.site import PolicyConfig, read_site_config
+from server.app import run
+from server.history import read_history
+from server.rounds import RunFailed
+from simulation.phantom import write_phantoms
+from tests.memory_grid import MemoryGrid
+
+ROOT = Path(__file__).resolve().parent.parent
+Tiny = Callable[..., RunConfig]
+
+
+class DeployedGrid(MemoryGrid):
+    """Two sites with a site.yaml each, as SuperNodes would give it to them."""
+
+    def __init__(self, config: RunConfig, files: list[Path]) -> None:
+        from apps import client
+
+        super().__init__(client, config.to_flat(), len(files))
+        self.files = files
+
+    def node_config(self, partition: int) -> dict[str, object]:
+        return {"site-config": str(self.files[partition])}
+
+
+@pytest.fixture
+def deployed(tiny: Tiny, tmp_path: Path, flower_identity: None):
+    """Run a federation of two deployed sites, the first with more in its site.yaml."""
+    write_phantoms(tmp_path / "data", sites=2, examples=30, seed=0, size=48, normal_fraction=0.0)
+
+    def make(more: str = "", **changes: object) -> tuple[DeployedGrid, RunConfig]:
+        files = []
+        for number, extra in ((1, more), (2, "policy: {least-support: 1}\n")):
+            file = tmp_path / f"north-{number}.yaml"
+            file.write_text(
+                f"name: north-{number}\ndata-root: data/site-{number}\nstate: state-{number}\n"
+                + (extra or "policy: {least-support: 1}\n")
+            )
+            files.append(file)
+        config = tiny(**{"rounds__count": 1, **changes})
+        return DeployedGrid(config, files), config
+
+    return make
+
+
+def line_of(folder, site: str, split: str = "val"):
+    found = [x for x in read_history(folder.history) if (x.site, x.split) == (site, split)]
+    return found[-1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ("evaluation: false", r"policy\.evaluation: this site evaluates no models"),
+        ("least-examples: 1000", r"policy\.least-examples: .*1000 examples or more, it has \d+"),
+        ("least-patients: 1000", r"policy\.least-patients: .*1000 patients or more, it has \d+"),
+        ("most-steps: 1", r"policy\.most-steps: this site takes 1 steps a round at most, .* \d+"),
+        ("most-update-mb: 0.001", r"policy\.most-update-mb: this site sends 0\.001 MB at most"),
+        ("most-update-norm: 0.0001", r"policy\.most-update-norm: .* at most, this round's has"),
+    ],
+)
+def test_what_a_policy_forbids_is_declined_with_its_reason_and_the_run_goes_on(
+    deployed, tmp_path: Path, policy: str, said: str
+) -> None:
+    grid, config = deployed(f"policy: {{least-support: 1, {policy}}}\n")
+    folder = run(grid, config)
+    line = line_of(folder, "north-1")
+    (phase,) = line.declined
+    assert phase == ("evaluate" if policy.startswith("eval") else "train")
+    assert not line.failed
+    assert re.search(said, line.declined[phase])
+    assert line_of(folder, "north-2").train is not None
+    outcomes = [(e["message"], e["outcome"]) for e in read_outgoing(tmp_path / "state-1")]
+    assert (phase, "declined") in outcomes
+
+
+def test_a_release_that_is_not_approved_is_told_nothing(deployed, tmp_path: Path) -> None:
+    grid, config = deployed(f"policy: {{releases: ['{'0' * 64}']}}\n", rounds__min_sites="1")
+    folder = run(grid, config)
+    environment = json.loads(folder.environment.read_text())
+    assert set(environment["sites"]) == {"north-2"}
+    (entry,) = read_outgoing(tmp_path / "state-1")
+    assert (entry["message"], entry["outcome"]) == (wire.DESCRIBE, "declined")
+    assert f"has not approved release {own_release()}" in entry["told"][wire.DECLINED]
+
+
+def test_an_approved_release_may_train(deployed) -> None:
+    grid, config = deployed(f"policy: {{least-support: 1, releases: ['{own_release()}']}}\n")
+    assert line_of(run(grid, config), "north-1").train is not None
+
+
+def test_a_site_with_a_budget_declines_to_train_without_privacy(deployed) -> None:
+    grid, config = deployed(
+        "cohort: {examples: 30, patients: 30}\nbudget: {epsilon: 3, delta: 0.001, unit: patient}\n"
+    )
+    line = line_of(run(grid, config), "north-1")
+    assert (
+        "trains with differential privacy alone (epsilon 3, delta 0.001" in line.declined["train"]
+    )
+    assert line.train is None
+
+
+PRIVATE = {
+    "privacy__mode": "dp-sgd",
+    "privacy__noise_multiplier": 2.0,
+    "privacy__delta": 1e-3,
+    "loss__class_weights": "none",
+    "data__split": "independent",
+    "data__val_fraction": 0.3,
+    "train__local_steps": 2,
+    "rounds__count": 2,
+}
+BUDGET = """
+cohort: {examples: 20, patients: 18}
+budget: {epsilon: 50, delta: 0.001, unit: patient}
+policy: {least-support: 1, least-noise: LEAST}
+"""
+
+
+def test_a_private_site_tells_declared_numbers_and_writes_down_what_it_spent(
+    deployed, tmp_path: Path
+) -> None:
+    grid, config = deployed(BUDGET.replace("LEAST", "1"), **PRIVATE, rounds__min_sites="1")
+    folder = run(grid, config)
+    sent = [e for e in read_outgoing(tmp_path / "state-1") if e["message"] == wire.TRAIN]
+    assert [entry["round"] for entry in sent] == [1, 2]
+    assert sent[0]["epsilon_before"] == 0
+    assert sent[0]["epsilon_after"] == pytest.approx(sent[1]["epsilon_before"])
+    assert sent[1]["epsilon_after"] == pytest.approx(line_of(folder, "north-1").train.epsilon)
+    for entry in sent:
+        assert set(entry["told"]) == {
+            *(wire.NAME, wire.EXAMPLES, wire.WITH_MASK, wire.WITH_LABEL, wire.STEPS),
+            *(wire.EPSILON, wire.DELTA),
+        }
+        assert [entry["told"][k] for k in (wire.EXAMPLES, wire.WITH_MASK, wire.WITH_LABEL)] == [
+            20
+        ] * 3
+        assert entry["bytes"] > 1000
+        assert len(entry["sha256"]) == 64
+        assert entry["release"] == own_release()
+
+
+def test_too_little_noise_is_declined_before_anything_is_spent(deployed, tmp_path: Path) -> None:
+    grid, config = deployed(BUDGET.replace("LEAST", "3"), **PRIVATE, rounds__min_sites="1")
+    with pytest.raises(RunFailed, match=r"adds noise of 3 times the clipping norm .* asks for 2"):
+        run(grid, config)  # the other site has no budget, and does not take part
+    assert not (tmp_path / "state-1" / "ledger.db").exists()
+
+
+def test_a_deployed_site_names_no_file_to_the_server_unless_it_says_so(
+    deployed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = next((tmp_path / "data" / "site-1" / "images").iterdir())
+    image.write_bytes(b"no image")
+    for names, policy in (
+        (False, "least-support: 1"),
+        (True, "least-support: 1, name-files: true"),
+    ):
+        grid, config = deployed(f"policy: {{{policy}}}\n", run__name=f"names-{names}")
+        folder = run(grid, config)
+        (told,) = json.loads(folder.environment.read_text())["sites"]["north-1"]["skipped"]
+        assert (image.name in told) is names
+    assert image.name in caplog.text  # the site's log says which, either way
+
+
+def test_data_that_cannot_be_used_are_refused_without_naming_them(deployed, tmp_path: Path) -> None:
+    table = tmp_path / "data" / "site-1" / "labels.csv"
+    table.write_text(table.read_text().replace("malignant", "smith-john"))
+    grid, config = deployed("policy: {least-support: 1}\n", rounds__min_sites="1")
+    run(grid, config)
+    (entry,) = read_outgoing(tmp_path / "state-1")
+    assert entry["outcome"] == "refused"
+    assert "smith" not in json.dumps(entry)
+    assert "the site's log says why" in entry["told"][wire.REFUSAL]
+
+
+def test_few_images_of_a_kind_are_not_evaluated_and_the_server_is_told(
+    deployed, tmp_path: Path
+) -> None:
+    grid, config = deployed("policy: {least-support: 1000}\n")
+    folder = run(grid, config)
+    results = json.loads(folder.results.read_text())
+    assert results["sites"]["north-1"]["dice"] is None
+    assert results["sites"]["north-1"]["auc"] is None
+    assert results["sites"]["north-2"]["dice"] is not None
+    assert any("fewer than 1000" in words for words in results["withheld"]["north-1"])
+    classes = json.loads(folder.environment.read_text())["sites"]["north-1"]["classes"]
+    assert {n for counts in classes.values() for n in counts} == {0}
+
+
+def test_metrics_that_may_not_leave_do_not(deployed) -> None:
+    grid, config = deployed("policy: {least-support: 1, metrics: [segmentation, scores]}\n")
+    results = json.loads(run(grid, config).results.read_text())["sites"]
+    assert results["north-1"]["dice"] is not None
+    assert results["north-1"]["accuracy"] is None
+    grid, config = deployed(
+        "policy: {least-support: 1, metrics: [classification]}\n", run__name="another"
+    )
+    results = json.loads(run(grid, config).results.read_text())["sites"]
+    assert results["north-1"]["accuracy"] is not None
+    assert results["north-1"]["auc"] is results["north-1"]["dice"] is None
+
+
+def data_of(tiny: Tiny, tmp_path: Path):
+    write_phantoms(tmp_path / "d", sites=1, examples=40, seed=0, size=48, normal_fraction=0.3)
+    config = tiny(data__root=str(tmp_path / "d"), data__classes="benign,malignant,normal")
+    site = open_site({"partition-id": 0, "num-partitions": 1}, config, lambda *_: tmp_path)
+    return load(site, config.data), config
+
+
+def test_only_images_of_common_kinds_are_left_to_evaluate_on(tiny: Tiny, tmp_path: Path) -> None:
+    data, config = data_of(tiny, tmp_path)
+    examples = data.splits["train"]
+    counts = dict(zip(config.data.classes, examples.class_counts().tolist(), strict=True))
+    least = sorted(counts.values())[0] + 1
+    left, words = supported(PolicyConfig(least_support=least), examples, config.data)
+    rare = [name for name, n in counts.items() if n < least]
+    after = dict(zip(config.data.classes, left.class_counts().tolist(), strict=True))
+    assert rare
+    assert all(after[name] == 0 for name in rare)
+    assert all(after[name] == counts[name] for name in counts if name not in rare)
+    assert all(any(name in sentence for sentence in words) for name in rare)
+    whole, nothing = supported(OPEN, examples, config.data)
+    assert (whole.has_label == examples.has_label).all()
+    assert not nothing
+
+
+def test_a_task_that_is_not_allowed_is_taken_as_not_annotated(tiny: Tiny, tmp_path: Path) -> None:
+    data, _ = data_of(tiny, tmp_path)
+    assert data.splits["train"].tasks == ("segmentation", "classification")
+    left = permitted(PolicyConfig(tasks=("classification",)), data)
+    assert {examples.tasks for examples in left.splits.values()} == {("classification",)}
+    assert permitted(PolicyConfig(), data) is data
+
+
+@pytest.mark.parametrize(
+    ("hours", "open_at", "closed_at"),
+    [("20:00-06:00", (0, 5, 20, 23), (6, 12, 19)), ("08:00-17:30", (8, 12, 17), (0, 7, 18))],
+)
+def test_hours_may_cross_midnight(
+    hours: str, open_at: tuple[int, ...], closed_at: tuple[int, ...]
+) -> None:
+    policy = PolicyConfig(hours=hours)
+    for hour in open_at:
+        check_hours(policy, datetime(2026, 11, 24, hour, 0))
+    for hour in closed_at:
+        with pytest.raises(Decline, match=rf"works {hours}, now it is {hour:02}:00"):
+            check_hours(policy, datetime(2026, 11, 24, hour, 0))
+
+
+def test_the_norm_of_an_update_is_of_all_weights_together() -> None:
+    before = {"encoder/float32": np.zeros(4, np.float32), "count/int64": np.zeros(1, np.int64)}
+    after = {"encoder/float32": np.full(4, 1.5, np.float32), "count/int64": np.array([10**6])}
+    check_update(PolicyConfig(most_update_norm=3.0), before, after)
+    with pytest.raises(Decline, match=r"norm 2\.99 at most, this round's has 3"):
+        check_update(PolicyConfig(most_update_norm=2.99), before, after)
+    with pytest.raises(Decline, match="least-patients"):
+        check_size(PolicyConfig(least_patients=3), 10, 2)
+
+
+def test_weights_are_never_unpickled(deployed, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    grid, config = deployed(rounds__min_sites="1")
+    answer = grid._answer
+
+    def spoiled(partition: int, message: Message) -> Message:
+        if message.metadata.message_type == wire.TRAIN and partition == 0:
+            arrays = message.content.array_records[wire.WEIGHTS]
+            with (tmp_path / "trap.npy").open("wb") as file:
+                np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
+            assert b"sprung" in (tmp_path / "trap.npy").read_bytes()
+            name = next(iter(arrays))
+            data = (tmp_path / "trap.npy").read_bytes()
+            message.content[wire.WEIGHTS] = ArrayRecord(
+                {**arrays, name: Array("object", (1,), "numpy.ndarray", data)}
+            )
+        return answer(partition, message)
+
+    grid._answer = spoiled
+    folder = run(grid, config)
+    assert "weights from the server" in line_of(folder, "north-1").failed["train"]
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(AttributeError):  # the trap does spring for who unpickles
+        pickle.loads(pickle.dumps(Trap())).nothing  # noqa: B018
+    assert (tmp_path / "sprung").exists()
+
+
+def test_what_cannot_be_written_down_does_not_leave(deployed, tmp_path: Path) -> None:
+    grid, config = deployed(rounds__min_sites="1")
+    (tmp_path / "state-1").mkdir()
+    (tmp_path / "state-1" / OUTGOING).write_text("no ledger")
+    folder = run(grid, config)
+    assert set(json.loads(folder.environment.read_text())["sites"]) == {"north-2"}
+
+
+def test_the_outgoing_log_shows_what_left_and_that_it_was_changed(
+    deployed, tmp_path: Path, cli
+) -> None:
+    grid, config = deployed()
+    run(grid, config)
+    file = tmp_path / "north-1.yaml"
+    status, out, _ = cli("site", "outgoing", file)
+    assert status == 0
+    assert "4 of 4 replies" in out  # description, training, validation, test
+    assert all(word in out for word in ("query.describe", "train", "evaluate", "answered"))
+    status, out, _ = cli("site", "outgoing", file, "--json", "--last", "1")
+    assert status == 0
+    assert json.loads(out)["told"]["images"]
+    with sqlite3.connect(tmp_path / "state-1" / OUTGOING) as database:
+        database.execute("DROP TRIGGER entries_stay")
+        database.execute("UPDATE entries SET content = replace(content, 'answered', 'declined')")
+    status, _, err = cli("site", "outgoing", file)
+    assert status == 1
+    assert "entry 1 was changed" in err
+
+
+def test_a_release_has_one_digest_wherever_it_lies(tmp_path: Path, cli) -> None:
+    fab = tmp_path / "app.fab"
+    with zipfile.ZipFile(fab, "w") as packed:
+        for room in ("client", "configs", "mtl_model", "server", "simulation"):
+            for path in (ROOT / room).iterdir():
+                if path.suffix in (".py", ".toml"):
+                    packed.write(path, f"{room}/{path.name}")
+        packed.write(ROOT / "apps.py", "apps.py")
+        packed.writestr("pyproject.toml", "something")
+    assert release_of_fab(fab) == release_of_folder(ROOT) == own_release()
+    assert cli("site", "release", fab)[1].strip() == own_release()
+    with zipfile.ZipFile(fab, "a") as packed:
+        packed.writestr("client/backdoor.py", "import os")
+    assert release_of_fab(fab) != own_release()
+    (tmp_path / "not.fab").write_text("no")
+    with pytest.raises(ConfigError, match="expected a packed app"):
+        release_of_fab(tmp_path / "not.fab")
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ("hours: evening", r"policy\.hours: expected two times, as 20:00-06:00, got 'evening'"),
+        ("hours: '08:00-08:00'", "expected two times"),
+        ("releases: [abc]", r"policy\.releases: expected sha256 digests .* got 'abc'"),
+        ("tasks: []", "policy.tasks"),
+        ("most-stepz: 3", "policy.most-stepz"),
+    ],
+)
+def test_a_policy_that_cannot_be_meant_is_refused(tmp_path: Path, policy: str, said: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(f"name: a\ndata-root: .\npolicy:\n  {policy}\n")
+    with pytest.raises(ConfigError, match=said):
+        read_site_config(file)
+
+
+def test_replies_are_written_down_one_after_the_other(tmp_path: Path) -> None:
+    sent = Sent("train", "answered", "1", 1, "r", {"steps": 3}, {"encoder/float32": b"123"})
+    write_down(tmp_path, sent)
+    write_down(tmp_path, replace(sent, round=2, arrays={}))
+    first, second = read_outgoing(tmp_path)
+    assert (first["round"], first["bytes"], first["told"]) == (1, 3, {"steps": 3})
+    assert (second["round"], second["bytes"], second["sha256"]) == (2, 0, None)
+    (tmp_path / "a-file").write_text("")
+    with pytest.raises(LedgerError, match="Not a directory"):
+        write_down(tmp_path / "a-file" / "state", sent)
