@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -31,12 +32,19 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16; without, it is emulated and far slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = Path("/proc/cpuinfo")
+    known = cpu.read_text(encoding="ascii", errors="replace").split() if cpu.is_file() else []
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(known)
+
+
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """bfloat16 where asked for; ``auto`` asks for it on a GPU that has it."""
     wanted = precision == "bf16" or (
-        precision == "auto"
-        and device.type == "cuda"
-        and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision == "auto" and device.type == "cuda" and computes_bf16(device)
     )
     return torch.bfloat16 if wanted else torch.float32
 

@@ -1,20 +1,17 @@
 """How fast the network is beside itself written plainly and beside what engineers have at hand.
 
-Everything is measured in one run, contestants taking turns, medians of the turns: machines are
-shared, and only ratios of the same minutes mean something. Peak memory is that of a fresh process
-for each contestant. `polyclinic bench model` prints it; docs/model.md shows a run.
+Everything is measured in one run, contestants taking turns, medians of the turns. Peak memory is
+that of a fresh process for each contestant. `polyclinic bench model` prints it; docs/model.md shows
+a run.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +20,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from client.device import DeviceError, autocast, compiled, dtype_of, find_device
+from client.device import DeviceError, autocast, compiled, computes_bf16, dtype_of, find_device
 from configs.run import ConfigError, ModelConfig
 from mtl_model.inference import InferenceForm
 from mtl_model.network import MultiTaskUNet, build_model
 from simulation.plain import written_plainly
+from simulation.timing import memory_of, print_peak_memory, taken_in_turns
 
 CHANNELS, MASKS, CLASSES = 3, 1, 3
 BASE = "plain"  # what ratios are to
@@ -153,6 +151,7 @@ def run_bench(
             device that is not there.
     """
     names = tuple(only.split(",")) if only else BY_DEFAULT
+    words = Console(stderr=True, markup=False, highlight=False)
     for name in names:
         if name not in CONTESTANTS:
             raise ConfigError(
@@ -166,8 +165,11 @@ def run_bench(
         bench = Bench(size, batch, threads, turns, str(find_device(device)))
     except (DeviceError, RuntimeError) as error:  # torch's own for words that are no device
         raise ConfigError(f"--device {device}: {error}") from None
+    if not only and not computes_bf16(torch.device(bench.device)):
+        names = tuple(n for n in names if CONTESTANTS[n].precision != "bf16")
+        words.print("without bf16, which this processor only emulates; --only asks for it")
     try:
-        rows = measure(bench, names, Console(stderr=True, markup=False, highlight=False))
+        rows = measure(bench, names, words)
     except ImportError as error:
         raise ConfigError(
             f"{error}: pip install 'polyclinic[bench]', or choose other networks with --only"
@@ -192,31 +194,19 @@ def measure(bench: Bench, names: Sequence[str], words: Console) -> list[Row]:
         for name in names
     }
     for phase in ("inference", "training"):
-        times = _taken_in_turns(bench, names, phase, words)
+        steps = {name: _step(bench, CONTESTANTS[name], phase) for name in names}
+        times = taken_in_turns(steps, bench.turns, phase, words)
+        del steps  # networks with their optimisers
         for name, row in rows.items():
             setattr(row, f"{phase}_ms", statistics.median(times[name]) / bench.batch * 1e3)
     if BASE in names:
         for name, difference in _differences(bench, names).items():
             rows[name].differs = difference
     for name, row in track(rows.items(), "peak memory", console=words, transient=True):
-        row.inference_mb = _peak_memory(bench, name, "inference", words)
-        row.training_mb = _peak_memory(bench, name, "training", words)
+        on = json.dumps(asdict(bench))
+        row.inference_mb = memory_of("simulation.bench", (name, "inference", on), words)
+        row.training_mb = memory_of("simulation.bench", (name, "training", on), words)
     return list(rows.values())
-
-
-def _taken_in_turns(
-    bench: Bench, names: Sequence[str], phase: str, words: Console
-) -> dict[str, list[float]]:
-    """Seconds of each turn, the first of which, a warm-up, is left out."""
-    steps = {name: _step(bench, CONTESTANTS[name], phase) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in track(range(bench.turns + 1), phase, console=words, transient=True):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return times
 
 
 def _step(bench: Bench, contestant: Contestant, phase: str) -> Callable[[], object]:
@@ -299,34 +289,13 @@ def _differences(bench: Bench, names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _peak_memory(bench: Bench, name: str, phase: str, words: Console) -> float | None:
-    """MB at the peak of a process of its own that takes three steps (on a GPU: MB allocated)."""
-    command = [sys.executable, "-m", "simulation.bench", name, phase, json.dumps(asdict(bench))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:  # of memory, as a rule: the other figures are worth having without it
-        why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        words.print(f"no peak memory of {name}, {phase}: {why}", soft_wrap=True)
-        return None
-    return float(done.stdout)
-
-
-def _print_peak_memory(name: str, phase: str, bench: Bench) -> None:
+def _main(name: str, phase: str, bench: Bench) -> None:
+    """Take three steps in a process of their own."""
     torch.set_num_threads(bench.threads)
     step = _step(bench, CONTESTANTS[name], phase)
     for _ in range(3):
         step()
-    if bench.device.startswith("cuda"):
-        print(torch.cuda.max_memory_allocated(bench.device) / 1e6)
-    else:
-        print(_peak_of_process())
-
-
-def _peak_of_process() -> float:
-    """MB. Not getrusage's, which a child inherits from the process that started it."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise OSError("/proc/self/status: expected a line VmHWM, found none; this needs Linux")
+    print_peak_memory(bench.device)
 
 
 def table(bench: Bench, rows: Sequence[Row]) -> Table:
@@ -374,4 +343,4 @@ def _share(value: float | None, base: float | None) -> str:
 
 
 if __name__ == "__main__":
-    _print_peak_memory(sys.argv[1], sys.argv[2], Bench(**json.loads(sys.argv[3])))
+    _main(sys.argv[1], sys.argv[2], Bench(**json.loads(sys.argv[3])))

@@ -12,7 +12,7 @@ from configs.run import ConfigError, RunConfig, load_run_config
 from server.commands import ConfigOption, SetOption
 
 app = typer.Typer()
-bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed, memory and privacy.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -112,6 +112,44 @@ def compare(
     raise typer.Exit(compare_run(run, as_json))
 
 
+@app.command()
+def tradeoff(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the sites' images (data.root); without it, phantoms."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder that holds run folders (run.output-dir).")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Begins the names of its runs.")] = "tradeoff",
+    epsilons: Annotated[str, typer.Option(help="With commas; inf is without privacy.")] = (
+        "inf,10,3,1"
+    ),
+    units: Annotated[str, typer.Option(help="example, patient, or both.")] = "example,patient",
+    seeds: Annotated[str, typer.Option(help="Of initial weights and order.")] = "0,1",
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Sites that compute at once, as in simulate.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Results as JSON.")] = False,
+) -> None:
+    """Run the same federation at several epsilons, by image and by patient; compare the quality.
+
+    Runs that are there already are not run again, so it may be stopped and called again.
+    """
+    overrides = [*(settings or ()), f"run.name={json.dumps(name)}"]
+    if data is not None:
+        overrides.append(f"data.root={json.dumps(str(data.expanduser().absolute()))}")
+    if out is not None:
+        overrides.append(f"run.output-dir={json.dumps(str(out))}")
+    run_config = load_run_config(config, overrides)
+
+    from simulation.tradeoff import run_tradeoff
+
+    raise typer.Exit(run_tradeoff(run_config, epsilons, units, seeds, parallel, as_json))
+
+
 @bench.command("model")
 def bench_model(
     size: Annotated[int, typer.Option(min=64, help="Side of the images, pixels.")] = 224,
@@ -135,3 +173,58 @@ def bench_model(
     from simulation.bench import run_bench
 
     run_bench(size, batch, threads, turns, device, only, as_json)
+
+
+@bench.command("privacy")
+def bench_privacy(
+    size: Annotated[int, typer.Option(min=32, help="Side of the images, pixels.")] = 224,
+    preset: Annotated[str, typer.Option(help="model.preset: full or light.")] = "full",
+    images: Annotated[
+        str, typer.Option(help="Images a pass (privacy.physical-batch-size), with commas.")
+    ] = "2,8",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    turns: Annotated[int, typer.Option(min=1, help="Times that each way is timed.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    only: Annotated[
+        str | None, typer.Option(help="Some of plain, ghost, hooks, functorch, with commas.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Time a step with differential privacy beside a plain one, in turns, and peak memory."""
+    from simulation.bench_privacy import run_privacy_bench
+
+    run_privacy_bench(size, preset, images, threads, turns, device, precision, only, as_json)
+
+
+@bench.command("audit")
+def bench_audit(
+    only: Annotated[str | None, typer.Option(help="Rounds by name, with commas.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of coins and noise; by default the system's, as at a site."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Attack private rounds: a lower bound of epsilon beside the one that is accounted for.
+
+    Exit status: 0 all bounds hold, 1 a lower bound is above its epsilon.
+    """
+    from simulation.audit import run_audit
+
+    raise typer.Exit(run_audit(only, seed, as_json))
+
+
+@bench.command("inversion")
+def bench_inversion(
+    out: Annotated[Path | None, typer.Option(help="PNG to draw the pictures into.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the phantom, noise and search.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Attack one step on one image: the picture found from it, without privacy and with.
+
+    A minute or two on one core.
+    """
+    from simulation.inversion import run_inversion
+
+    run_inversion(out, seed, as_json)
