@@ -76,7 +76,8 @@ def mechanism_of(
     rate, steps = sampling(train, standing.examples)
     noise = privacy.noise_multiplier
     if not noise:
-        _, delta, _ = _terms(privacy, standing)
+        budget = standing.budget
+        delta = min(privacy.delta, budget.delta) if budget else privacy.delta  # the stricter
         try:
             noise = _noise_for(privacy.target_epsilon, delta, rate, steps * rounds)
         except ValueError as error:
@@ -92,10 +93,8 @@ _noise_for = lru_cache(maxsize=8)(noise_for)  # seconds, and the same in every r
 
 
 def _terms(privacy: PrivacyConfig, standing: Standing) -> tuple[Cohort, float, float | None]:
-    """The ledger's cohort, delta and cap: the site's where it has rules, the stricter of two."""
-    budget = standing.budget
-    units = standing.units(privacy.unit)
-    cohort = Cohort(standing.cohort, privacy.unit, units)
-    if budget is None:
+    """The ledger's cohort, delta and cap: the site's own, which no run can move."""
+    cohort = Cohort(standing.cohort, privacy.unit, standing.units(privacy.unit))
+    if standing.budget is None:
         return cohort, privacy.delta, None
-    return cohort, min(privacy.delta, budget.delta), budget.epsilon
+    return cohort, standing.budget.delta, standing.budget.epsilon

@@ -375,8 +375,9 @@ def _gradients(
 
 
 def _few_places(layer: Placed, backprops: Tensor) -> bool:
-    """Whether one product of matrices an example is quicker than its convolution's own kernel."""
-    return backprops[0].numel() // layer.weight.shape[0] < layer.weight[0].numel()
+    """Whether a product of matrices is quicker than one call of the layer's kernel an example."""
+    places = backprops[0].numel() // layer.weight.shape[0]
+    return isinstance(layer, nn.Linear) or places < layer.weight[0].numel()
 
 
 def _examples_by_places(layer: Placed, x: Tensor, backprops: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -434,11 +435,14 @@ def _places(layer: Placed, x: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor
         return x.reshape(len(x), -1, x.shape[-1]), backprops.reshape(
             len(x), -1, backprops.shape[-1]
         )
+    padding = cast(tuple[int, int], layer.padding)
+    if (layer.kernel_size, padding, layer.stride) == ((1, 1), (0, 0), (1, 1)):
+        return x.flatten(2).mT, backprops.flatten(2).mT
     patches = F.unfold(
         x,
         kernel_size=layer.kernel_size,
         dilation=layer.dilation,
-        padding=cast(tuple[int, int], layer.padding),
+        padding=padding,
         stride=layer.stride,
     )  # (B, channels * kernel, places)
     return patches.mT, backprops.flatten(2).mT

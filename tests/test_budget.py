@@ -172,7 +172,7 @@ def test_a_site_whose_budget_is_spent_declines_and_the_others_go_on(
     budgets["site-2"] = BudgetConfig(epsilon=cap, delta=1e-3, unit="patient")
     again = tiny(**PRIVATE, rounds__count=3, run__name="again")
     folder = run(grid(again), again)
-    lines = {(line.round, line.site): line for line in read_history(folder.history)}
+    lines = {(x.round, x.site): x for x in read_history(folder.history) if x.split == "val"}
     for number in (2, 3):
         line = lines[number, "site-2"]
         assert line.train is None
@@ -224,6 +224,17 @@ def test_a_mechanism_follows_from_declared_numbers() -> None:
         train, PrivacyConfig(mode="dp-sgd", target_epsilon=3.0), 10, standing_of()
     )
     assert of_small.noise_multiplier > of_large.noise_multiplier > 0
+
+
+def test_no_run_moves_the_delta_of_a_sites_budget(tiny: Tiny, grid, budgets) -> None:
+    for site in ("site-1", "site-2", "site-3"):
+        budgets[site] = BudgetConfig(epsilon=50.0, delta=1e-3, unit="patient")
+    for delta in (1e-6, 1e-2):
+        config = tiny(
+            **{**PRIVATE, "privacy__delta": delta}, rounds__count=1, run__name=f"delta-{delta:g}"
+        )
+        for (report,) in trained_lines(run(grid(config), config)).values():
+            assert report.delta == 1e-3
 
 
 def test_a_round_that_fails_stays_spent(tiny: Tiny, grid, monkeypatch) -> None:
