@@ -9,13 +9,13 @@ demo: $(VENV)/.installed  ## three phantom hospitals train together, about two m
 	$(BIN)/polyclinic simulate --config configs/demo.toml
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
 
 long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
 	$(BIN)/python -m pytest -m long
 
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not long"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .

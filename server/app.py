@@ -24,7 +24,7 @@ from server.folder import RunFolder, write_json
 from server.history import Line
 from server.initial import initial_network
 from server.records import SiteReport
-from server.report import class_tables, metrics_table
+from server.report import class_tables, metrics_table, withheld_text
 from server.rounds import (
     Evaluation,
     Federation,
@@ -190,4 +190,6 @@ def _print_results(config: RunConfig, folder: RunFolder, evaluation: Evaluation)
     console.print(metrics_table(title, evaluation.metrics, config.data.positive))
     for table in class_tables(evaluation.metrics, config.data):
         console.print(table)
+    for line in withheld_text(evaluation.withheld):
+        console.print(line, soft_wrap=True)
     console.print(f"Run folder: {folder.path}", soft_wrap=True)

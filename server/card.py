@@ -18,10 +18,10 @@ from configs.passport import outputs, preprocessing
 from configs.run import RunConfig, load_run_config
 from mtl_model.metrics import Metrics
 from mtl_model.sums import BINS
+from server.central_account import read_releases
 from server.export import Exported
 from server.folder import RunFolder
 from server.history import POOLED, read_history
-from server.releases import read_releases
 from server.report import class_tables, metrics_table
 from server.snippet import snippet
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mtl_model.metrics import Metrics
+from server.central_account import Release
 from server.folder import append_line, read_lines
 from server.records import TrainReport
-from server.releases import Release
 
 POOLED = "pooled"  # stands for all sites together; no site may be called so
 

@@ -9,8 +9,8 @@ from rich.table import Table
 from configs.run import DataConfig, RunConfig
 from mtl_model.metrics import Metrics
 from mtl_model.summary import Summary
+from server.central_account import Release
 from server.history import POOLED
-from server.releases import Release
 
 _VALUES = {
     "Dice": "dice",
@@ -71,6 +71,11 @@ def spent_text(epsilon: Mapping[str, float], unit: str) -> str:
     """What each site's cohort has spent, this run and all before included."""
     each = ", ".join(f"{site} {value:.2f}" for site, value in epsilon.items())
     return f"epsilon spent ({unit}): {each}"
+
+
+def withheld_text(withheld: Mapping[str, Sequence[str]]) -> list[str]:
+    """What sites' policies kept out of their sums, a line a site."""
+    return [f"withheld by {site}: {'; '.join(words)}" for site, words in withheld.items()]
 
 
 def central_text(release: Release) -> str:

@@ -218,13 +218,16 @@ def bench_audit(
 @bench.command("inversion")
 def bench_inversion(
     out: Annotated[Path | None, typer.Option(help="PNG to draw the pictures into.")] = None,
+    noise: Annotated[
+        str, typer.Option(help="Noise multipliers of DP-SGD, with commas.")
+    ] = "0.01,0.1,1",
     seed: Annotated[int, typer.Option(min=0, help="Of the phantom, noise and search.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Attack one step on one image: the picture found from it, without privacy and with.
 
-    A minute or two on one core.
+    Two minutes on one core.
     """
     from simulation.inversion import run_inversion
 
-    run_inversion(out, seed, as_json)
+    run_inversion(out, noise, seed, as_json)

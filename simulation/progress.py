@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from configs.run import RunConfig
 from mtl_model.metrics import Metrics
+from server.central_account import Release
 from server.history import POOLED
-from server.releases import Release
 from server.report import central_text, metrics_table, spent_text
 
 

@@ -15,7 +15,7 @@ from mtl_model.distance import DistanceError
 from mtl_model.metrics import Metrics
 from mtl_model.pretrained import PretrainedError
 from server.history import POOLED
-from server.report import class_tables, metrics_table
+from server.report import class_tables, metrics_table, withheld_text
 from server.rounds import RunRefused
 from simulation.launch import LaunchError, Plan, launch, plan
 from simulation.progress import Display
@@ -75,4 +75,6 @@ def _print_results(planned: Plan, end: dict[str, Any], as_json: bool) -> None:
     out.print(metrics_table(title, rows, results["positive"]))
     for table in class_tables(rows, planned.config.data):
         out.print(table)
+    for line in withheld_text(results["withheld"]):
+        out.print(line, soft_wrap=True)
     out.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)

@@ -36,7 +36,7 @@ def memory_of(module: str, arguments: Sequence[str], words: Console) -> float | 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:  # of memory, as a rule: the other figures are worth having without it
         why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        words.print(f"no peak memory of {' '.join(arguments[:2])}: {why}", soft_wrap=True)
+        words.print(f"no peak memory of {', '.join(arguments[:2])}: {why}", soft_wrap=True)
         return None
     return float(done.stdout)
 

@@ -43,6 +43,15 @@ TINY: dict[str, bool | int | float | str] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under two processes: one real federation at a time, and files exported once."""
+    for item in items:
+        if "exported" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("exported"))
+        elif item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("real processes"))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Tiny tensors gain nothing from a second thread, and neighbours lose a core."""

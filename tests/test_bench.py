@@ -10,6 +10,7 @@ import torch
 from configs.run import ConfigError, ModelConfig
 from simulation import bench
 from simulation.bench import BY_DEFAULT, CONTESTANTS, Bench, run_bench
+from simulation.bench_privacy import PrivacyBench, PrivacyRow, run_privacy_bench, table
 from tests.test_network import SMALL
 
 TINY = Bench(size=64, batch=2, threads=1, turns=1)
@@ -67,3 +68,44 @@ def test_a_process_that_dies_leaves_a_gap_and_says_why(
     assert row["inference_mb"] is None
     assert row["training_ms"] > 0
     assert "no peak memory of light, training: status 1" in err
+
+
+def test_a_private_step_is_timed_beside_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+    run_privacy_bench(64, "light", "2", 1, 1, "cpu", "fp32", "plain,ghost", as_json=True)
+    rows = json.loads(capsys.readouterr().out)["ways"]
+    assert [row["way"] for row in rows] == ["plain", "ghost"]
+    assert all(row["step_ms"] > 0 and row["training_mb"] > 100 for row in rows)
+    found = [PrivacyRow("plain", 2, 100.0, 1000.0), PrivacyRow("ghost", 2, 150.0, None)]
+    cells = [
+        list(column.cells)
+        for column in table(PrivacyBench(64, "l", 1, 1, "cpu", "fp32"), found).columns
+    ]
+    assert cells[3] == ["1.00", "1.50"]
+    assert cells[4:] == [["1000", "-"], ["1.00", "-"]]
+
+
+def test_what_cannot_be_timed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--only: expected some of plain, ghost.*, got 'ghosts'"):
+        run_privacy_bench(64, "light", "2", 1, 1, "cpu", "fp32", "ghosts", as_json=True)
+    with pytest.raises(ConfigError, match=r"--images: expected numbers from 1 .* got '2,0'"):
+        run_privacy_bench(64, "light", "2,0", 1, 1, "cpu", "fp32", None, as_json=True)
+
+
+def test_without_hardware_for_bf16_it_is_not_measured_unasked(
+    tiny_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def measured(_bench: Bench, names: tuple[str, ...], _words: object) -> list[bench.Row]:
+        asked.append(names)
+        return [bench.Row("plain", "", 1)]
+
+    monkeypatch.setattr(bench, "measure", measured)
+    for has in (True, False):
+        monkeypatch.setattr(bench, "computes_bf16", lambda _device, has=has: has)
+        run_bench(64, 1, 1, 1, "cpu", None, as_json=True)
+        capsys.readouterr()
+    run_bench(64, 1, 1, 1, "cpu", "plain,ours-bf16", as_json=True)
+    assert "ours-bf16" in asked[0]
+    assert "ours-bf16" not in asked[1]
+    assert asked[2] == ("plain", "ours-bf16")

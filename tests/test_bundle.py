@@ -34,7 +34,7 @@ def test_the_bundle_holds_every_module_and_preset_and_nothing_else(bundle: Path)
     wanted |= {str(p.relative_to(ROOT)) for room in rooms for p in (ROOT / room).glob("**/*.py")}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.toml")}
     assert names == wanted
-    assert bundle.stat().st_size < 500_000  # Flower stores without compressing
+    assert bundle.stat().st_size < 1_000_000  # Flower stores without compressing
 
 
 def test_the_bundle_runs_where_nothing_else_of_ours_is(bundle: Path, tmp_path: Path) -> None:

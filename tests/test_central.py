@@ -29,8 +29,7 @@ from server.aggregate import Contribution, average_by_task
 from server.app import run
 from server.card import _privacy, _procedure
 from server.central import AdaptiveClipping, CentralPrivacy, noise_to_update, sites_by_group
-from server.history import POOLED, read_history
-from server.releases import (
+from server.central_account import (
     PRECISION,
     Release,
     central_epsilon,
@@ -38,6 +37,7 @@ from server.releases import (
     read_releases,
     write_releases,
 )
+from server.history import POOLED, read_history
 from server.report import central_text, spent_text
 from server.rounds import RunFailed
 from server.strategies import AverageByTask, contribution_of, message_of, packed_of, record_of

@@ -18,6 +18,7 @@ PAGES = (
     "docs/model.md",
     "docs/export.md",
     "docs/architecture.md",
+    "docs/privacy.md",
 )
 # where the command is run for real
 RUN_ELSEWHERE = {
@@ -32,6 +33,14 @@ RUN_ELSEWHERE = {
     "polyclinic phantom": "tests/test_commands.py",
     "polyclinic model info": "tests/test_commands.py",
     "polyclinic bench model": "tests/test_bench.py",
+    "polyclinic bench privacy": "tests/test_bench.py",
+    "polyclinic bench audit": "tests/test_audit.py",
+    "polyclinic bench inversion": "tests/test_inversion.py",
+    "polyclinic tradeoff": "tests/test_tradeoff.py",
+    "polyclinic site ledger": "tests/test_ledger_commands.py",
+    "polyclinic site lower-delta": "tests/test_ledger_commands.py",
+    "polyclinic site outgoing": "tests/test_gate.py",
+    "polyclinic site release": "tests/test_gate.py",
     "polyclinic export": "tests/test_export.py",
     "polyclinic predict": "tests/test_predict.py",
     "flwr build": "tests/test_bundle.py",
@@ -70,7 +79,11 @@ def test_every_command_of_the_papers_is_run_somewhere() -> None:
 )
 def test_options_that_the_papers_use_exist(command: str) -> None:
     words = shlex.split(command)
-    group = words[1:3] if words[1] in ("runs", "model", "bench") and len(words) > 2 else words[1:2]
+    group = (
+        words[1:3]
+        if words[1] in ("runs", "model", "bench", "site") and len(words) > 2
+        else words[1:2]
+    )
     help_ = subprocess.run(
         [str(Path(sys.executable).parent / "polyclinic"), *group, "--help"],
         capture_output=True,

@@ -1,0 +1,134 @@
+"""Gradient inversion: the picture comes back without privacy, and does not with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from client.dataset import Examples
+from configs.run import ConfigError
+from simulation import inversion as inversions
+from simulation.inversion import (
+    CLIPPED,
+    FROM_WEIGHTS,
+    PLAIN,
+    SIDE,
+    Case,
+    Inversion,
+    invert,
+    picture_of,
+    run_inversion,
+    with_noise,
+)
+
+QUIET = Console(quiet=True)
+FEW = 60  # iterations, of which the whole attack takes more
+NOISY = with_noise(1.0)
+
+
+def test_without_privacy_the_picture_comes_back() -> None:
+    assert invert(picture_of(0), PLAIN, 0, FEW, QUIET).correlation > 0.85
+
+
+def test_it_comes_back_from_the_weights_that_leave_a_site_too() -> None:
+    assert invert(picture_of(0), FROM_WEIGHTS, 0, FEW, QUIET).correlation > 0.7
+
+
+def test_with_noise_it_does_not() -> None:
+    """Noise alone gives correlations of up to 0.16 either way."""
+    found = invert(picture_of(0), NOISY, 0, FEW, QUIET)
+    assert abs(found.correlation) < 0.25
+
+
+def test_clipping_alone_hides_nothing() -> None:
+    """What is seen points where the plain gradient does, and the attack asks for no more."""
+    seen = [step_seen(case) for case in (PLAIN, CLIPPED, NOISY)]
+    plain, clipped, noisy = (torch.cat([part.flatten() for part in parts]) for parts in seen)
+    assert torch.cosine_similarity(plain, clipped, dim=0) > 0.999
+    assert clipped.norm().item() == pytest.approx(1.0, abs=1e-3)
+    assert torch.cosine_similarity(plain, noisy, dim=0).abs() < 0.02
+
+
+def step_seen(case: Case) -> list[Tensor]:
+    return inversions._step(inversions.network(), picture_of(0), case, 0)
+
+
+def test_the_picture_that_comes_back_is_the_one_whose_step_was_seen() -> None:
+    """The negative control: the mask and the prior, which the attacker brings, are not enough."""
+    seen = step_seen(PLAIN)
+    example, other = picture_of(0), picture_of(1)
+    found = inversions.attack(inversions.network(), seen, "gradient", other, 0, FEW, QUIET)
+    assert correlation(found, example) > 0.5  # though the mask that it was told is wrong
+    assert correlation(found, other) < 0.5
+
+
+def correlation(found: np.ndarray, example: Examples) -> float:
+    return np.corrcoef(found.ravel(), example.images.ravel())[0, 1]
+
+
+def test_the_attacker_never_reads_the_picture() -> None:
+    example = picture_of(0)
+    seen = step_seen(PLAIN)
+    without = replace(example, images=255 - example.images)
+    found = [
+        inversions.attack(inversions.network(), seen, "gradient", given, 0, 3, QUIET)
+        for given in (example, without)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_figure_shows_the_original_and_every_inversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inversions, "ITERATIONS", 2)
+    path = tmp_path / "images" / "inversion.png"
+    run_inversion(path, "1", 0, as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["noise_multiplier"] for row in rows] == [None, None, 0.0, 1.0]
+    assert all(-1 <= row["correlation"] <= 1 for row in rows)
+    first = np.asarray(Image.open(path))[:: inversions.ENLARGED, :: inversions.ENLARGED]
+    np.testing.assert_array_equal(first[:SIDE, :SIDE], picture_of(0).images[0, ..., 0])
+    assert path.stat().st_size < 100_000
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_another() -> None:
+    once, again, other = (invert(picture_of(0), PLAIN, s, 3, QUIET).picture for s in (0, 0, 1))
+    np.testing.assert_array_equal(once, again)
+    assert (once != other).any()
+
+
+def test_the_table_has_a_row_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blank = np.zeros((SIDE, SIDE), np.uint8)
+    monkeypatch.setattr(
+        inversions, "invert", lambda example, case, *_: Inversion(case, blank, 0.5, 20.0)
+    )
+    run_inversion(None, "0.1,1", 0, as_json=False)
+    out = capsys.readouterr().out
+    for said in ("without privacy", "from weights", "clipped alone", "noise 0.1", "noise 1"):
+        assert said in out
+    assert out.count("0.50") == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "noise", "said"),
+    [
+        ("a.jpg", "1", r"--out: expected a name that ends in .png, got a.jpg"),
+        ("a.png", "1;2", r"--noise: expected numbers above 0 with commas, got '1;2'"),
+        ("a.png", "0", r"--noise: expected numbers above 0 with commas, got '0'"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_computed(
+    tmp_path: Path, name: str, noise: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run_inversion(tmp_path / name, noise, 0, as_json=False)

@@ -1,0 +1,89 @@
+"""The comparison at several epsilons: which runs it makes, that it goes on, what it shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.run import ConfigError
+from simulation.tradeoff import Setting, settings_of, table
+from tests.conftest import TINY
+
+
+def test_every_epsilon_is_run_by_every_unit_but_no_privacy_once() -> None:
+    assert settings_of("inf,3,1", "example,patient") == [
+        Setting(math.inf, "none"),
+        Setting(3.0, "example"),
+        Setting(3.0, "patient"),
+        Setting(1.0, "example"),
+        Setting(1.0, "patient"),
+    ]
+    assert [s.name for s in settings_of("inf,0.5", "patient")] == ["none", "0.5-patient"]
+
+
+@pytest.mark.parametrize(
+    ("epsilons", "units", "said"),
+    [
+        ("3,0", "patient", r"--epsilons: expected numbers above 0 or inf, got '0'"),
+        ("nan", "patient", "got 'nan'"),
+        ("little", "patient", "got 'little'"),
+        ("3", "person", r"--units: expected some of example, patient, got 'person'"),
+    ],
+)
+def test_words_that_are_no_setting_are_refused(epsilons: str, units: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        settings_of(epsilons, units)
+
+
+def test_the_table_has_means_and_between_which_values_they_lie() -> None:
+    def values(a: float | None, b: float) -> dict[str, dict[str, float | None]]:
+        return {"a": {"dice": a}, "pooled": {"dice": b}}
+
+    found = {
+        Setting(math.inf, "none"): [values(0.8, 0.6), values(0.6, 0.7)],
+        Setting(3.0, "patient"): [values(None, 0.2), values(0.5, 0.4)],
+    }
+    laid = table("Dice", found, "dice")
+    assert [list(column.cells) for column in laid.columns] == [
+        ["no privacy", "3"],
+        ["", "patient"],
+        ["0.700 (0.600-0.800)", "0.500"],
+        ["0.650 (0.600-0.700)", "0.300 (0.200-0.400)"],
+    ]
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_and_taken_as_they_are_afterwards(tmp_path: Path) -> None:
+    settings = {
+        **TINY,
+        "phantom.sites": 2,
+        "phantom.examples": 40,
+        "rounds.count": 1,
+        "data.split": "independent",
+        "data.val-fraction": 0.25,
+        "loss.class-weights": "none",
+        "privacy.delta": 1e-3,
+        "train.local-steps": 2,
+    }
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [str(Path(sys.executable).parent / "polyclinic"), "tradeoff", "--json", *words]
+    command += ["--epsilons", "inf,8", "--units", "patient", "--seeds", "0", "--out", str(tmp_path)]
+    first, again = (
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+        for _ in range(2)
+    )
+    plain, private = json.loads(first.stdout)
+    assert plain["epsilon"] is None
+    assert set(private["spent"]) == {"site-1", "site-2"}
+    assert all(7.5 < epsilon <= 8 for epsilon in private["spent"].values())
+    assert again.stdout == first.stdout
+    assert again.stderr.count("there already") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tradeoff-8-patient-0",
+        "tradeoff-none-0",
+    ]
