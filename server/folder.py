@@ -7,7 +7,7 @@ progress.jsonl       one line an event, for whoever watches
 checkpoints/         round-0007.safetensors and state-0007.json, the last few
 best.safetensors     the weights of the best round
 results.json         the best round's model on the held-out test images
-central.json         what central differential privacy has cost (server/central_account.py), where it is on
+central.json         what central differential privacy has cost, where it is on
 outcome.json         how the run ended; absent while it goes on, and after a crash
 events.*             TensorBoard
 """
