@@ -72,18 +72,15 @@ def test_runs_are_made_once_and_taken_as_they_are_afterwards(tmp_path: Path) -> 
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = [str(Path(sys.executable).parent / "polyclinic"), "tradeoff", "--json", *words]
-    command += ["--epsilons", "inf,8", "--units", "patient", "--seeds", "0", "--out", str(tmp_path)]
+    command += ["--epsilons", "8", "--units", "patient", "--seeds", "0", "--out", str(tmp_path)]
     first, again = (
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
         for _ in range(2)
     )
-    plain, private = json.loads(first.stdout)
-    assert plain["epsilon"] is None
+    (private,) = json.loads(first.stdout)
+    assert (private["epsilon"], private["unit"]) == (8.0, "patient")
     assert set(private["spent"]) == {"site-1", "site-2"}
     assert all(7.5 < epsilon <= 8 for epsilon in private["spent"].values())
     assert again.stdout == first.stdout
-    assert again.stderr.count("there already") == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "tradeoff-8-patient-0",
-        "tradeoff-none-0",
-    ]
+    assert again.stderr.count("there already") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tradeoff-8-patient-0"]
