@@ -12,19 +12,26 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from configs.run import ConfigError, RunConfig
+from client.device import DeviceError
+from configs.run import ConfigError, RunConfig, load_run_config
+from mtl_model.backbone import BackboneError
+from mtl_model.distance import DistanceError
+from mtl_model.pretrained import PretrainedError
 from server.folder import RunFolder
 from server.history import POOLED, read_history
-from simulation.launch import launch, plan
+from server.rounds import RunRefused
+from simulation.launch import LaunchError, launch, plan
 
 Values = dict[str, dict[str, float | None]]  # site: metric: value
 
+UNFIT = (BackboneError, DeviceError, DistanceError, PretrainedError, RunRefused)
 UNITS = ("example", "patient")
 
 
@@ -129,17 +136,54 @@ def _run(
             "privacy.unit": setting.unit,
         }
     wanted = RunConfig.from_flat({**config.to_flat(), **changes})
-    there = RunFolder(Path(wanted.run.output_dir).expanduser().absolute() / wanted.run.name)
-    if there.results.is_file():
-        words.print(f"{there.name}: there already")
-        return there
-    words.print(f"{there.name}: running")
-    planned = plan(wanted, parallel)
-    end = launch(planned, lambda _event: None)
+    folder = next_folder(wanted)
+    if folder.results.is_file():
+        words.print(f"{folder.name}: there already")
+        return folder
+    words.print(f"{folder.name}: running")
+    named = wanted.run.model_copy(update={"name": folder.name})
+    try:
+        planned = plan(wanted.model_copy(update={"run": named}), parallel)
+        end = launch(planned, lambda _event: None)
+    except (*UNFIT, LaunchError) as error:
+        words.print(f"error: {folder.name}: {error}", soft_wrap=True)
+        return None
     if end["status"] != "completed":
-        words.print(f"error: {there.name} {end['status']}: {end['reason']}", soft_wrap=True)
+        words.print(f"error: {folder.name} {end['status']}: {end['reason']}", soft_wrap=True)
         return None
     return planned.folder
+
+
+def next_folder(wanted: RunConfig) -> RunFolder:
+    """Where a run of these settings is finished, or else where it may begin.
+
+    A run that was stopped stays as it is; the next try has its number in its name.
+
+    Raises:
+        ConfigError: if a run of this name is finished with other settings.
+    """
+    base = Path(wanted.run.output_dir).expanduser().absolute()
+    for attempt in count(1):
+        name = wanted.run.name if attempt == 1 else f"{wanted.run.name}-try{attempt}"
+        folder = RunFolder(base / name)
+        if not folder.path.exists():
+            return folder
+        if folder.results.is_file():
+            was, now = _essential(load_run_config(folder.config)), _essential(wanted)
+            differ = sorted(key for key in now if now[key] != was.get(key))
+            if differ:
+                raise ConfigError(
+                    f"{folder.path}: expected a run with these settings, found one with another "
+                    f"{', '.join(differ)}; give another --name"
+                )
+            return folder
+    raise AssertionError("count is endless")
+
+
+def _essential(config: RunConfig) -> dict[str, bool | int | float | str]:
+    """What makes a run what it is, but for where things lie."""
+    places = ("run.name", "run.output-dir", "data.root", "data.sites", "model.pretrained")
+    return {key: value for key, value in config.to_flat().items() if key not in places}
 
 
 def _values(folder: RunFolder) -> Values:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from client.release import release_of_fab, release_of_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,6 +37,13 @@ def test_the_bundle_holds_every_module_and_preset_and_nothing_else(bundle: Path)
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.toml")}
     assert names == wanted
     assert bundle.stat().st_size < 1_000_000  # Flower stores without compressing
+
+
+def test_its_digest_is_that_of_the_code_it_was_made_from_packed_and_unpacked(
+    bundle: Path, tmp_path: Path
+) -> None:
+    zipfile.ZipFile(bundle).extractall(tmp_path)
+    assert release_of_fab(bundle) == release_of_folder(tmp_path) == release_of_folder(ROOT)
 
 
 def test_the_bundle_runs_where_nothing_else_of_ours_is(bundle: Path, tmp_path: Path) -> None:

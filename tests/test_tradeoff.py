@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from configs.run import ConfigError
-from simulation.tradeoff import Setting, settings_of, table
+from server.folder import to_toml
+from simulation.tradeoff import Setting, next_folder, settings_of, table
 from tests.conftest import TINY
 
 
@@ -55,6 +56,22 @@ def test_the_table_has_means_and_between_which_values_they_lie() -> None:
         ["0.700 (0.600-0.800)", "0.500"],
         ["0.650 (0.600-0.700)", "0.300 (0.200-0.400)"],
     ]
+
+
+def test_a_stopped_run_is_tried_again_and_one_of_other_settings_is_refused(tiny) -> None:
+    wanted = tiny(run__name="t-none-0")
+    first = next_folder(wanted)
+    assert first.name == "t-none-0"
+    first.path.mkdir(parents=True)
+    first.config.write_text(to_toml(wanted))
+    again = next_folder(wanted)
+    assert again.name == "t-none-0-try2"
+    again.path.mkdir()
+    again.config.write_text(to_toml(wanted))
+    again.results.write_text("{}")
+    assert next_folder(wanted) == again
+    with pytest.raises(ConfigError, match=r"found one with another rounds\.count; give another"):
+        next_folder(tiny(run__name="t-none-0", rounds__count=7))
 
 
 @pytest.mark.slow
