@@ -7,7 +7,7 @@ arranged here.
 
 from client.app import Simulated, client_app
 from server.app import server_app
-from simulation.sites import ledger_folder, phantom_root
+from simulation.sites import ledger_folder, memory_folder, phantom_root
 
 server = server_app()
-client = client_app(Simulated(phantom_root, ledger_folder))
+client = client_app(Simulated(phantom_root, ledger_folder, memory_folder))

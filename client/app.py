@@ -41,6 +41,7 @@ from client.gate import (
 )
 from client.ledger import LedgerError
 from client.manifest import DataError
+from client.memory import SiteMemory
 from client.outgoing import write_down
 from client.records import (
     ProtocolError,
@@ -49,6 +50,7 @@ from client.records import (
     describe_reply,
     evaluate_reply,
     read_request,
+    read_settings,
     refusal,
     sent,
     train_reply,
@@ -61,16 +63,18 @@ from client.site import (
     Spending,
     Standing,
     load,
+    memory_folder,
     open_site,
     standing,
 )
-from client.train import Round, TrainingError, steps_of_round, train_one_round
+from client.train import Proximal, Round, TrainingError, train_one_round
 from configs import VERSION, wire
 from configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
 from mtl_model.backbone import BackboneError
 from mtl_model.distance import DistanceError, check_distances
 from mtl_model.network import MultiTaskUNet, network_of
 from mtl_model.packing import Layout
+from mtl_model.personal import personal_names
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +85,7 @@ class Simulated:
 
     phantom_root: PhantomRoot  # writes phantom hospitals
     ledgers: Callable[[], Path]  # folder for their privacy ledgers, of one run each
+    memories: Callable[[], Path]  # folder for what they keep of a run
 
 
 def client_app(simulated: Simulated) -> ClientApp:
@@ -112,6 +117,7 @@ class Asked:
     site: Site
     data: SiteData
     standing: Standing | None  # None: without privacy
+    memories: Path  # folder for what the site keeps of each run
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,8 @@ REASONS_OF_FILES = (DataError, OSError)  # their messages may name images
 def _answer(handle: Handler, message: Message, context: Context, simulated: Simulated) -> Message:
     run = str(context.run_id)
     try:
-        config = RunConfig.from_flat(context.run_config)
-    except ConfigError as error:
+        config = RunConfig.from_flat({**context.run_config, **read_settings(message)})
+    except (ConfigError, ProtocolError) as error:
         return refusal(message, str(error))
     try:
         site = open_site(context.node_config, config, simulated.phantom_root)
@@ -170,7 +176,8 @@ def _answer_of(
         data = load(site, config.data)
         private = config.privacy.mode != "off"
         declared = standing(site, data, run, simulated.ledgers()) if private else None
-        return handle(Asked(message, run, config, site, data, declared))
+        memories = memory_folder(site, simulated.memories())
+        return handle(Asked(message, run, config, site, data, declared, memories))
     except Decline as error:
         log.warning("declined %s: %s", kind, error)
         return Answer(declined(message, str(error)))
@@ -202,12 +209,14 @@ def _train(asked: Asked) -> Answer:
     check_hours(policy, datetime.now())
     if declared is None:
         check_size(policy, len(examples), len(set(examples.group.tolist())))
-        check_steps(policy, steps_of_round(len(examples), config.train))
+        check_steps(policy, config.train.steps(len(examples)))
     else:  # what is counted must not decide, or it would be told
         check_size(policy, declared.examples, declared.patients)
-    model, layout, request = _received(asked.message, config)
+    network = _received(asked, 1)
+    request, model = network.request, network.model
     where = Round(request.number, config.rounds.count, config.run.seed, asked.data.site)
     device = find_device(config.train.device)
+    proximal = Proximal(config.strategy.mu, frozenset(e.name for e in network.personal.entries))
     spending = None
     if declared is None:
         result = train_one_round(
@@ -218,19 +227,24 @@ def _train(asked: Asked) -> Answer:
             train=config.train,
             loss=config.loss,
             device=device,
+            proximal=proximal,
         )
     else:
         from client.budget import train_within_budget  # Opacus takes a second to import
 
         result, spending = train_within_budget(
-            model, examples, where, declared, config, policy, device
+            model, examples, where, declared, config, policy, device, proximal
         )
-    weights = layout.pack(model.state_dict())
+    state = model.state_dict()
+    weights, own = network.shared.pack(state), network.personal.pack(state)
     try:
-        layout.check(weights)
+        network.shared.check(weights)
+        network.personal.check(own)
     except ValueError as error:
         raise TrainingError(f"round {request.number}: trained weights: {error}") from None
     check_update(policy, request.weights, weights)
+    if own:
+        network.memory.keep(request.number, own, request.best)
     reply = train_reply(asked.message, asked.data, weights, result, declared, spending)
     return Answer(reply, spending)
 
@@ -240,7 +254,8 @@ def _evaluate(asked: Asked) -> Answer:
     config, policy = asked.config, asked.site.policy
     check_evaluation(policy)
     check_hours(policy, datetime.now())
-    model, _, request = _received(asked.message, config)
+    network = _received(asked, 0)
+    request, model = network.request, network.model
     if request.split not in (wire.VAL_SPLIT, wire.TEST_SPLIT):
         raise ProtocolError(
             f"{wire.SPLIT}: expected {wire.VAL_SPLIT} or {wire.TEST_SPLIT}, got {request.split!r}"
@@ -260,13 +275,34 @@ def _evaluate(asked: Asked) -> Answer:
     return Answer(evaluate_reply(asked.message, asked.data, told, withheld, seconds))
 
 
-def _received(message: Message, config: RunConfig) -> tuple[MultiTaskUNet, Layout, Request]:
-    """The network of the config, holding the weights that came."""
+@dataclass(frozen=True)
+class Network:
+    """The network of the config, holding the weights that came and the site's own."""
+
+    model: MultiTaskUNet
+    request: Request
+    shared: Layout
+    personal: Layout  # empty without personal layers
+    memory: SiteMemory
+
+
+def _received(asked: Asked, back: int) -> Network:
+    """Read a message's weights into the network.
+
+    Args:
+        back: how many rounds before the message's the site's own layers are of: a round starts
+            from what the one before it left, also when it is done again.
+    """
+    config = asked.config
     model = _network(config.model, config.data, config.loss)
-    layout = Layout.of(model)
-    request = read_request(message, layout)
-    model.load_state_dict(layout.unpack(request.weights))
-    return model, layout, request
+    names = personal_names(model, config.strategy.personal)
+    shared, personal = Layout.of(model).parts(names)
+    request = read_request(asked.message, shared, personal)
+    memory = SiteMemory(asked.memories / request.run / asked.data.site, personal)
+    own = memory.recall(request.number - back) if names else None
+    state = shared.unpack(request.weights) | personal.unpack(own or request.initial)
+    model.load_state_dict(state)
+    return Network(model, request, shared, personal, memory)
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from client.gate import Decline, check_noise, check_steps, check_unit
 from client.ledger import BudgetExceeded, Cohort, Ledger
 from client.privacy import Adaptation, Mechanism, sampling, train_one_round_privately
 from client.site import Spending, Standing
-from client.train import Round, TrainResult
+from client.train import NO_PULL, Proximal, Round, TrainResult
 from configs.run import PrivacyConfig, RunConfig, TrainConfig
 from configs.site import PolicyConfig
 from mtl_model.network import MultiTaskUNet
@@ -26,6 +26,7 @@ def train_within_budget(
     config: RunConfig,
     policy: PolicyConfig,
     device: torch.device,
+    proximal: Proximal = NO_PULL,
 ) -> tuple[TrainResult, Spending]:
     """Train a round with differential privacy, if the site's budget has room for it.
 
@@ -60,6 +61,7 @@ def train_within_budget(
             loss=config.loss,
             privacy=config.privacy,
             device=device,
+            proximal=proximal,
         )
         ledger.settle(reservation, result.steps)
         return result, Spending(before, ledger.spent(), delta)

@@ -26,6 +26,8 @@ from client.augment import Augmentation
 from client.dataset import ExampleDataset, Examples, to_batch
 from client.device import autocast
 from client.train import (
+    NO_PULL,
+    Proximal,
     Round,
     TrainingError,
     TrainResult,
@@ -101,6 +103,7 @@ def train_one_round_privately(
     loss: LossConfig,
     privacy: PrivacyConfig,
     device: torch.device,
+    proximal: Proximal = NO_PULL,
     random: np.random.Generator | None = None,
 ) -> TrainResult:
     """Train ``model`` in place on one site's examples, with differential privacy.
@@ -110,6 +113,7 @@ def train_one_round_privately(
     its images leaves that task's parameters as they came.
 
     Args:
+        proximal: pulls the weights to those that came.
         random: where sampling and noise come from; None: the operating system.
 
     Raises:
@@ -128,6 +132,7 @@ def train_one_round_privately(
     model.to(device).to(memory_format=torch.channels_last).train()
     trained = _only_those_of(model, tasks)
     optimizer = adamw(model, train)
+    add_proximal_gradient = proximal.gradient(model)
     gradient = NoisyGradient(trained, mechanism.expected_units, random)
     clipping = ClipNorm(mechanism, random)
     try:
@@ -149,6 +154,7 @@ def train_one_round_privately(
                     norms.append(network.clip(clipping.norm, gradient.sums).cpu())
                 gradient.release(clipping.deviation)
                 clipping.move(torch.cat(norms))
+                add_proximal_gradient()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,10 +35,33 @@ class Request:
     number: int
     split: str
     weights: Packed
+    initial: Packed  # first values of what stays at the sites
+    run: str  # identity of the run, also after it was resumed
+    best: int  # the round whose model is the best so far; 0 if there is none
 
 
-def read_request(message: Message, layout: Layout) -> Request:
+def read_settings(message: Message) -> dict[str, bool | int | float | str]:
+    """The settings that a resumed run has beside Flower's run config.
+
+    Raises:
+        ProtocolError: if they are no table.
+    """
+    asked = message.content.config_records.get(wire.ROUND) or ConfigRecord()
+    try:
+        settings = json.loads(str(asked.get(wire.SETTINGS, "{}")))
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ProtocolError(f"{wire.SETTINGS}: expected a table of settings as JSON")
+    return settings
+
+
+def read_request(message: Message, layout: Layout, personal: Layout) -> Request:
     """Unpack a train or evaluate message and check that it fits this site's network.
+
+    Args:
+        layout: of the weights that travel.
+        personal: of those that stay at the sites.
 
     Raises:
         ProtocolError: naming what is missing or differs.
@@ -55,12 +79,25 @@ def read_request(message: Message, layout: Layout) -> Request:
             f"got {digest[:12] or 'none'}; both must run the same release and model config"
         )
     arrays = content.array_records[wire.WEIGHTS]
+    first = content.array_records.get(wire.INITIAL) or ArrayRecord()
     try:
         weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
         layout.check(weights)
+        initial: Packed = {key: np.asarray(array.numpy()) for key, array in first.items()}
+        personal.check(initial)
     except (TypeError, ValueError, EOFError) as error:
         raise ProtocolError(f"weights from the server: {error}") from None
-    return Request(int(str(asked[wire.NUMBER])), str(asked[wire.SPLIT]), weights)
+    run = str(asked.get(wire.RUN, ""))
+    if not re.fullmatch("[0-9a-f]{32}", run):  # it names a folder at the site
+        raise ProtocolError(f"{wire.RUN}: expected 32 hexadecimal digits, got {run!r}")
+    return Request(
+        number=int(str(asked[wire.NUMBER])),
+        split=str(asked[wire.SPLIT]),
+        weights=weights,
+        initial=initial,
+        run=run,
+        best=int(str(asked.get(wire.BEST, 0))),
+    )
 
 
 def describe_reply(
@@ -174,6 +211,10 @@ def sent(
 
 
 def _reply(message: Message, about: ConfigRecord, sums: MetricRecord) -> Message:
+    asked = message.content.config_records.get(wire.ROUND) or ConfigRecord()
+    for key in (wire.NUMBER, wire.RUN):
+        if key in asked:
+            about[key] = asked[key]
     return Message(RecordDict({wire.SITE: about, wire.SUMS: sums}), reply_to=message)
 
 

@@ -120,6 +120,15 @@ def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> Standing:
     return Standing(run, data.site, len(train), patients, ledgers / run / data.site / LEDGER, None)
 
 
+def memory_folder(site: Site, memories: Path) -> Path:
+    """Where a site keeps what it remembers of runs, a folder each.
+
+    Args:
+        memories: folder for simulated sites' memories.
+    """
+    return site.config.state / "runs" if site.config is not None else memories
+
+
 def _simulated(
     node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot
 ) -> Manifest:

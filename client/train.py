@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,39 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Proximal:
+    """FedProx's pull of the weights to those that came: mu / 2 times the squared distance, in the
+    loss (Li et al., "Federated Optimization in Heterogeneous Networks", 2020).
+
+    It depends on no image: with privacy it is added to the noisy gradient, and costs nothing.
+    """
+
+    mu: float
+    apart: frozenset[str] = frozenset()  # parameters that are the site's own, which nothing pulls
+
+    def gradient(self, model: nn.Module) -> Callable[[], None]:
+        """What adds its gradient to that of a step; ``model`` now holds the weights that came."""
+        if self.mu == 0:
+            return lambda: None
+        pairs = [
+            (parameter, parameter.detach().clone())
+            for name, parameter in model.named_parameters()
+            if name not in self.apart
+        ]
+
+        @torch.no_grad()
+        def add() -> None:
+            for parameter, came in pairs:
+                if parameter.grad is not None:  # a task that is not trained stays where it is
+                    parameter.grad.add_(parameter - came, alpha=self.mu)
+
+        return add
+
+
+NO_PULL = Proximal(0.0)
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """What a local round did; the losses are means over the examples that carry the annotation."""
 
@@ -63,11 +96,15 @@ def train_one_round(
     train: TrainConfig,
     loss: LossConfig,
     device: torch.device,
+    proximal: Proximal = NO_PULL,
 ) -> TrainResult:
     """Train ``model`` in place on one site's examples.
 
     Tasks that no example is annotated for are not computed, and their parameters stay as they
     came. AdamW starts anew each round; its learning rate goes on along the whole run's schedule.
+
+    Args:
+        proximal: pulls the weights to those that came.
 
     Raises:
         TrainingError: if there is nothing to learn from, or a loss is not finite.
@@ -78,10 +115,11 @@ def train_one_round(
     started = time.perf_counter()
     seeds = where.seeds()
     torch.manual_seed(next(seeds))  # drop path
-    steps = steps_of_round(len(examples), train)
+    steps = train.steps(len(examples))
     class_weights = class_weights_of(examples, data, loss).to(device)
     model.to(device).to(memory_format=torch.channels_last).train()
     optimizer = adamw(model, train)
+    add_proximal_gradient = proximal.gradient(model)
     model.set_grad_checkpointing(train.grad_checkpointing)
     forward = compiled(model) if train.compile else model
     totals = torch.zeros(4, dtype=torch.float64, device=device)
@@ -93,6 +131,7 @@ def train_one_round(
             prediction = forward(images, tasks)
         losses = multi_task_loss(prediction, targets, loss, class_weights)
         losses.total.mean().backward()
+        add_proximal_gradient()
         if train.clip_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
         optimizer.step()
@@ -117,11 +156,6 @@ def train_one_round(
         loss_segmentation=segmentation / masked if masked else None,
         loss_classification=classification / labelled if labelled else None,
     )
-
-
-def steps_of_round(examples: int, train: TrainConfig) -> int:
-    """Optimiser steps of one local round; the last batch of an epoch may be smaller."""
-    return train.local_steps or train.local_epochs * -(-examples // train.batch_size)
 
 
 def learning_rate(train: TrainConfig, where: Round, step: int, steps: int) -> float:

@@ -82,6 +82,12 @@ class RunSection(Section):
     )
     output_dir: str = Field("runs", min_length=1, description="Folder that holds run folders.")
     seed: int = Field(0, ge=0)
+    resume: str = Field(
+        "", description="A run to go on with: its name in output-dir, or its folder."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="The coordinator's log; json: one object a line."
+    )
 
 
 class DataConfig(Section):
@@ -323,6 +329,10 @@ class TrainConfig(Section):
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
+    def steps(self, examples: int) -> int:
+        """Optimiser steps of one local round; the last batch of an epoch may be smaller."""
+        return self.local_steps or self.local_epochs * -(-examples // self.batch_size)
+
 
 class RoundsConfig(Section):
     """How long a run goes on, and how long the server waits for its sites."""
@@ -331,11 +341,32 @@ class RoundsConfig(Section):
     min_sites: str = Field(
         "all",
         pattern=r"^(all|[1-9][0-9]*|[1-9][0-9]?%|100%)$",
-        description="Sites that must answer each phase: all, a number, or a percentage.",
+        description="Sites that must answer each phase: all, a number, or a percentage of those "
+        "that are to be asked.",
     )
     deadline_s: float = Field(3600.0, gt=0.0, description="Longest wait for a phase's answers.")
     keep_checkpoints: int = Field(2, ge=1, description="Rounds whose checkpoints are kept.")
-    wait_for_sites_s: float = Field(120.0, gt=0.0, description="Longest wait for sites at start.")
+    wait_for_sites_s: float = Field(
+        120.0, gt=0.0, description="Longest wait for sites to connect, at start and in a phase."
+    )
+    fraction: float = Field(
+        1.0, gt=0.0, le=1.0, description="Sites drawn to train in a round; all are evaluated."
+    )
+    set_aside_after: int = Field(
+        3, ge=0, description="Failures in a row after which a site rests; 0: never."
+    )
+    set_aside_rounds: int = Field(2, ge=1, description="Rounds for which it rests.")
+    norm_factor: float = Field(
+        10.0,
+        ge=0.0,
+        description="An update's norm over the sites' median, above which it is refused; 0: any.",
+    )
+    patience: int = Field(
+        0, ge=0, description="Stop after so many rounds without a better one; 0: go on."
+    )
+    on_event: str = Field(
+        "", description="Command at the server, given each event as a JSON line on its input."
+    )
 
 
 class PrivacyConfig(Section):
@@ -404,10 +435,56 @@ class CentralConfig(Section):
     )
 
 
-class StrategyConfig(Section):
-    """How the sites' weights become one."""
+# Strategies that keep a few bad sites from moving the model, and those with a state at the server.
+ROBUST = ("fedmedian", "trimmed-mean", "krum", "multi-krum")
+SERVER_OPTIMISERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 
-    name: Literal["fedavg"] = "fedavg"
+
+class StrategyConfig(Section):
+    """How the sites' weights become one, and what of them stays at the sites."""
+
+    name: Literal[
+        "fedavg",
+        "fedprox",
+        "fedavgm",
+        "fedadam",
+        "fedyogi",
+        "fedadagrad",
+        "fedmedian",
+        "trimmed-mean",
+        "krum",
+        "multi-krum",
+    ] = Field("fedavg", description="All by task; docs/strategies.md has each one's arithmetic.")
+    proximal_mu: float = Field(
+        0.01, gt=0.0, description="fedprox: pull of a site's weights to those that were sent."
+    )
+    server_learning_rate: float = Field(
+        0.0,
+        ge=0.0,
+        description="fedavgm and the adaptive ones; 0: 1 for fedavgm, 0.01 for the others.",
+    )
+    server_momentum: float = Field(0.9, ge=0.0, lt=1.0, description="fedavgm.")
+    beta_1: float = Field(0.9, ge=0.0, lt=1.0, description="fedadam, fedyogi: of the first moment.")
+    beta_2: float = Field(0.99, ge=0.0, lt=1.0, description="And of the second.")
+    tau: float = Field(
+        1e-3, gt=0.0, description="fedadam, fedyogi, fedadagrad: added to the second's root."
+    )
+    trim_fraction: float = Field(
+        0.2, ge=0.0, lt=0.5, description="trimmed-mean: sites left out at each end, rounded down."
+    )
+    malicious_sites: int = Field(1, ge=0, description="krum, multi-krum: how many to withstand.")
+    krum_sites: int = Field(
+        0, ge=0, description="multi-krum: sites that are averaged; 0: all but malicious-sites."
+    )
+    personal: Literal["none", "norms", "heads"] = Field(
+        "none",
+        description="What stays at each site: normalisation layers, or all behind the encoder.",
+    )
+
+    @property
+    def mu(self) -> float:
+        """The proximal term's weight, 0 where there is none."""
+        return self.proximal_mu if self.name == "fedprox" else 0.0
 
 
 class EvaluateConfig(Section):
@@ -456,6 +533,12 @@ class RunConfig(Section):
             self._check_private()
         if self.central.mode != "off":
             self._check_central()
+        name, shares_norms = self.strategy.name, self.strategy.personal != "norms"
+        if name in SERVER_OPTIMISERS and self.model.norm == "batch" and shares_norms:
+            raise ValueError(
+                f"model.norm: expected group with strategy.name {name} (or strategy.personal "
+                "norms), since a server's steps can make batch norm's variances negative; got batch"
+            )
         return self
 
     def _check_private(self) -> None:
@@ -501,10 +584,21 @@ class RunConfig(Section):
 
     def _check_central(self) -> None:
         """Refuse what no noise on the average can cover, or would break."""
-        if self.model.norm == "batch":
+        if self.model.norm == "batch" and self.strategy.personal != "norms":
             raise ValueError(
-                f"model.norm: expected group with central.mode {self.central.mode}, since noise "
-                "makes batch norm's variances negative and its counters senseless; got batch"
+                f"model.norm: expected group with central.mode {self.central.mode} (or "
+                "strategy.personal norms), since noise makes batch norm's variances negative and "
+                "its counters senseless; got batch"
+            )
+        if self.strategy.name in ROBUST:
+            raise ValueError(
+                f"strategy.name: expected none of {', '.join(ROBUST)} with central.mode "
+                f"{self.central.mode}, whose noise is made for an average; got {self.strategy.name}"
+            )
+        if self.rounds.fraction < 1:
+            raise ValueError(
+                f"rounds.fraction: expected 1 with central.mode {self.central.mode}, whose account "
+                f"has every site in every round; got {self.rounds.fraction:g}"
             )
         noise, count_noise = self.central.noise_multiplier, self.central.clipped_count_stddev
         if self.central.mode == "adaptive" and count_noise > 0 and noise >= 2 * count_noise:
@@ -550,6 +644,32 @@ class RunConfig(Section):
             for section, table in tables.items()
             for name, value in table.items()
         }
+
+
+# What may be another when a run goes on; everything else would make it another run.
+CHANGEABLE = ("run.", "rounds.", "data.root", "train.device", "evaluate.batch-size")
+
+
+def resumed(stored: RunConfig, given: RunConfig) -> RunConfig:
+    """The settings that a run goes on with: its own, with the changes that were asked for.
+
+    A setting that is given as its default counts as not given, since Flower hands over every key.
+
+    Raises:
+        ConfigError: naming each setting that a run cannot change on its way.
+    """
+    default, flat = RunConfig().to_flat(), stored.to_flat()
+    problems = []
+    for key, value in given.to_flat().items():
+        if value in (default[key], flat[key]):
+            continue
+        if key.startswith(CHANGEABLE):
+            flat[key] = value
+        else:
+            problems.append(f"{key}: expected {flat[key]!r}, as the run began, got {value!r}")
+    if problems:
+        raise ConfigError(f"run.resume: {'; '.join(problems)}")
+    return RunConfig.from_flat(flat)
 
 
 def _unknown(key: str, known: Mapping[str, Value]) -> str:

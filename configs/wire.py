@@ -7,6 +7,7 @@ checked.
 # Records of a message
 WEIGHTS = "weights"  # ArrayRecord: one flat array per task and dtype ("encoder/float32")
 ROUND = "round"  # ConfigRecord, server to site: what is asked
+INITIAL = "initial"  # ArrayRecord, server to site: first values of what stays at the sites
 SITE = "site"  # ConfigRecord, site to server: who answers
 SUMS = "sums"  # MetricRecord, site to server: what was counted
 
@@ -15,8 +16,11 @@ DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
-# ROUND
+# ROUND; the first two come back in SITE, so that a reply says what it is a reply to
 NUMBER = "number"
+RUN = "run"  # identity of the run, the same when it is resumed
+SETTINGS = "settings"  # of a resumed run, as JSON: Flower's run config has not all of them
+BEST = "best"  # the round whose model is the best so far; 0 if there is none
 LAYOUT = "layout"  # sha256 of the packed weights' layout; both ends build it from the model config
 SPLIT = "split"
 

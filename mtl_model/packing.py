@@ -8,7 +8,7 @@ travels along, and an end whose network differs is refused by name instead of be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -66,6 +66,13 @@ class Layout:
                 Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
                 for name, tensor in network.state_dict().items()
             )
+        )
+
+    def parts(self, apart: Set[str]) -> tuple[Layout, Layout]:
+        """Two layouts: of all entries but those named, and of those, each in the same order."""
+        return (
+            Layout(tuple(e for e in self.entries if e.name not in apart)),
+            Layout(tuple(e for e in self.entries if e.name in apart)),
         )
 
     @cached_property

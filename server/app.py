@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import platform
 import time
+from collections.abc import Callable
 
 import flwr
 import torch
@@ -13,26 +16,23 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from configs import VERSION
-from configs.run import RunConfig
+from configs.run import ConfigError, RoundsConfig, RunConfig, load_run_config, resumed
 from mtl_model.backbone import BackboneError
 from mtl_model.metrics import Metrics
 from mtl_model.network import MultiTaskUNet
-from mtl_model.packing import Layout, Packed
 from mtl_model.pretrained import PretrainedError
 from server.central import CentralPrivacy, noise_to_update, refuse_integers, sites_by_group
-from server.folder import RunFolder, write_json
+from server.checkpoint import ResumeError, ServerState, load_latest
+from server.events import Events
+from server.federation import Federation, RunRefused
+from server.folder import RunFolder, to_toml, write_atomically, write_json
 from server.history import Line
 from server.initial import initial_network
-from server.records import SiteReport
+from server.logs import log_to_stream
+from server.records import RunIdentity, SiteReport, question
 from server.report import class_tables, metrics_table, withheld_text
-from server.rounds import (
-    Evaluation,
-    Federation,
-    Rounds,
-    RunRefused,
-    gather_sites,
-    progress_writer,
-)
+from server.rounds import Evaluation, Rounds
+from server.weights import Parts
 
 log = logging.getLogger(__name__)
 
@@ -43,41 +43,74 @@ def server_app() -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        _log_to_stream()
         run(grid, RunConfig.from_flat(context.run_config))
 
     return app
 
 
-def _log_to_stream() -> None:
-    """Show the coordinator's own words in ``flwr run --stream``, and no library's."""
-    ours = logging.getLogger("server")
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
-        ours.propagate = False
-
-
 def run(grid: Grid, config: RunConfig) -> RunFolder:
-    """Run a run from its settings to its results.
+    """Run a run from its settings to its results, or go on with one (``run.resume``).
 
     Whatever ends it, the run folder says how (outcome.json), and what ended it is raised so that
     Flower calls the run failed.
+
+    Raises:
+        ConfigError: if the run folder is another run's, or the run cannot be resumed so.
+        RunRefused, RunFailed: saying why, as outcome.json does.
     """
-    folder = RunFolder.create(config)
-    notify = progress_writer(folder)
+    log_to_stream(config.run.log_format)
+    if config.run.resume:
+        folder = RunFolder.of(config.run.resume, config.run.output_dir)
+        config = resumed_config(folder, config)
+    else:
+        folder = RunFolder.create(config)
+    with folder.locked(), Events(folder, config.rounds.on_event) as events:
+        return _run(grid, config, folder, events)
+
+
+def resumed_config(folder: RunFolder, given: RunConfig) -> RunConfig:
+    """A run's own settings with the changes that ``given`` makes to them.
+
+    Raises:
+        ConfigError: if one cannot be changed, or nothing is left to do.
+    """
+    config = resumed(load_run_config(folder.config), given)
+    place = {"run.name": folder.name, "run.output-dir": str(folder.path.parent)}
+    config = RunConfig.from_flat({**config.to_flat(), **place, "run.resume": str(folder.path)})
+    done = (folder.checkpoints() or [0])[-1]
+    outcome = folder.read_outcome()
+    if outcome.get("status") == "completed" and done >= config.rounds.count:
+        raise ConfigError(
+            f"run.resume: {folder.path} completed its {done} rounds; give a larger rounds.count to "
+            "go on"
+        )
+    return config
+
+
+def _run(grid: Grid, config: RunConfig, folder: RunFolder, events: Events) -> RunFolder:
     started = time.time()
     status, reason, rounds = "failed", "", None
     try:
         network = _initial(config)
-        federation, reports = gather_sites(grid, config, notify)
+        parts = Parts.of(network, config.strategy)
+        state = _state(config, folder, network, parts)
+        identity = _identity(config, folder)
+        federation = Federation(
+            grid, config.rounds, config.data, lambda: question(identity), events.notify
+        )
+        federation.book.restore(state.sites)
+        federation.gather(config)
+        federation.closed = config.central.mode != "off"
+        _check_sampling(config.rounds, len(federation.reports))
+        reports = dict(sorted(federation.reports.items()))
         write_json(folder.environment, _environment(config, reports))
         _announce(reports)
-        rounds = _rounds(config, folder, federation, network, reports)
+        central = _central(config, folder, reports, parts, state)
+        watch = _tensorboard(folder, state.number)
+        rounds = Rounds(config, folder, federation, parts, state, identity, watch, central)
         evaluation = rounds.run()
         status = "completed"
+        reason = "no better round came (rounds.patience)" if rounds.stopped_early else ""
     except BaseException as error:
         status = "refused" if isinstance(error, RunRefused) else "failed"
         reason = str(error) or type(error).__name__
@@ -88,13 +121,52 @@ def run(grid: Grid, config: RunConfig) -> RunFolder:
             "status": status,
             "reason": reason,
             "seconds": round(time.time() - started, 1),
+            "rounds": rounds.done if rounds else 0,
             "best-round": best.number if best else None,
             "best-value": best.value if best else None,
         }
-        write_json(folder.outcome, outcome)
-        notify({"event": "end", **outcome})
+        try:
+            write_json(folder.outcome, outcome)
+            events.notify({"event": "end", **outcome})
+        except OSError as error:  # a full disk, which must not hide what ended the run
+            log.error("outcome %s: %s; it could not be written down: %s", status, reason, error)
     _print_results(config, folder, evaluation)
     return folder
+
+
+def _state(
+    config: RunConfig, folder: RunFolder, network: MultiTaskUNet, parts: Parts
+) -> ServerState:
+    """Where the run begins: at its initial weights, or after the last round that was saved."""
+    initial = ServerState(0, parts.whole.pack(network.state_dict()))
+    if not config.run.resume:
+        return initial
+    try:
+        state = load_latest(folder, parts.whole, folder.identity) or initial
+    except ResumeError as error:
+        raise RunRefused(str(error)) from None
+    folder.rewind(state.number)
+    fresh = RunConfig.from_flat({**config.to_flat(), "run.resume": ""})
+    write_atomically(folder.config, to_toml(fresh).encode())
+    log.info("going on after round %d of %d", state.number, config.rounds.count)
+    return state
+
+
+def _identity(config: RunConfig, folder: RunFolder) -> RunIdentity:
+    if not config.run.resume:
+        return RunIdentity(folder.identity)
+    flat = {**config.to_flat(), "run.resume": ""}
+    return RunIdentity(folder.identity, json.dumps(flat))
+
+
+def _check_sampling(rounds: RoundsConfig, sites: int) -> None:
+    """See that a round's sample can be the quorum that is asked for."""
+    drawn = math.ceil(rounds.fraction * sites)
+    if rounds.min_sites.isdigit() and int(rounds.min_sites) > drawn:
+        raise RunRefused(
+            f"rounds.min-sites: expected at most {drawn}, which rounds.fraction "
+            f"{rounds.fraction:g} draws of {sites} sites, got {rounds.min_sites}"
+        )
 
 
 def _initial(config: RunConfig) -> MultiTaskUNet:
@@ -104,17 +176,11 @@ def _initial(config: RunConfig) -> MultiTaskUNet:
         raise RunRefused(str(error)) from None
 
 
-def _rounds(
-    config: RunConfig,
-    folder: RunFolder,
-    federation: Federation,
-    network: MultiTaskUNet,
-    reports: dict[str, SiteReport],
-) -> Rounds:
+def _tensorboard(folder: RunFolder, done: int) -> Callable[[Line], None]:
+    """What writes a line of the history as TensorBoard's scalars."""
     from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed here alone
 
-    layout = Layout.of(network)
-    writer = SummaryWriter(str(folder.path))
+    writer = SummaryWriter(str(folder.path), purge_step=done + 1 if done else None)
 
     def watch(line: Line) -> None:
         for name, value in _scalars(line.metrics).items() if line.metrics else ():
@@ -126,16 +192,19 @@ def _rounds(
             writer.add_scalar("central-epsilon/site", line.central.epsilon, line.round)
         writer.flush()
 
-    weights = layout.pack(network.state_dict())
-    central = _central(config, folder, reports, weights)
-    return Rounds(config, folder, federation, layout, weights, watch, central)
+    return watch
 
 
 def _central(
-    config: RunConfig, folder: RunFolder, reports: dict[str, SiteReport], weights: Packed
+    config: RunConfig,
+    folder: RunFolder,
+    reports: dict[str, SiteReport],
+    parts: Parts,
+    state: ServerState,
 ) -> CentralPrivacy | None:
     if config.central.mode == "off":
         return None
+    weights = parts.divide(state.weights)[0]
     try:
         refuse_integers(weights)
     except ValueError as error:
@@ -148,7 +217,8 @@ def _central(
         len(reports),
         ratio,
     )
-    return CentralPrivacy(config.central, sites_by_group(reports), folder.central)
+    clip_norm = float(state.central["clip-norm"]) if state.central else None
+    return CentralPrivacy(config.central, sites_by_group(reports), folder.central, clip_norm)
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:

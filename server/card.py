@@ -226,7 +226,7 @@ def _evaluated(folder: RunFolder, number: int) -> Evaluated | None:
         if line.round == number and line.split == wire.VAL_SPLIT
     ]
     metrics = {line.site: line.metrics for line in lines if line.metrics}
-    failed = {line.site: line.failed["evaluate"] for line in lines if "evaluate" in line.failed}
+    failed = {line.site: line.lost["evaluate"] for line in lines if "evaluate" in line.lost}
     return Evaluated(wire.VAL_SPLIT, metrics, failed) if metrics else None
 
 

@@ -1,10 +1,11 @@
 """The folder that a run leaves behind: where each thing lies, written so that a crash spoils none.
 
 config.toml          the run's settings, every key
+run.json             the run's identity, which its messages and checkpoints carry
 environment.json     versions, seed, release, sites and their data's fingerprints
 history.jsonl        one line a round and site (server/history.py)
 progress.jsonl       one line an event, for whoever watches
-checkpoints/         round-0007.safetensors and state-0007.json, the last few
+checkpoints/         the last few rounds, and the best one (server/checkpoint.py)
 best.safetensors     the weights of the best round
 results.json         the best round's model on the held-out test images
 central.json         what central differential privacy has cost, where it is on
@@ -14,12 +15,15 @@ events.*             TensorBoard
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import re
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +70,58 @@ class RunFolder:
         if not config.run.name:
             folder.path.mkdir(parents=True)  # raises if another run took it this instant
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(folder.identity_file, {"run": uuid.uuid4().hex})
         write_atomically(folder.config, to_toml(config).encode())
         return folder
+
+    @classmethod
+    def of(cls, name: str, output_dir: str) -> RunFolder:
+        """Find the folder of a run that is there, by its name or its path.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        out = Path(output_dir).expanduser().absolute()
+        path = out / name if (out / name).is_dir() else Path(name).expanduser().absolute()
+        folder = cls(path)
+        if not folder.config.is_file() or not folder.identity_file.is_file():
+            raise ConfigError(f"run.resume: {name}: no such run under {out}")
+        return folder
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing to this run; it ends with the process at the latest.
+
+        Raises:
+            ConfigError: if one does already.
+        """
+        with self.identity_file.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"{self.path}: another process runs this run") from None
+            yield
+
+    @property
+    def identity(self) -> str:
+        """What the run's messages and checkpoints carry, also after it was resumed."""
+        return str(json.loads(self.identity_file.read_text(encoding="utf-8"))["run"])
+
+    def read_outcome(self) -> dict[str, Any]:
+        """How the run ended; empty while it goes on, and after a crash."""
+        if not self.outcome.is_file():
+            return {}
+        return dict(json.loads(self.outcome.read_text(encoding="utf-8")))
+
+    def rewind(self, number: int) -> None:
+        """Take back what was written after a round, before the run goes on from there."""
+        lines = [line for line in read_lines(self.history) if line["split"] == "val"]
+        kept = [json.dumps(line) + "\n" for line in lines if line["round"] <= number]
+        write_atomically(self.history, "".join(kept).encode())
+        events = [json.dumps(line) + "\n" for line in read_lines(self.progress)]
+        write_atomically(self.progress, "".join(events).encode())  # without a line cut short
+        for path in (self.outcome, self.results):
+            path.unlink(missing_ok=True)
 
     @property
     def name(self) -> str:
@@ -76,6 +130,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.toml"
+
+    @property
+    def identity_file(self) -> Path:
+        return self.path / "run.json"
 
     @property
     def environment(self) -> Path:
@@ -111,12 +169,20 @@ class RunFolder:
     def state(self, number: int) -> Path:
         return self.path / "checkpoints" / f"state-{number:04d}.json"
 
+    def moments(self, number: int) -> Path:
+        return self.path / "checkpoints" / f"moments-{number:04d}.safetensors"
+
     def checkpoints(self) -> list[int]:
         """Rounds that have a checkpoint, in order."""
-        found = (
-            re.fullmatch(r"state-(\d+)\.json", path.name)
-            for path in (self.path / "checkpoints").glob("state-*.json")
-        )
+        return self._rounds("state-{}.json")
+
+    def saved_weights(self) -> list[int]:
+        """Rounds whose weights are there, the best one's beside the last few."""
+        return self._rounds("round-{}.safetensors")
+
+    def _rounds(self, name: str) -> list[int]:
+        pattern = re.escape(name).replace(r"\{\}", r"(\d+)")
+        found = (re.fullmatch(pattern, p.name) for p in (self.path / "checkpoints").glob("*"))
         return sorted(int(match[1]) for match in found if match)
 
 

@@ -24,11 +24,20 @@ class Line:
     split: str
     metrics: Metrics | None = None
     train: TrainReport | None = None
-    failed: dict[str, str] = field(default_factory=dict)  # phase: why this site did not answer
+    asked: tuple[str, ...] = ()  # phases; those that are in none below were answered
+    failed: dict[str, str] = field(default_factory=dict)  # phase: why the site could not
     declined: dict[str, str] = field(default_factory=dict)  # phase: why it would not
+    late: dict[str, str] = field(default_factory=dict)  # phase: how long it was waited for
+    refused: dict[str, str] = field(default_factory=dict)  # phase: what was wrong with its reply
+    left_out: dict[str, str] = field(default_factory=dict)  # phase: why it was not asked
     bytes_down: int = 0  # array bytes sent to the site in this round
     bytes_up: int = 0
     central: Release | None = None  # the round's noisy average; stands at ``pooled`` alone
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Phases in which the site was asked in vain, and why."""
+        return self.failed | self.late | self.refused
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Line:
@@ -39,6 +48,7 @@ class Line:
             known["train"] = TrainReport(**known["train"])
         if known.get("central"):
             known["central"] = Release(**known["central"])
+        known["asked"] = tuple(known.get("asked", ()))
         return cls(**known)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from configs import wire
 from configs.run import DataConfig
@@ -28,7 +29,11 @@ class ReplyError(ValueError):
 
 
 class Refusal(ReplyError):
-    """A site said why it cannot do what it was asked."""
+    """A site said, or Flower for it, why it cannot do what it was asked."""
+
+
+class Late(ReplyError):
+    """Flower said that a question was no longer valid before it was answered."""
 
 
 class Declined(Refusal):
@@ -62,16 +67,70 @@ class TrainReport:
     delta: float | None = None
 
 
-def question() -> RecordDict:
+@dataclass(frozen=True)
+class RunIdentity:
+    """What every message of a run carries, so that no other run's reply is taken for its own."""
+
+    run: str  # 32 hexadecimal digits
+    settings: str = ""  # of a resumed run, as JSON
+
+    def asking(self, number: int) -> ConfigRecord:
+        asked = ConfigRecord({wire.NUMBER: number, wire.RUN: self.run})
+        if self.settings:
+            asked[wire.SETTINGS] = self.settings
+        return asked
+
+
+def question(identity: RunIdentity) -> RecordDict:
     """Ask who a site is."""
-    return RecordDict({wire.ROUND: ConfigRecord({wire.NUMBER: 0})})
+    return RecordDict({wire.ROUND: identity.asking(0)})
 
 
-def task(number: int, layout: Layout, weights: Packed, split: str) -> RecordDict:
-    """Ask a site to train on, or evaluate on, one of its splits."""
-    asked = ConfigRecord({wire.NUMBER: number, wire.LAYOUT: layout.digest, wire.SPLIT: split})
-    arrays = ArrayRecord({key: Array(array) for key, array in weights.items()})
-    return RecordDict({wire.ROUND: asked, wire.WEIGHTS: arrays})
+def task(
+    identity: RunIdentity,
+    number: int,
+    layout: Layout,
+    weights: Packed,
+    split: str,
+    initial: Packed | None = None,
+    best: int = 0,
+) -> RecordDict:
+    """Ask a site to train on, or evaluate on, one of its splits.
+
+    Args:
+        layout: of the weights that travel.
+        initial: first values of what stays at the sites.
+        best: the round whose model is the best so far; 0 if there is none.
+    """
+    asked = identity.asking(number)
+    asked[wire.LAYOUT], asked[wire.SPLIT], asked[wire.BEST] = layout.digest, split, best
+    content = RecordDict({wire.ROUND: asked, wire.WEIGHTS: _record(weights)})
+    if initial:
+        content[wire.INITIAL] = _record(initial)
+    return content
+
+
+def check_origin(reply: Message, identity: RunIdentity, number: int, site: str | None) -> None:
+    """See that a reply is one to this run's question of this round, by the site that was asked.
+
+    Args:
+        site: None before it has said who it is.
+
+    Raises:
+        Refusal, Declined, Late: if it says why there is no answer.
+        ReplyError: if it is a reply to something else.
+    """
+    about = _about(reply)
+    wanted: dict[str, object] = {wire.RUN: identity.run, wire.NUMBER: number}
+    if site is not None:
+        wanted[wire.NAME] = site
+    for key, expected in wanted.items():
+        if about.get(key) != expected:
+            raise ReplyError(f"{key}: expected {expected!r}, got {about.get(key)!r}")
+
+
+def _record(weights: Packed) -> ArrayRecord:
+    return ArrayRecord({key: Array(array) for key, array in weights.items()})
 
 
 def read_description(reply: Message, data: DataConfig) -> SiteReport:
@@ -134,7 +193,7 @@ def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contributi
     try:
         weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
         layout.check(weights)
-    except (TypeError, ValueError, EOFError) as error:
+    except (TypeError, ValueError, EOFError, SyntaxError) as error:
         raise ReplyError(f"weights: {error}") from None
     counts: dict[Group, int] = {
         "encoder": examples,
@@ -173,9 +232,14 @@ def read_evaluation(reply: Message, data: DataConfig) -> tuple[MetricSums, tuple
         raise ReplyError(f"evaluation: {error}") from None
 
 
+_EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+
+
 def _about(reply: Message) -> ConfigRecord:
     if reply.has_error():
-        raise ReplyError(f"failed: {reply.error.reason or f'Flower error {reply.error.code}'}")
+        if reply.error.code in _EXPIRED:
+            raise Late("Flower gave the question up before an answer came")
+        raise Refusal(f"failed: {reply.error.reason or f'Flower error {reply.error.code}'}")
     if (
         wire.SITE not in reply.content.config_records
         or wire.SUMS not in reply.content.metric_records
@@ -203,7 +267,13 @@ def _number(value: object, name: str) -> float:
 
 
 def _optional(value: object, name: str) -> float | None:
-    return None if value is None else _number(value, name)
+    """A number of which none is below 0, where there is one."""
+    if value is None:
+        return None
+    number = _number(value, name)
+    if number < 0:
+        raise ReplyError(f"{name}: expected a number from 0, got {number:g}")
+    return number
 
 
 def _count(value: object, name: str) -> int:

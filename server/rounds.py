@@ -1,77 +1,40 @@
-"""The rounds of a run over Flower's Grid: ask, wait with a deadline, go on with who answered.
-
-Flower's own ``Strategy.start`` waits for missing sites without a bound, ends the run when two
-replies carry different metrics, and keeps neither per-site values nor checkpoints; so the loop is
-ours, and Flower carries its messages.
-"""
+"""The rounds of a run: train, combine, evaluate, save; from where it began, or was stopped."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Generic, TypeVar
+from typing import Any
 
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
 
 from configs import wire
-from configs.run import RoundsConfig, RunConfig
+from configs.run import RunConfig
 from mtl_model.metrics import Metrics, compute
-from mtl_model.packing import Layout, Packed
-from mtl_model.sums import Classes, empty_sums
-from server.aggregate import Contribution, average_by_task
+from mtl_model.sums import Classes, MetricSums, empty_sums
+from server.aggregate import Contribution
 from server.central import CentralPrivacy
-from server.checkpoint import Best, save_round
-from server.folder import RunFolder, append_line, write_json
+from server.checkpoint import Best, ServerState, save_round
+from server.federation import Federation, Phase, RunFailed, sites_needed
+from server.folder import RunFolder, write_json
 from server.history import POOLED, Line, write_line
+from server.judge import Intake, check_counts
 from server.records import (
-    Declined,
-    ReplyError,
-    SiteReport,
+    RunIdentity,
     TrainReport,
-    question,
-    read_description,
+    check_origin,
     read_evaluation,
     read_training,
     task,
 )
 from server.report import central_text
+from server.sites import NOT_DRAWN, sample
+from server.strategies import combination_of, optimiser_of
+from server.weights import Parts
 
 log = logging.getLogger(__name__)
-
-POLL_S = 0.2  # between two looks for replies
-SETTLE_S = 1.0  # without a new site for so long, all are taken to be there
-
-Answer = TypeVar("Answer")
-Notify = Callable[[dict[str, object]], None]  # told of every event, for whoever watches
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on. The message names the sites and their reasons."""
-
-
-class RunRefused(RunFailed):
-    """The run could not begin: settings and sites' data do not fit. Nothing was trained."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One question to several sites and what came of it."""
-
-    name: str
-    answered: Mapping[str, Message]  # by site
-    silent: Mapping[str, str]  # by site: why there is no answer
-
-
-@dataclass(frozen=True)
-class Answers(Generic[Answer]):
-    """What came of a phase, by site."""
-
-    usable: dict[str, Answer]
-    failed: dict[str, str]  # why there is no usable answer
-    declined: dict[str, str]  # why a site would not, by its own rules
 
 
 @dataclass(frozen=True)
@@ -79,279 +42,118 @@ class Evaluation:
     """One model on one split of every site."""
 
     metrics: dict[str, Metrics]  # by site, then POOLED
-    failed: dict[str, str]
-    declined: dict[str, str]
+    phase: Phase[tuple[MetricSums, tuple[str, ...]]]
     withheld: dict[str, tuple[str, ...]]  # what a site's policy keeps out of its sums
 
 
-class Federation:
-    """The sites that take part in a run, and the means to ask them.
-
-    Args:
-        grid: Flower's door to the sites.
-        nodes: the node of each site, by its name.
-        needed: sites that must answer each phase.
-        deadline_s: longest wait for a phase's answers.
-    """
-
-    def __init__(
-        self,
-        grid: Grid,
-        nodes: Mapping[str, int],
-        needed: int,
-        deadline_s: float,
-        notify: Notify,
-    ) -> None:
-        self.grid = grid
-        self.nodes = nodes
-        self.needed = needed
-        self.deadline_s = deadline_s
-        self.notify = notify
-
-    def ask(self, number: int, phase: str, kind: str, content: RecordDict) -> Phase:
-        """Ask every site the same, and wait until all answered or the deadline is over."""
-        self.notify({"event": "phase", "round": number, "phase": phase, "sites": len(self.nodes)})
-        asked: dict[str, str] = {}  # message id: site
-        failed: dict[str, str] = {}
-        for site, node in self.nodes.items():
-            message = Message(content, node, kind, ttl=self.deadline_s, group_id=str(number))
-            # one at a time: each carries the whole network
-            ids = list(self.grid.push_messages([message]))
-            if ids and ids[0]:
-                asked[ids[0]] = site
-            else:
-                failed[site] = "its node could not be reached"
-        answered: dict[str, Message] = {}
-        ends = time.monotonic() + self.deadline_s
-        while asked and time.monotonic() < ends:
-            for reply in self.grid.pull_messages(list(asked)):
-                site = asked.pop(reply.metadata.reply_to_message_id)
-                answered[site] = reply
-                self.notify({"event": "answer", "round": number, "phase": phase, "site": site})
-            if asked:
-                time.sleep(POLL_S)
-        failed |= dict.fromkeys(asked.values(), f"no answer in {self.deadline_s:g} s")
-        return Phase(phase, answered, failed)
-
-    def read(
-        self, phase: Phase, number: int, read: Callable[[Message, str], Answer]
-    ) -> Answers[Answer]:
-        """Read every reply; one that cannot be used becomes a failure with its reason.
-
-        A site that declines is there and well: the round goes on without it, whatever
-        rounds.min-sites says, as long as one site answers.
-
-        Raises:
-            RunFailed: if fewer sites than needed answered, or none but declining ones.
-        """
-        answers: Answers[Answer] = Answers({}, dict(phase.silent), {})
-        for site in sorted(phase.answered):
-            try:
-                answers.usable[site] = read(phase.answered[site], site)
-            except Declined as error:
-                answers.declined[site] = str(error)
-            except ReplyError as error:
-                answers.failed[site] = str(error)
-        for site, reason in answers.failed.items():
-            log.warning("round %d, %s: %s: %s", number, phase.name, site, reason)
-        for site, reason in answers.declined.items():
-            log.warning("round %d, %s: %s declined: %s", number, phase.name, site, reason)
-        there = len(answers.usable) + len(answers.declined)
-        if there < self.needed or (self.needed and not answers.usable):
-            missing = answers.failed | answers.declined
-            reasons = "; ".join(f"{site}: {why}" for site, why in sorted(missing.items()))
-            declined = f" and {len(answers.declined)} declined" if answers.declined else ""
-            raise RunFailed(
-                f"round {number}, {phase.name}: {len(answers.usable)} of {len(self.nodes)} sites "
-                f"answered{declined}, {self.needed} are needed (rounds.min-sites): {reasons}"
-            )
-        return answers
-
-
-def gather_sites(
-    grid: Grid, config: RunConfig, notify: Notify
-) -> tuple[Federation, dict[str, SiteReport]]:
-    """Wait for sites, ask who they are, and check that the run makes sense with their data.
-
-    Raises:
-        RunRefused: if too few sites are there in time or can take part (rounds.min-sites), two
-            have the same name, or a class occurs at none.
-    """
-    rounds = config.rounds
-    nodes = _wait_for_nodes(grid, rounds)
-    needed = sites_needed(rounds.min_sites, len(nodes))
-    unnamed = {f"node {node}": node for node in nodes}
-    asked = Federation(grid, unnamed, 0, rounds.deadline_s, notify)
-    phase = asked.ask(0, "describe", wire.DESCRIBE, question())
-    described = asked.read(phase, 0, lambda reply, _: read_description(reply, config.data))
-    found, failed = described.usable, described.failed | described.declined
-    if len(found) < needed:
-        raise RunRefused(
-            f"{len(found)} of {len(nodes)} sites can take part, {needed} are needed "
-            f"(rounds.min-sites): {'; '.join(dict.fromkeys(failed.values()))}"
-        )
-    by_name: dict[str, str] = {}
-    for label, report in found.items():
-        if report.name in by_name or report.name == POOLED:
-            raise RunRefused(f"two sites are called {report.name!r}, or it is a reserved name")
-        by_name[report.name] = label
-    reports = {name: found[by_name[name]] for name in sorted(by_name)}
-    told = {name: r.classes.get(wire.TRAIN_SPLIT) for name, r in reports.items()}
-    if None not in told.values():  # with privacy no site tells
-        check_classes(config.data.classes, {name: n for name, n in told.items() if n is not None})
-    notify(
-        {
-            "event": "sites",
-            "sites": {name: vars(report) for name, report in reports.items()},
-            "failed": failed,
-        }
-    )
-    named = {name: unnamed[by_name[name]] for name in reports}
-    return Federation(grid, named, needed, rounds.deadline_s, notify), reports
-
-
-def sites_needed(min_sites: str, sites: int) -> int:
-    """``all``, a number, or a percentage (rounded up) of the sites."""
-    if min_sites == "all":
-        return sites
-    if min_sites.endswith("%"):
-        return max(1, -(-sites * int(min_sites[:-1]) // 100))
-    return int(min_sites)
-
-
-def _wait_for_nodes(grid: Grid, rounds: RoundsConfig) -> list[int]:
-    """The connected nodes, once there are enough and no more come."""
-    least = int(rounds.min_sites) if rounds.min_sites.isdigit() else 1
-    started = last_change = time.monotonic()
-    nodes: list[int] = []
-    while True:
-        before, nodes = nodes, sorted(grid.get_node_ids())
-        now = time.monotonic()
-        if nodes != before:
-            last_change = now
-        if len(nodes) >= least and now - last_change >= SETTLE_S:
-            return nodes
-        if now - started > rounds.wait_for_sites_s:
-            if len(nodes) >= least:
-                return nodes
-            raise RunRefused(
-                f"{len(nodes)} sites are connected, {least} are needed (rounds.min-sites), after "
-                f"{rounds.wait_for_sites_s:g} s (rounds.wait-for-sites-s)"
-            )
-        time.sleep(POLL_S)
-
-
-def check_classes(classes: Sequence[str], counts: Mapping[str, Sequence[int]]) -> None:
-    """See that every class is trained somewhere, unless no site has labels at all.
-
-    Args:
-        counts: training images of each class, by site.
-
-    Raises:
-        RunRefused: naming a class that no site has.
-    """
-    totals = [sum(of_site) for of_site in zip(*counts.values(), strict=True)]
-    for name, total in zip(classes, totals, strict=True):
-        if total == 0 and any(totals):
-            raise RunRefused(
-                f"data.classes: no site has a training image of class {name!r}; "
-                f"the sites are {', '.join(counts)}"
-            )
-
-
 class Rounds:
-    """The rounds of one run, from initial weights to the best model's test results."""
+    """The rounds of one run, from initial weights to the best model's test results.
+
+    Args:
+        parts: of the network, those that travel and those that stay at the sites.
+        state: where the run begins, or goes on.
+        watch: told of every line of the history.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         folder: RunFolder,
         federation: Federation,
-        layout: Layout,
-        weights: Packed,
+        parts: Parts,
+        state: ServerState,
+        identity: RunIdentity,
         watch: Callable[[Line], None] = lambda line: None,
         central: CentralPrivacy | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
         self.federation = federation
-        self.layout = layout
-        self.weights = weights
+        self.parts = parts
+        self.identity = identity
         self.watch = watch
         self.central = central
-        self.best: Best | None = None
-        self.best_weights = weights
+        self.optimiser = optimiser_of(config.strategy)
+        if self.optimiser is not None:
+            self.optimiser.restore(state.moments)
+        self.done = state.number
+        self.weights, self.initial = parts.divide(state.weights)
+        self.best = state.best
+        self.best_weights = parts.divide(state.best_weights)[0] if state.best_weights else None
+        self.stopped_early = False
 
     def run(self) -> Evaluation:
-        """Train all rounds, then test the best one's model.
+        """Train the rounds that are left, then test the best one's model.
 
         Raises:
-            RunFailed: if too few sites answered a phase. What was saved before stays.
+            RunFailed: if too few sites answered a phase. What was saved before stays, and the run
+                can be resumed from there.
         """
-        for number in range(1, self.config.rounds.count + 1):
-            self.one_round(number)
+        while self.done < self.config.rounds.count and not self._exhausted():
+            self.one_round(self.done + 1)
         return self.test()
 
+    def _exhausted(self) -> bool:
+        """Whether no round was better for so long that none is expected any more."""
+        patience, best = self.config.rounds.patience, self.best
+        if not patience or best is None or self.done - best.number < patience:
+            return False
+        log.info("stopped after round %d: round %d is the best since", self.done, best.number)
+        self.stopped_early = True
+        return True
+
     def one_round(self, number: int) -> None:
-        """Train at every site, average, evaluate at every site, save."""
-        size = sum(array.nbytes for array in self.weights.values())
-        content = task(number, self.layout, self.weights, wire.TRAIN_SPLIT)
-        phase = self.federation.ask(number, "train", wire.TRAIN, content)
-        trained = self.federation.read(
-            phase, number, lambda reply, site: read_training(reply, site, self.layout)
-        )
-        contributions: list[Contribution] = [c for c, _ in trained.usable.values()]
-        if self.central is None:
-            self.weights = average_by_task(contributions, self.weights)
-        else:
-            self.weights = self.central.average(number, contributions, self.weights)
+        """Train at the round's sites, combine, evaluate at every site, save."""
+        trained, reports = self._train(number)
         release = self.central.releases[-1] if self.central else None
         evaluation = self._evaluate(number, wire.VAL_SPLIT)
         self._choose(number, evaluation)
-        reports: dict[str, TrainReport] = {s: report for s, (_, report) in trained.usable.items()}
-        failed = {"train": trained.failed, "evaluate": evaluation.failed}
-        declined = {"train": trained.declined, "evaluate": evaluation.declined}
-        for site in (*self.federation.nodes, POOLED):
-            self._record(
-                Line(
-                    number,
-                    site,
-                    wire.VAL_SPLIT,
-                    evaluation.metrics.get(site),
-                    reports.get(site),
-                    {phase: reasons[site] for phase, reasons in failed.items() if site in reasons},
-                    {
-                        phase: reasons[site]
-                        for phase, reasons in declined.items()
-                        if site in reasons
-                    },
-                    bytes_down=0 if site == POOLED else 2 * size,  # to train, and to evaluate
-                    bytes_up=size if site in reports else 0,
-                    central=release if site == POOLED else None,
-                )
+        size = sum(array.nbytes for array in self.weights.values())
+        down = size + sum(array.nbytes for array in self.initial.values())
+        phases: Mapping[str, Phase[Any]] = {"train": trained, "evaluate": evaluation.phase}
+        outcomes = {
+            outcome: {name: getattr(phase, outcome) for name, phase in phases.items()}
+            for outcome, _ in trained.outcomes()
+        }
+        for site in (*sorted(self.federation.book.standings), POOLED):
+            asked = tuple(name for name, phase in phases.items() if site in phase.asked)
+            why = {
+                outcome: {name: of[site] for name, of in by_phase.items() if site in of}
+                for outcome, by_phase in outcomes.items()
+            }
+            line = Line(
+                number,
+                site,
+                wire.VAL_SPLIT,
+                evaluation.metrics.get(site),
+                reports.get(site),
+                asked,
+                failed=why["failed"],
+                declined=why["declined"],
+                late=why["late"],
+                refused=why["refused"],
+                left_out=why["left_out"],
+                bytes_down=down * len(asked),
+                bytes_up=size if site in reports else 0,
+                central=release if site == POOLED else None,
             )
+            self._record(line)
         for site, metrics in evaluation.metrics.items():
             log.info("round %d/%d: %s: %s", number, self.config.rounds.count, site, metrics.brief())
         if release is not None:
             log.info("round %d/%d: %s", number, self.config.rounds.count, central_text(release))
-        # after its history: a round whose state is there is complete
-        save_round(
-            self.folder,
-            self.config,
-            self.layout,
-            self.weights,
-            number,
-            self.best,
-            self.central.state() if self.central else None,
-        )
+        self._save(number)  # after its history: a round whose state is there is complete
         self.federation.notify(
             {
                 "event": "round",
                 "round": number,
                 "best": self.best.number if self.best else None,
                 "metrics": {site: asdict(m) for site, m in evaluation.metrics.items()},
-                "failed": trained.failed | evaluation.failed,
-                "declined": trained.declined | evaluation.declined,
+                "asked": {name: phase.asked for name, phase in phases.items()},
+                **{
+                    outcome: {s: why for of in by_phase.values() for s, why in of.items()}
+                    for outcome, by_phase in outcomes.items()
+                },
                 "epsilon": {s: r.epsilon for s, r in reports.items() if r.epsilon is not None},
                 "central": asdict(release) if release else None,
             }
@@ -359,8 +161,8 @@ class Rounds:
 
     def test(self) -> Evaluation:
         """Evaluate the best round's model on every site's held-out test images."""
-        number = self.best.number if self.best else self.config.rounds.count
-        if self.best is not None:
+        number = self.best.number if self.best else self.done
+        if self.best_weights is not None:
             self.weights = self.best_weights
         evaluation = self._evaluate(number, wire.TEST_SPLIT)
         for site, metrics in evaluation.metrics.items():
@@ -373,24 +175,85 @@ class Rounds:
                 "positive": self.config.data.positive,
                 "sites": {s: asdict(m) for s, m in evaluation.metrics.items() if s != POOLED},
                 POOLED: asdict(evaluation.metrics[POOLED]),
-                "failed": evaluation.failed,
-                "declined": evaluation.declined,
+                "failed": evaluation.phase.lost | evaluation.phase.left_out,
+                "declined": evaluation.phase.declined,
                 "withheld": evaluation.withheld,
             },
         )
         return evaluation
 
+    def _train(self, number: int) -> tuple[Phase[None], dict[str, TrainReport]]:
+        """A local round at the round's sites, and the next weights from what came of it."""
+        federation, settings = self.federation, self.config.rounds
+        due = federation.book.due(number)
+        chosen = sample(due, settings.fraction, self.config.run.seed, number)
+        resting = federation.book.resting(number)
+        resting |= {site: NOT_DRAWN for site in due if site not in chosen}
+        reports: dict[str, TrainReport] = {}
+        gathered: list[Contribution] = []
+        combination = combination_of(self.config.strategy, self.weights)
+        take = gathered.append if self.central else combination.add
+
+        def accept(contribution: Contribution, report: TrainReport, norm: float) -> None:
+            take(contribution)
+            reports[contribution.site] = report
+            federation.book.moved(contribution.site, norm, report.steps)
+
+        usual = federation.book.usual_updates()
+        intake = Intake(self.weights, usual, settings.norm_factor, accept)
+
+        refused: dict[str, str] = {}
+
+        def read(reply: Message, site: str) -> None:
+            check_origin(reply, self.identity, number, site)
+            contribution, report = read_training(reply, site, self.parts.shared)
+            check_counts(contribution, report, federation.reports[site], self.config.train)
+            refused.update(intake.take(contribution, report))
+
+        content = self._task(number, wire.TRAIN_SPLIT)
+        needed = self._needed(settings.fraction)
+        phase = federation.ask(number, "train", wire.TRAIN, content, chosen, read, needed, resting)
+        for site, reason in (refused | intake.close()).items():
+            phase.refuse(site, reason)
+        federation.settle(number, phase, needed)
+        if self.central is not None:
+            combined = self.central.average(number, gathered, self.weights)
+        else:
+            combined = combination.combined()
+        if self.optimiser is not None:
+            combined = self.optimiser.step(number, self.weights, combined)
+        self.parts.shared.check(combined)
+        self.weights = combined
+        return phase, reports
+
     def _evaluate(self, number: int, split: str) -> Evaluation:
-        content = task(number, self.layout, self.weights, split)
-        phase = self.federation.ask(number, f"evaluate on {split}", wire.EVALUATE, content)
-        data = self.config.data
-        answers = self.federation.read(phase, number, lambda reply, _: read_evaluation(reply, data))
-        sums = {site: found for site, (found, _) in answers.usable.items()}
-        withheld = {site: words for site, (_, words) in answers.usable.items() if words}
+        federation, data = self.federation, self.config.data
+
+        def read(reply: Message, site: str) -> tuple[MetricSums, tuple[str, ...]]:
+            check_origin(reply, self.identity, number, site)
+            return read_evaluation(reply, data)
+
+        current = self.done + 1 if split == wire.VAL_SPLIT else self.done
+        sites, resting = federation.book.due(current), federation.book.resting(current)
+        content, name, needed = self._task(number, split), f"evaluate on {split}", self._needed()
+        phase = federation.ask(number, name, wire.EVALUATE, content, sites, read, needed, resting)
+        federation.settle(current, phase, needed)
+        sums = {site: found for site, (found, _) in sorted(phase.answered.items())}
+        withheld = {s: words for s, (_, words) in sorted(phase.answered.items()) if words}
         classes = Classes.of(data)
         metrics = {site: compute(s, classes) for site, s in sums.items()}
         metrics[POOLED] = compute(sum(sums.values(), empty_sums(classes)), classes)
-        return Evaluation(metrics, answers.failed, answers.declined, withheld)
+        return Evaluation(metrics, phase, withheld)
+
+    def _needed(self, fraction: float = 1.0) -> int:
+        """Sites that must be there, of the run's; those that rest are missing too."""
+        sites = math.ceil(fraction * len(self.federation.book.standings))
+        return sites_needed(self.config.rounds.min_sites, sites)
+
+    def _task(self, number: int, split: str) -> RecordDict:
+        best = self.best.number if self.best else 0
+        shared = self.parts.shared
+        return task(self.identity, number, shared, self.weights, split, self.initial, best)
 
     def _choose(self, number: int, evaluation: Evaluation) -> None:
         """A round beats another that no more sites evaluated; fewer sites make another value."""
@@ -401,15 +264,30 @@ class Rounds:
         if self.best is None or (sites, value) > (self.best.sites, self.best.value):
             self.best, self.best_weights = Best(number, value, sites), self.weights
 
+    def _save(self, number: int) -> None:
+        """Write the state that the run would go on from.
+
+        Raises:
+            RunFailed: if the run folder cannot be written to.
+        """
+        state = ServerState(
+            number,
+            self.parts.unite(self.weights, self.initial),
+            self.best,
+            moments=self.optimiser.state() if self.optimiser else {},
+            sites=self.federation.book.state(),
+            central=self.central.state() if self.central else None,
+        )
+        whole, run = self.parts.whole, self.identity.run
+        try:
+            self.best = save_round(self.folder, self.config, whole, run, state)
+        except OSError as error:
+            raise RunFailed(
+                f"round {number} could not be saved in {self.folder.path}: {error}; make room and "
+                "resume the run"
+            ) from None
+        self.done = number
+
     def _record(self, line: Line) -> None:
         write_line(self.folder.history, line)
         self.watch(line)
-
-
-def progress_writer(folder: RunFolder) -> Notify:
-    """Make what appends events, with the time, to the run folder's progress file."""
-
-    def notify(event: dict[str, object]) -> None:
-        append_line(folder.progress, {"time": time.time(), **event})
-
-    return notify

@@ -22,7 +22,7 @@ from rich.table import Table
 from client.dataset import Examples, SiteData, load_site
 from client.device import find_device
 from client.evaluate import evaluate
-from client.train import Round, steps_of_round, train_one_round
+from client.train import Round, train_one_round
 from configs import wire
 from configs.run import ConfigError, RunConfig, load_run_config
 from mtl_model.metrics import Metrics, compute
@@ -61,7 +61,7 @@ def compare_run(run: Path, as_json: bool) -> int:
     sites = _same_data(folder, config)
     comparison: Comparison = {}
     for name, site in sites.items():
-        steps = steps_of_round(len(site.splits[wire.TRAIN_SPLIT]), config.train)
+        steps = config.train.steps(len(site.splits[wire.TRAIN_SPLIT]))
         comparison[f"{name} alone"] = _trained_and_tested(config, name, site.splits, sites, steps)
     comparison["all pooled"] = _trained_and_tested(
         config, "all pooled", pool(list(sites.values())), sites, _mean_steps(config, sites)
@@ -97,7 +97,7 @@ def _same_data(folder: RunFolder, config: RunConfig) -> dict[str, SiteData]:
 
 
 def _mean_steps(config: RunConfig, sites: dict[str, SiteData]) -> int:
-    each = [steps_of_round(len(s.splits[wire.TRAIN_SPLIT]), config.train) for s in sites.values()]
+    each = [config.train.steps(len(s.splits[wire.TRAIN_SPLIT])) for s in sites.values()]
     return round(sum(each) / len(each))
 
 

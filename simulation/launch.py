@@ -32,9 +32,9 @@ from client.device import find_device
 from configs import wire
 from configs.run import RunConfig
 from mtl_model.distance import check_distances
+from server.federation import RunRefused, check_classes, sites_needed
 from server.folder import RunFolder, read_lines_from, to_toml, write_json
 from server.initial import initial_network
-from server.rounds import RunRefused, check_classes, sites_needed
 from simulation.sites import simulated_sites
 
 START_S = 60.0  # longest wait for the SuperLink's first answer

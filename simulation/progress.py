@@ -16,6 +16,15 @@ from mtl_model.metrics import Metrics
 from server.central_account import Release
 from server.history import POOLED
 from server.report import central_text, metrics_table, spent_text
+from server.sites import NOT_DRAWN
+
+_WORDS = {
+    "declined": "declined",
+    "failed": "failed",
+    "late": "is late",
+    "refused": "sent what is no good",
+    "left_out": "was not asked",
+}
 
 
 class Display:
@@ -71,9 +80,19 @@ class Display:
             self._failed(event["failed"])
         elif kind == "round":
             self._round(event)
-            self._failed(event["failed"])
-            for site, reason in event["declined"].items():
-                self.console.print(f"  {site} declined: {reason}", style="yellow", soft_wrap=True)
+        elif kind == "settled":
+            for outcome, word in _WORDS.items():
+                for site, reason in event[outcome].items():
+                    if reason == NOT_DRAWN:
+                        continue
+                    text = f"  round {event['round']}, {event['phase']}: {site} {word}: {reason}"
+                    self.console.print(text, style="yellow", soft_wrap=True)
+        elif kind == "set aside":
+            self.console.print(
+                f"  {event['site']} is set aside until round {event['until']}", style="yellow"
+            )
+        elif kind == "joined":
+            self.console.print(f"  {event['site']} {'is back' if event['back'] else 'joins'}")
 
     def _say(self, event: Mapping[str, Any]) -> None:
         round_ = f"round {event['round']}, " if event["round"] else ""

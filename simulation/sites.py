@@ -50,6 +50,11 @@ def ledger_folder() -> Path:
     return cache_folder() / "ledgers"
 
 
+def memory_folder() -> Path:
+    """Where simulated sites keep what they remember of a run, such as personal layers."""
+    return cache_folder() / "runs"
+
+
 def simulated_sites(data: DataConfig, phantoms: PhantomConfig) -> tuple[Path, dict[str, Manifest]]:
     """The folder that a simulation's sites lie in, absolute, and their manifests.
 

@@ -24,9 +24,9 @@ from configs.run import ConfigError, RunConfig, load_run_config
 from mtl_model.backbone import BackboneError
 from mtl_model.distance import DistanceError
 from mtl_model.pretrained import PretrainedError
+from server.federation import RunRefused
 from server.folder import RunFolder
 from server.history import POOLED, read_history
-from server.rounds import RunRefused
 from simulation.launch import LaunchError, launch, plan
 
 Values = dict[str, dict[str, float | None]]  # site: metric: value

@@ -20,7 +20,7 @@ from configs.run import RunConfig
 from mtl_model.network import network_of
 from mtl_model.packing import Layout
 from mtl_model.saved import open_model, open_network
-from server.checkpoint import save_round
+from server.checkpoint import ServerState, save_round
 from server.export import Exported, compare, export_model, trial_images
 from server.folder import RunFolder
 
@@ -68,7 +68,7 @@ def checkpoint_of(config: RunConfig, folder: Path) -> Path:
     network = network_of(config.model, config.data, config.loss, seed=0)
     layout, run = Layout.of(network), RunFolder(folder)
     (folder / "checkpoints").mkdir()
-    save_round(run, config, layout, layout.pack(network.state_dict()), 1, None)
+    save_round(run, config, layout, "0" * 32, ServerState(1, layout.pack(network.state_dict())))
     return run.checkpoint(1)
 
 

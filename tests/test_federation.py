@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from mtl_model.network import MultiTaskUNet, network_of
 from mtl_model.packing import Layout
 from server.app import run
 from server.checkpoint import load_weights
+from server.federation import RunFailed, RunRefused, sites_needed
 from server.history import POOLED, read_history
-from server.rounds import RunFailed, RunRefused, sites_needed
 from simulation.sites import simulated_sites
 
 
@@ -222,6 +223,43 @@ def no_counts(partition: int, reply: Message) -> Message:
     return reply
 
 
+def too_many(partition: int, reply: Message) -> Message:
+    if partition == 1 and trained(reply):
+        reply.content.metric_records[wire.SUMS][wire.EXAMPLES] = 1_000_000
+    return reply
+
+
+def too_long(partition: int, reply: Message) -> Message:
+    if partition == 1 and trained(reply):
+        reply.content.metric_records[wire.SUMS][wire.STEPS] = 4000
+    return reply
+
+
+def far_away(partition: int, reply: Message) -> Message:
+    if partition == 1 and trained(reply):
+        record = reply.content.array_records[wire.WEIGHTS]
+        record["encoder/float32"] = Array(record["encoder/float32"].numpy() + np.float32(3))
+    return reply
+
+
+def of_another_round(partition: int, reply: Message) -> Message:
+    if partition == 1 and trained(reply):
+        reply.content.config_records[wire.SITE][wire.NUMBER] = 7
+    return reply
+
+
+def of_another_run(partition: int, reply: Message) -> Message:
+    if partition == 1 and trained(reply):
+        reply.content.config_records[wire.SITE][wire.RUN] = "another"
+    return reply
+
+
+def of_another_site(partition: int, reply: Message) -> Message:
+    if partition == 1 and trained(reply):
+        reply.content.config_records[wire.SITE][wire.NAME] = "site-1"
+    return reply
+
+
 def empty(partition: int, reply: Message) -> Message:
     if partition == 1 and trained(reply):
         reply.content = RecordDict({"other": ConfigRecord({"a": 1})})
@@ -233,26 +271,34 @@ def trained(reply: Message) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "outcome", "said"),
     [
-        (lost, "no answer in 2 s"),
-        (not_finite, r"encoder/float32: expected finite values, got 1 of"),
-        (other_shape, r"encoder/float32: expected \d+ values of float32, got shape \(3,\)"),
-        (foreign_bytes, "weights: "),
-        (cut_bytes, "weights: "),
-        (no_counts, "examples: expected a count, got -4"),
-        (empty, "expected records site and sums, got other"),
+        (lost, "late", "no answer in 2 s"),
+        (not_finite, "refused", r"encoder/float32: expected finite values, got 1 of"),
+        (other_shape, "refused", r"float32: expected \d+ values of float32, got shape \(3,\)"),
+        (foreign_bytes, "refused", "weights: "),
+        (cut_bytes, "refused", "weights: "),
+        (no_counts, "refused", "examples: expected a count, got -4"),
+        (too_many, "refused", r"about the \d+ training images .* described, got 1000000"),
+        (too_long, "refused", r"expected about \d steps from \d+ images, got 4000"),
+        (far_away, "refused", r"update: expected a norm of at most .*10 times .*, got"),
+        (empty, "refused", "expected records site and sums, got other"),
+        (of_another_round, "refused", "number: expected 1, got 7"),
+        (of_another_run, "refused", "run: expected '[0-9a-f]{32}', got 'another'"),
+        (of_another_site, "refused", "name: expected 'site-2', got 'site-1'"),
     ],
 )
 def test_a_reply_that_cannot_be_used_is_named_and_does_not_hurt_the_others(
-    tiny, grid, harm, said: str
+    tiny, grid, harm, outcome: str, said: str
 ) -> None:
     config = tiny(rounds__count=1, rounds__min_sites="2", rounds__deadline_s=2)
     federation = grid(config)
     federation.tamper = harm
     folder = run(federation, config)
     lines = {line.site: line for line in read_history(folder.history) if line.split == "val"}
-    assert "train" in lines["site-2"].failed
+    assert re.search(said, getattr(lines["site-2"], outcome)["train"])
+    assert lines["site-2"].lost.keys() == {"train"}
+    assert lines["site-2"].asked == ("train", "evaluate")
     assert lines["site-2"].train is None
     assert lines["site-1"].train is not None
     assert np.isfinite(load_file(folder.checkpoint(1))["head.out.bias"].numpy()).all()

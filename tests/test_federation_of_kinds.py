@@ -169,7 +169,7 @@ def test_a_site_that_lacks_what_measures_distances_refuses_before_training(
     tiny, grid, monkeypatch
 ) -> None:
     from mtl_model.distance import DistanceError
-    from server.rounds import RunRefused
+    from server.federation import RunRefused
 
     def missing() -> None:
         raise DistanceError("pip install 'polyclinic[metrics]'")
@@ -218,7 +218,7 @@ def test_every_option_of_the_network_trains_and_is_evaluated_from_settings(
 
 def test_a_site_whose_timm_lacks_the_backbone_says_so_by_name(tiny, grid, monkeypatch) -> None:
     from mtl_model.backbone import BackboneError
-    from server.rounds import RunFailed
+    from server.federation import RunFailed
 
     def missing(*_: object, **__: object) -> None:
         raise BackboneError("model.backbone: timm 0.9 has no resnet18")

@@ -25,8 +25,8 @@ from configs import wire
 from configs.run import ConfigError, RunConfig
 from configs.site import PolicyConfig, read_site_config
 from server.app import run
+from server.federation import RunFailed
 from server.history import read_history
-from server.rounds import RunFailed
 from simulation.phantom import write_phantoms
 from tests.memory_grid import MemoryGrid
 
@@ -154,7 +154,7 @@ def test_a_private_site_tells_declared_numbers_and_writes_down_what_it_spent(
     for entry in sent:
         assert set(entry["told"]) == {
             *(wire.NAME, wire.EXAMPLES, wire.WITH_MASK, wire.WITH_LABEL, wire.STEPS),
-            *(wire.EPSILON, wire.DELTA),
+            *(wire.EPSILON, wire.DELTA, wire.NUMBER, wire.RUN),
         }
         assert [entry["told"][k] for k in (wire.EXAMPLES, wire.WITH_MASK, wire.WITH_LABEL)] == [
             20

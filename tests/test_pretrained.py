@@ -19,8 +19,8 @@ from configs.run import DataConfig, LossConfig, ModelConfig, RunConfig
 from mtl_model.network import MultiTaskUNet
 from mtl_model.pretrained import PretrainedError
 from server.app import run
+from server.federation import RunRefused
 from server.initial import initial_network, read_weights
-from server.rounds import RunRefused
 from tests.memory_grid import MemoryGrid
 
 DAISY = 985  # of ImageNet's classes

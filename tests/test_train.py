@@ -14,7 +14,6 @@ from client.train import (
     TrainingError,
     class_weights_of,
     learning_rate,
-    steps_of_round,
     train_one_round,
 )
 from configs.run import DataConfig, LossConfig, TrainConfig
@@ -136,7 +135,7 @@ def test_the_schedule_falls_over_the_whole_run_and_does_not_start_again() -> Non
     ],
 )
 def test_steps_follow_from_epochs_or_are_given(train: dict[str, int], steps: int) -> None:
-    assert steps_of_round(20, TrainConfig(**train)) == steps
+    assert TrainConfig(**train).steps(20) == steps
 
 
 def test_steps_beyond_an_epoch_go_around_again() -> None:

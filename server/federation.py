@@ -1,0 +1,427 @@
+"""The sites of a run over Flower's Grid: who is there, asking them, and what became of it.
+
+Flower's own ``Strategy.start`` waits for missing sites without a bound, ends the run when two
+replies carry different metrics, and keeps no values by site; so asking is ours, and Flower carries
+the messages. Nothing here waits without a bound, not even for the SuperLink.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from configs import wire
+from configs.run import DataConfig, RoundsConfig, RunConfig
+from server.events import Notify
+from server.history import POOLED
+from server.records import Declined, Late, Refusal, ReplyError, SiteReport, read_description
+from server.sites import SiteBook, named
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2  # between two looks for replies
+SETTLE_S = 1.0  # without a new site for so long, all are taken to be there
+SUPERLINK_S = 300.0  # longest wait for one answer of the SuperLink, which may be restarting
+
+Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on. The message names the sites and their reasons."""
+
+
+class RunRefused(RunFailed):
+    """The run could not begin: settings and sites' data do not fit. Nothing was trained."""
+
+
+@dataclass
+class Phase(Generic[Answer]):
+    """One question to several sites and what came of it, by site."""
+
+    name: str
+    asked: tuple[str, ...]
+    answered: dict[str, Answer] = field(default_factory=dict)
+    declined: dict[str, str] = field(default_factory=dict)  # why it would not, by its own rules
+    failed: dict[str, str] = field(default_factory=dict)  # why it could not
+    late: dict[str, str] = field(default_factory=dict)  # how long it was waited for
+    refused: dict[str, str] = field(default_factory=dict)  # what is wrong with its reply
+    left_out: dict[str, str] = field(default_factory=dict)  # why it was not asked
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Sites that were asked in vain, and why."""
+        return self.failed | self.late | self.refused
+
+    def refuse(self, site: str, reason: str) -> None:
+        """Take an answer back that others show to be no good."""
+        self.answered.pop(site, None)
+        self.refused[site] = reason
+
+    def outcomes(self) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """Every outcome but an answer, with its sites and reasons."""
+        for outcome in ("declined", "failed", "late", "refused", "left_out"):
+            yield outcome, getattr(self, outcome)
+
+
+class Federation:
+    """The sites that take part in a run, and the means to ask them.
+
+    Sites are known by name, whatever Flower's number of their node: a SuperNode that was restarted
+    may come back under another number, and is asked again from the next phase on.
+
+    Args:
+        grid: Flower's door to the sites.
+        rounds: how long to wait, and how many sites must be there.
+        data: what their descriptions are read by.
+        greeting: makes the question that a site describes itself for.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        rounds: RoundsConfig,
+        data: DataConfig,
+        greeting: Callable[[], RecordDict],
+        notify: Notify,
+    ) -> None:
+        self.grid = grid
+        self.rounds = rounds
+        self.data = data
+        self.greeting = greeting
+        self.notify = notify
+        self.book = SiteBook(rounds.set_aside_after, rounds.set_aside_rounds)
+        self.reports: dict[str, SiteReport] = {}
+        self.closed = False  # to sites that were not there when the run began
+        self.nodes: dict[str, int] = {}
+        self._bounded = Bounded(max(SUPERLINK_S, rounds.deadline_s), "the SuperLink")
+        self._greeted: dict[str, int] = {}  # message id: node
+        self._strangers: dict[int, int] = {}  # node: the round in which it is greeted again
+
+    def gather(self, config: RunConfig) -> None:
+        """Wait for sites, ask who they are, and check that the run makes sense with their data.
+
+        Raises:
+            RunRefused: if too few sites are there in time or can take part (rounds.min-sites), or
+                a class occurs at none.
+        """
+        nodes = self._wait_for_nodes()
+        needed = sites_needed(self.rounds.min_sites, len(nodes))
+        self._greet(0)
+        failed: dict[str, str] = {}
+        self.notify({"event": "phase", "round": 0, "phase": "describe", "sites": len(nodes)})
+        ends = time.monotonic() + self.rounds.deadline_s
+        while self._greeted and time.monotonic() < ends:
+            failed |= self._introduce(0, self._pull(list(self._greeted)))
+            if self._greeted:
+                time.sleep(POLL_S)
+        late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
+        failed |= {f"node {node}": late for node in self._greeted.values()}
+        if len(self.reports) < needed:
+            raise RunRefused(
+                f"{len(self.reports)} of {len(nodes)} sites can take part, {needed} are needed "
+                f"(rounds.min-sites): {'; '.join(dict.fromkeys(failed.values()))}"
+            )
+        told = {name: r.classes.get(wire.TRAIN_SPLIT) for name, r in self.reports.items()}
+        if None not in told.values():  # with privacy no site tells
+            counts = {name: n for name, n in told.items() if n is not None}
+            check_classes(config.data.classes, counts)
+        self.notify(
+            {
+                "event": "sites",
+                "sites": {name: vars(report) for name, report in sorted(self.reports.items())},
+                "failed": failed,
+            }
+        )
+
+    def ask(
+        self,
+        number: int,
+        phase: str,
+        kind: str,
+        content: RecordDict,
+        sites: Sequence[str],
+        read: Callable[[Message, str], Answer],
+        needed: int,
+        resting: Mapping[str, str] | None = None,
+    ) -> Phase[Answer]:
+        """Ask sites the same, read every reply as it comes, and wait for the deadline at most.
+
+        Args:
+            sites: whom to ask, by name; those that are not connected are left out.
+            read: makes an answer of a reply; what it raises of ``ReplyError`` is that site's
+                outcome and hurts no other.
+            needed: how many must be there; it is waited for them to connect, but not for more.
+            resting: sites that this phase leaves out, and why.
+
+        Raises:
+            RunFailed: if the SuperLink does not answer.
+        """
+        there = self._wait_for(number, sites, needed)
+        asked = [site for site in sites if site in there]
+        found: Phase[Answer] = Phase(phase, tuple(asked), left_out=dict(resting or {}))
+        found.left_out |= {s: "not connected" for s in sites if s not in there}
+        self.notify({"event": "phase", "round": number, "phase": phase, "sites": len(asked)})
+        waiting: dict[str, str] = {}  # message id: site
+        ends = time.monotonic() + self.rounds.deadline_s
+        for site in asked:
+            message = Message(
+                content, self.nodes[site], kind, ttl=self.rounds.deadline_s, group_id=str(number)
+            )
+            identity = self._push(message)
+            if identity:
+                waiting[identity] = site
+            else:
+                found.failed[site] = "its node could not be reached"
+        seen: set[str] = set()
+        while waiting and time.monotonic() < ends:
+            for reply in self._pull([*waiting, *self._greeted]):
+                identity = reply.metadata.reply_to_message_id
+                if identity in self._greeted:
+                    self._introduce(number, [reply])
+                elif identity in waiting:
+                    site = waiting.pop(identity)
+                    seen.add(identity)
+                    self._take(found, reply, site, read)
+                    self.notify({"event": "answer", "round": number, "phase": phase, "site": site})
+                else:
+                    again = "a second reply" if identity in seen else "a reply to no question"
+                    log.warning("round %d, %s: %s was dropped", number, phase, again)
+            if waiting:
+                time.sleep(POLL_S)
+        late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
+        found.late |= dict.fromkeys(waiting.values(), late)
+        return found
+
+    def settle(self, number: int, phase: Phase[Answer], needed: int) -> None:
+        """Note what came of a phase in the book and the log, and see whether the run can go on.
+
+        A site that declines is there and well: the round goes on without it, whatever
+        rounds.min-sites says, as long as one site answers.
+
+        Raises:
+            RunFailed: if fewer sites than needed are there, or none but declining ones.
+        """
+        for outcome, reasons in phase.outcomes():
+            for site, reason in sorted(reasons.items()):
+                say = log.info if outcome == "left_out" else log.warning
+                word = outcome.replace("_", " ")
+                say("round %d, %s: %s %s: %s", number, phase.name, site, word, reason)
+        for site in (*phase.answered, *phase.declined):
+            self.book.answered(site)
+        for site in sorted(phase.lost):
+            if self.book.failed(number, site):
+                again = self.book.standings[site].rests_until
+                log.warning("%s is set aside and asked again in round %d", site, again)
+                self.notify({"event": "set aside", "round": number, "site": site, "until": again})
+        self.notify(
+            {
+                "event": "settled",
+                "round": number,
+                "phase": phase.name,
+                "answered": sorted(phase.answered),
+                **{outcome: dict(reasons) for outcome, reasons in phase.outcomes()},
+            }
+        )
+        there = len(phase.answered) + len(phase.declined)
+        if there < needed or not phase.answered:
+            missing = phase.lost | phase.declined | phase.left_out
+            declined = f" and {len(phase.declined)} declined" if phase.declined else ""
+            raise RunFailed(
+                f"round {number}, {phase.name}: {len(phase.answered)} of "
+                f"{len(self.book.standings)} sites answered{declined}, {needed} are needed "
+                f"(rounds.min-sites): {named(missing, missing)}"
+            )
+
+    def _take(
+        self,
+        phase: Phase[Answer],
+        reply: Message,
+        site: str,
+        read: Callable[[Message, str], Answer],
+    ) -> None:
+        try:
+            phase.answered[site] = read(reply, site)
+        except Declined as error:
+            phase.declined[site] = str(error)
+        except Late as error:
+            phase.late[site] = str(error)
+        except Refusal as error:
+            phase.failed[site] = str(error)
+        except ReplyError as error:
+            phase.refused[site] = str(error)
+
+    def _wait_for_nodes(self) -> list[int]:
+        """The connected nodes, once there are enough and no more come."""
+        least = int(self.rounds.min_sites) if self.rounds.min_sites.isdigit() else 1
+        started = last_change = time.monotonic()
+        nodes: list[int] = []
+        while True:
+            before, nodes = nodes, self._connected()
+            now = time.monotonic()
+            if nodes != before:
+                last_change = now
+            if len(nodes) >= least and now - last_change >= SETTLE_S:
+                return nodes
+            if now - started > self.rounds.wait_for_sites_s:
+                if len(nodes) >= least:
+                    return nodes
+                raise RunRefused(
+                    f"{len(nodes)} sites are connected, {least} are needed (rounds.min-sites), "
+                    f"after {self.rounds.wait_for_sites_s:g} s (rounds.wait-for-sites-s)"
+                )
+            time.sleep(POLL_S)
+
+    def _wait_for(self, number: int, sites: Sequence[str], needed: int) -> set[str]:
+        """Those of some sites that are connected, once enough are, or the wait is over."""
+        ends = time.monotonic() + self.rounds.wait_for_sites_s
+        while True:
+            self._greet(number)
+            if self._greeted:
+                self._introduce(number, self._pull(list(self._greeted)))
+            nodes = set(self._connected())
+            there = {site for site in sites if self.nodes.get(site) in nodes}
+            if len(there) >= min(needed, len(sites)) or time.monotonic() > ends:
+                return there
+            time.sleep(POLL_S)
+
+    def _greet(self, number: int) -> None:
+        """Ask unknown nodes to describe themselves; their answers come when they come."""
+        known = {*self.nodes.values(), *self._greeted.values()}
+        for node in self._connected():
+            if node in known or self._strangers.get(node, 0) > number:
+                continue
+            ttl = self.rounds.deadline_s
+            message = Message(self.greeting(), node, wire.DESCRIBE, ttl=ttl, group_id=str(number))
+            identity = self._push(message)
+            if identity:
+                self._greeted[identity] = node
+
+    def _introduce(self, number: int, replies: Sequence[Message]) -> dict[str, str]:
+        """Take descriptions in; by node, why one does not take part."""
+        failed: dict[str, str] = {}
+        for reply in replies:
+            node = self._greeted.pop(reply.metadata.reply_to_message_id, None)
+            if node is None:
+                continue
+            try:
+                self._admit(number, node, read_description(reply, self.data))
+            except ReplyError as error:
+                self._strangers[node] = number + 1 + self.rounds.set_aside_rounds
+                failed[f"node {node}"] = str(error)
+                log.warning("node %d does not take part: %s", node, error)
+        return failed
+
+    def _admit(self, number: int, node: int, report: SiteReport) -> None:
+        """Let a node stand for the site that it says it is.
+
+        Raises:
+            ReplyError: if that site is connected already, or is not to join.
+        """
+        name = report.name
+        if name == POOLED:
+            raise ReplyError(f"its name is {POOLED!r}, which stands for all sites together")
+        before = self.nodes.get(name)
+        if before is not None and before in self._connected():
+            raise ReplyError(
+                f"site {name!r} is connected already, as node {before}; one of the two must stop, "
+                "or be given a name of its own"
+            )
+        if name not in self.book.standings and self.closed:
+            raise ReplyError(
+                f"site {name!r} was not there when the run began, and central differential privacy "
+                "is accounted for those that were"
+            )
+        known = name in self.reports
+        self.nodes[name], self.reports[name] = node, report
+        self.book.add(name)
+        if number or known:
+            log.info("round %d: %s %s", number, name, "is back" if known else "joins")
+            self.notify({"event": "joined", "round": number, "site": name, "back": known})
+
+    def _connected(self) -> list[int]:
+        return sorted(self._bounded(self.grid.get_node_ids))
+
+    def _push(self, message: Message) -> str | None:
+        """Send one message, which may carry the whole network; None if its node is not there."""
+        ids = list(self._bounded(lambda: self.grid.push_messages([message])))
+        return ids[0] if ids else None
+
+    def _pull(self, ids: list[str]) -> list[Message]:
+        return list(self._bounded(lambda: self.grid.pull_messages(ids))) if ids else []
+
+
+class Bounded:
+    """Calls what may wait for ever, and waits for it so long at most.
+
+    Flower's Grid tries again without end when the SuperLink is gone. All calls are made by one
+    thread, which ends with the process even if it is stuck.
+    """
+
+    def __init__(self, seconds: float, whom: str) -> None:
+        self.seconds = seconds
+        self.whom = whom
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def __call__(self, call: Callable[[], Result]) -> Result:
+        """Make a call.
+
+        Raises:
+            RunFailed: if it has not returned in time.
+        """
+        future: Future[Result] = Future()
+
+        def make() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
+                future.set_exception(error)
+
+        self._calls.put(make)
+        try:
+            return future.result(self.seconds)
+        except TimeoutError:
+            if future.done():
+                raise  # the call's own
+            raise RunFailed(f"{self.whom} did not answer in {self.seconds:g} s") from None
+
+    def _work(self) -> None:
+        while True:
+            self._calls.get()()
+
+
+def sites_needed(min_sites: str, sites: int) -> int:
+    """``all``, a number, or a percentage (rounded up) of the sites."""
+    if min_sites == "all":
+        return sites
+    if min_sites.endswith("%"):
+        return max(1, -(-sites * int(min_sites[:-1]) // 100))
+    return int(min_sites)
+
+
+def check_classes(classes: Sequence[str], counts: Mapping[str, Sequence[int]]) -> None:
+    """See that every class is trained somewhere, unless no site has labels at all.
+
+    Args:
+        counts: training images of each class, by site.
+
+    Raises:
+        RunRefused: naming a class that no site has.
+    """
+    totals = [sum(of_site) for of_site in zip(*counts.values(), strict=True)]
+    for name, total in zip(classes, totals, strict=True):
+        if total == 0 and any(totals):
+            raise RunRefused(
+                f"data.classes: no site has a training image of class {name!r}; "
+                f"the sites are {', '.join(counts)}"
+            )
