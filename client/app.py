@@ -214,6 +214,10 @@ def _train(asked: Asked) -> Answer:
         check_size(policy, declared.examples, declared.patients)
     network = _received(asked, 1)
     request, model = network.request, network.model
+    if not 1 <= request.number <= config.rounds.count:
+        raise ProtocolError(
+            f"{wire.NUMBER}: expected a round from 1 to {config.rounds.count}, got {request.number}"
+        )
     where = Round(request.number, config.rounds.count, config.run.seed, asked.data.site)
     device = find_device(config.train.device)
     proximal = Proximal(config.strategy.mu, frozenset(e.name for e in network.personal.entries))

@@ -183,7 +183,9 @@ class Federation:
             else:
                 found.failed[site] = "its node could not be reached"
         seen: set[str] = set()
-        while waiting and time.monotonic() < ends:
+        over = False
+        while waiting and not over:
+            over = time.monotonic() >= ends  # what has arrived by then is taken in
             for reply in self._pull([*waiting, *self._greeted]):
                 identity = reply.metadata.reply_to_message_id
                 if identity in self._greeted:
@@ -196,7 +198,7 @@ class Federation:
                 else:
                     again = "a second reply" if identity in seen else "a reply to no question"
                     log.warning("round %d, %s: %s was dropped", number, phase, again)
-            if waiting:
+            if waiting and not over:
                 time.sleep(POLL_S)
         late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
         found.late |= dict.fromkeys(waiting.values(), late)

@@ -53,9 +53,12 @@ class MemoryGrid(Grid):
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        ids = []
+    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
+        ids: list[str | None] = []
         for message in messages:
+            if message.metadata.dst_node_id not in self.nodes:
+                ids.append(None)  # as Flower does for a node that it does not know
+                continue
             identity = f"message-{len(self.sent)}"
             message.metadata.__dict__["_message_id"] = identity
             self.sent.append(message)

@@ -97,7 +97,7 @@ def test_one_wild_site_among_five(name: str, settings: dict, expected: float) ->
 
 @pytest.mark.parametrize("name", ["fedmedian", "trimmed-mean", "krum", "multi-krum"])
 def test_robust_strategies_ask_only_those_who_trained_a_task(name: str) -> None:
-    """Sites without masks stand still in the decoder; they must not outvote those that have some."""
+    """Sites without masks stand still in the decoder; they do not outvote those that have some."""
     settings = {"malicious_sites": 0, "trim_fraction": 0.0}
     with_masks = [site(f"mask-{i}", weights(1.0, 5.0)) for i in range(2)]
     without = [site(f"none-{i}", weights(1.0, 0.0), masks=0) for i in range(5)]
@@ -219,10 +219,10 @@ def test_every_strategy_trains_the_phantom(tiny, grid, name: str) -> None:
         strategy__server_learning_rate=RATES.get(name, 0.0),
         strategy__server_momentum=0.3,
         strategy__malicious_sites=0,
-        rounds__count=5,
-        train__local_epochs=3,
+        rounds__count=3,
+        train__local_steps=12,
         train__learning_rate=0.003,
-        phantom__examples=24,
+        train__augment=False,
     )
     folder = run(grid(config), config)
     losses = {
@@ -231,10 +231,10 @@ def test_every_strategy_trains_the_phantom(tiny, grid, name: str) -> None:
             for line in read_history(folder.history)
             if line.round == number and line.train
         ]
-        for number in (1, 5)
+        for number in (1, 3)
     }
     assert all(len(of_sites) == 3 for of_sites in losses.values())
-    assert np.mean(losses[5]) < np.mean(losses[1]) - 0.02
+    assert np.mean(losses[3]) < np.mean(losses[1]) - 0.02
     pooled = [line for line in read_history(folder.history) if line.site == POOLED]
     assert pooled[-1].metrics.dice > 0
 

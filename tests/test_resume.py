@@ -1,0 +1,271 @@
+"""A run that was interrupted, and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from safetensors.numpy import load_file
+
+from configs import wire
+from configs.run import ConfigError, RunConfig, load_run_config
+from server.app import run
+from server.federation import RunFailed, RunRefused
+from server.folder import RunFolder, write_json
+from server.history import POOLED, read_history
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process at once."""
+
+
+def killed_in(federation, number: int, kind: str) -> None:
+    """Have a federation end its server in a round, on the first reply of a kind."""
+
+    def tamper(_partition: int, reply: Message) -> Message:
+        about = reply.content.config_records[wire.SITE] if reply.has_content() else {}
+        if about.get(wire.NUMBER) == number and reply.metadata.message_type == kind:
+            raise Killed
+        return reply
+
+    federation.tamper = tamper
+
+
+def interrupted(tiny, grid, number: int, kind: str, **changes: object) -> RunConfig:
+    config = tiny(**changes)
+    federation = grid(config)
+    killed_in(federation, number, kind)
+    with pytest.raises(Killed):
+        run(federation, config)
+    (Path(config.run.output_dir) / "a-run" / "outcome.json").unlink()  # as after kill -9
+    return config
+
+
+def weights(folder: RunFolder, number: int) -> dict[str, np.ndarray]:
+    return load_file(folder.checkpoint(number))
+
+
+def same(one: RunFolder, other: RunFolder, number: int) -> bool:
+    a, b = weights(one, number), weights(other, number)
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+MODES = {
+    "plain": {},
+    "optimiser": {"strategy.name": "fedadam", "strategy.server-learning-rate": 0.001},
+    "momentum": {"strategy.name": "fedavgm", "strategy.server-momentum": 0.5},
+    "drawn": {"rounds.fraction": 0.5, "rounds.min-sites": "1"},
+    "personal norms": {"strategy.personal": "norms"},
+    "personal heads": {"strategy.personal": "heads"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("number", "kind"), [(2, wire.TRAIN), (3, wire.EVALUATE)])
+def test_a_resumed_run_has_the_weights_of_one_that_was_not_interrupted(
+    tiny, grid, mode: str, number: int, kind: str
+) -> None:
+    changes = {key.replace(".", "__").replace("-", "_"): v for key, v in MODES[mode].items()}
+    changes |= {"rounds__count": 3, "rounds__keep_checkpoints": 3}
+    whole_config = tiny(run__name="whole", **changes)
+    whole = run(grid(whole_config), whole_config)
+    interrupted(tiny, grid, number, kind, **changes)
+    resumed = tiny(run__name="", run__resume="a-run")
+    # as Flower hands it over: the release's defaults, and what was given with -c
+    federation = grid(RunConfig.from_flat({"run.resume": "a-run"}))
+    folder = run(federation, resumed_from_defaults(resumed))
+    assert same(whole, folder, 3)
+    lines = [(x.round, x.site, x.split) for x in read_history(folder.history)]
+    assert lines == [(x.round, x.site, x.split) for x in read_history(whole.history)]
+    results = [json.loads(f.results.read_text()) for f in (whole, folder)]
+    assert results[0] == results[1]
+    assert json.loads(folder.outcome.read_text())["rounds"] == 3
+    assert load_run_config(folder.config).run.resume == ""
+
+
+def resumed_from_defaults(config: RunConfig) -> RunConfig:
+    flat = {"run.resume": config.run.resume, "run.output-dir": config.run.output_dir}
+    return RunConfig.from_flat(flat)
+
+
+def resume(tiny, grid, **changes: object) -> RunFolder:
+    config = tiny(run__name="", run__resume="a-run")
+    given = {**resumed_from_defaults(config).to_flat(), **changes}
+    return run(grid(RunConfig.from_flat(given)), RunConfig.from_flat(given))
+
+
+def test_a_run_that_was_killed_before_its_first_round_was_saved_begins_anew(tiny, grid) -> None:
+    config = tiny(run__name="whole", rounds__count=1)
+    whole = run(grid(config), config)
+    interrupted(tiny, grid, 1, wire.EVALUATE, rounds__count=1)
+    assert same(whole, resume(tiny, grid), 1)
+
+
+def test_rounds_can_be_raised_and_a_completed_run_needs_it(tiny, grid) -> None:
+    config = tiny(rounds__count=1)
+    run(grid(config), config)
+    with pytest.raises(ConfigError, match=r"completed its 1 rounds; give a larger rounds.count"):
+        resume(tiny, grid)
+    folder = resume(tiny, grid, **{"rounds.count": 2})
+    assert folder.checkpoints() == [1, 2]
+    assert load_run_config(folder.config).rounds.count == 2
+    splits = [(line.round, line.split) for line in read_history(folder.history)]
+    assert len([1 for _, split in splits if split == "test"]) == 4
+    assert splits[:8] == [(1, "val")] * 4 + [(2, "val")] * 4
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["cut weights", "changed weights", "no weights", "changed state", "cut state", "foreign"],
+)
+def test_a_checkpoint_that_is_no_good_is_named_and_the_one_before_is_used(
+    tiny, grid, caplog, harm: str
+) -> None:
+    config = interrupted(tiny, grid, 3, wire.TRAIN, rounds__count=3)
+    folder = RunFolder.of("a-run", config.run.output_dir)
+    before = weights(folder, 2)
+    saved, state = folder.checkpoint(2), folder.state(2)
+    content = bytearray(saved.read_bytes())
+    if harm == "cut weights":
+        saved.write_bytes(content[: len(content) // 2])
+    elif harm == "changed weights":
+        content[-5] ^= 1
+        saved.write_bytes(content)
+    elif harm == "no weights":
+        saved.unlink()
+    elif harm == "changed state":
+        state.write_text(state.read_text().replace('"failures": 0', '"failures": 1', 1))
+    elif harm == "cut state":
+        state.write_text(state.read_text()[:40])
+    else:
+        other = tiny(run__name="other", rounds__count=2)
+        foreign = run(grid(other), other)
+        state.write_bytes(foreign.state(2).read_bytes())
+        saved.write_bytes(foreign.checkpoint(2).read_bytes())
+    resume(tiny, grid)
+    assert "checkpoint of round 2 cannot be used" in caplog.text
+    assert "going on after round 1 of 3" in caplog.text
+    assert folder.checkpoints() == [2, 3]
+    again = weights(folder, 2)
+    assert all(np.array_equal(again[name], before[name]) for name in before)
+
+
+def test_a_run_without_one_good_checkpoint_is_refused_with_what_is_wrong(tiny, grid) -> None:
+    interrupted(tiny, grid, 2, wire.TRAIN, rounds__count=2)
+    folder = RunFolder.of("a-run", tiny().run.output_dir)
+    folder.checkpoint(1).write_bytes(b"")
+    with pytest.raises(RunRefused, match=r"none of its checkpoints .*state-0001.json: round-0001"):
+        resume(tiny, grid)
+    assert json.loads(folder.outcome.read_text())["status"] == "refused"
+
+
+def test_the_best_rounds_weights_survive_being_old(tiny, grid) -> None:
+    """Its file is kept while a kept state names it, and best.safetensors is made of it again."""
+    config = tiny(rounds__count=4, rounds__keep_checkpoints=1, evaluate__select_by="dice")
+    federation = grid(config)
+    evaluated = 0
+
+    def worse_after_round_1(_partition: int, reply: Message) -> Message:
+        nonlocal evaluated
+        about = reply.content.config_records[wire.SITE]
+        if reply.metadata.message_type == wire.EVALUATE:
+            evaluated += 1
+            if evaluated > 3:
+                reply.content.metric_records[wire.SUMS]["dice"] = [0.0]
+        if about.get(wire.NUMBER) == 4 and reply.metadata.message_type == wire.TRAIN:
+            raise Killed
+        return reply
+
+    federation.tamper = worse_after_round_1
+    with pytest.raises(Killed):
+        run(federation, config)
+    folder = RunFolder.of("a-run", config.run.output_dir)
+    assert folder.checkpoints() == [3]
+    assert folder.saved_weights() == [1, 3]
+    best = folder.best.read_bytes()
+    folder.best.write_bytes(folder.checkpoint(3).read_bytes())  # as a crash may leave it
+    resume(tiny, grid)
+    outcome = json.loads(folder.outcome.read_text())
+    if outcome["best-round"] == 1:
+        assert folder.best.read_bytes() == best
+    assert outcome["best-round"] in (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.dfe": "none"}, r"model.dfe: expected 'sum', as the run began, got 'none'"),
+        ({"strategy.name": "krum"}, "strategy.name: expected 'fedavg'"),
+        ({"run.resume": "nowhere"}, "nowhere: no such run under"),
+    ],
+)
+def test_a_run_does_not_become_another_on_its_way(tiny, grid, changes: dict, said: str) -> None:
+    interrupted(tiny, grid, 2, wire.TRAIN)
+    with pytest.raises(ConfigError, match=said):
+        resume(tiny, grid, **changes)
+
+
+def test_two_processes_cannot_run_the_same_run(tiny, grid) -> None:
+    interrupted(tiny, grid, 2, wire.TRAIN)
+    folder = RunFolder.of("a-run", tiny().run.output_dir)
+    with folder.locked(), pytest.raises(ConfigError, match="another process runs this run"):
+        resume(tiny, grid)
+    resume(tiny, grid)
+
+
+def test_a_full_disk_stops_the_run_with_what_was_saved_and_it_goes_on(
+    tiny, grid, monkeypatch
+) -> None:
+    import server.checkpoint as checkpoint
+
+    config = tiny(run__name="whole", rounds__count=2)
+    whole = run(grid(config), config)
+    write = checkpoint.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "round-0002.safetensors":
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    config = tiny(rounds__count=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomically", full)
+        with pytest.raises(RunFailed, match=r"round 2 could not be saved .*No space left"):
+            run(grid(config), config)
+    folder = RunFolder.of("a-run", config.run.output_dir)
+    assert folder.checkpoints() == [1]
+    assert same(whole, resume(tiny, grid), 2)
+
+
+def test_a_run_stops_when_no_round_is_better_for_long(tiny, grid) -> None:
+    config = tiny(rounds__count=9, rounds__patience=2, evaluate__select_by="dice")
+    federation = grid(config)
+
+    def without_dice(_partition: int, reply: Message) -> Message:
+        if reply.metadata.message_type == wire.EVALUATE:
+            reply.content.metric_records[wire.SUMS]["dice"] = [0.0]
+        return reply
+
+    federation.tamper = without_dice
+    folder = run(federation, config)
+    outcome = json.loads(folder.outcome.read_text())
+    assert (outcome["status"], outcome["rounds"], outcome["best-round"]) == ("completed", 3, 1)
+    assert "rounds.patience" in outcome["reason"]
+    assert {x.round for x in read_history(folder.history) if x.site == POOLED} == {1, 2, 3}
+
+
+def test_a_line_that_a_crash_cut_short_is_gone_after_resuming(tiny, grid) -> None:
+    interrupted(tiny, grid, 2, wire.TRAIN)
+    folder = RunFolder.of("a-run", tiny().run.output_dir)
+    for path in (folder.history, folder.progress):
+        with path.open("a") as file:
+            file.write('{"round": 2, "si')
+    resume(tiny, grid)
+    assert [json.loads(x)["round"] for x in folder.history.read_text().splitlines()][:8] == (
+        [1] * 4 + [2] * 4
+    )
+    assert json.loads(folder.progress.read_text().splitlines()[-1])["event"] == "end"
+    write_json(folder.outcome, {})

@@ -1,0 +1,264 @@
+"""Sites that are late, fall away, come back under another node, join, or are there twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+
+from configs import wire
+from server.app import run
+from server.federation import Bounded, RunFailed, RunRefused
+from server.folder import RunFolder
+from server.history import Line, read_history
+
+
+def lines(folder: RunFolder, site: str) -> list[Line]:
+    return [x for x in read_history(folder.history) if x.site == site and x.split == "val"]
+
+
+def number_of(reply: Message) -> int:
+    if not reply.has_content():
+        return 0
+    return int(reply.content.config_records[wire.SITE].get(wire.NUMBER, 0))
+
+
+def events(folder: RunFolder, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in folder.progress.read_text().splitlines()]
+    return [event for event in found if event["event"] == kind]
+
+
+def absent_in(federation, rounds: set[int], site: int = 1) -> None:
+    """Have a site's node fall away in some rounds, whatever number it has then."""
+
+    def tamper(partition: int, reply: Message) -> Message | None:
+        return None if partition == site and number_of(reply) in rounds else reply
+
+    federation.tamper = tamper
+
+
+def test_a_late_site_is_named_and_takes_part_in_the_next_round(tiny, grid) -> None:
+    config = tiny(rounds__count=2, rounds__min_sites="2", rounds__deadline_s=2)
+    federation = grid(config)
+    absent_in(federation, {1})
+    folder = run(federation, config)
+    first, second = lines(folder, "site-2")
+    assert first.late == dict.fromkeys(
+        ("train", "evaluate"), "no answer in 2 s (rounds.deadline-s)"
+    )
+    assert first.metrics is None
+    assert (second.lost, second.asked) == ({}, ("train", "evaluate"))
+    assert second.train is not None
+    (settled,) = (e for e in events(folder, "settled") if (e["round"], e["phase"]) == (1, "train"))
+    assert settled["answered"] == ["site-1", "site-3"]
+    assert list(settled["late"]) == ["site-2"]
+
+
+def test_a_site_that_fails_again_and_again_is_set_aside_and_tried_again(tiny, grid) -> None:
+    config = tiny(
+        rounds__count=4,
+        rounds__min_sites="2",
+        rounds__deadline_s=1,
+        rounds__set_aside_after=2,
+        rounds__set_aside_rounds=1,
+    )
+    federation = grid(config)
+    absent_in(federation, {1})
+    folder = run(federation, config)
+    one, two, three, four = lines(folder, "site-2")
+    assert set(one.late) == {"train", "evaluate"}  # twice in a row
+    assert two.asked == ()
+    assert "set aside after 2 failures in a row, until round 3" in two.left_out["train"]
+    assert three.train is not None
+    assert four.train is not None
+    assert [(e["site"], e["until"]) for e in events(folder, "set aside")] == [("site-2", 3)]
+
+
+def test_without_a_quorum_the_run_stops_and_says_who_was_missing(tiny, grid) -> None:
+    config = tiny(rounds__count=3, rounds__min_sites="67%", rounds__deadline_s=1)
+    federation = grid(config)
+
+    def two_vanish(partition: int, reply: Message) -> Message | None:
+        return None if partition > 0 and number_of(reply) == 2 else reply
+
+    federation.tamper = two_vanish
+    said = (
+        r"round 2, train: 1 of 3 sites answered, 3 are needed \(rounds.min-sites\): "
+        r"site-2: no answer in 1 s.*; site-3: no answer in 1 s"
+    )
+    with pytest.raises(RunFailed, match=said):
+        run(federation, config)
+    folder = RunFolder.of("a-run", config.run.output_dir)
+    assert folder.checkpoints() == [1]
+    assert json.loads(folder.outcome.read_text())["status"] == "failed"
+
+
+def test_a_site_that_comes_back_under_another_node_is_the_same_site(tiny, grid) -> None:
+    config = tiny(rounds__count=3, rounds__min_sites="2", rounds__wait_for_sites_s=1)
+    federation = grid(config)
+    federation.node_config = lambda partition: {"partition-id": partition, "num-partitions": 3}
+
+    def restarted(partition: int, reply: Message) -> Message:
+        if partition == 0 and reply.metadata.message_type == wire.TRAIN:
+            if number_of(reply) == 1:
+                federation.nodes.pop(1001, None)
+            if number_of(reply) == 2:
+                federation.nodes[2001] = 1
+        return reply
+
+    federation.tamper = restarted
+    folder = run(federation, config)
+    one, two, three = lines(folder, "site-2")
+    assert one.left_out or one.lost
+    assert two.left_out["train"] == "not connected"
+    assert three.train is not None
+    (back,) = events(folder, "joined")
+    assert (back["site"], back["back"]) == ("site-2", True)
+    assert {line.site for line in read_history(folder.history)} == {
+        *("site-1", "site-2", "site-3", "pooled")
+    }
+
+
+def test_a_site_that_comes_late_joins(tiny, grid) -> None:
+    config = tiny(rounds__count=3, rounds__min_sites="2", rounds__wait_for_sites_s=1)
+    federation = grid(config)
+    del federation.nodes[1002]
+
+    def node_config(partition: int) -> dict[str, object]:
+        return {"partition-id": partition, "num-partitions": 3}
+
+    federation.node_config = node_config
+
+    def joins(partition: int, reply: Message) -> Message:
+        if reply.metadata.message_type == wire.EVALUATE:
+            federation.nodes[1002] = 2
+        return reply
+
+    federation.tamper = joins
+    folder = run(federation, config)
+    assert lines(folder, "site-3")[-1].train is not None
+    assert [e["site"] for e in events(folder, "joined")] == ["site-3"]
+    closed = tiny(
+        run__name="closed",
+        rounds__count=2,
+        rounds__min_sites="2",
+        central__mode="fixed",
+    )
+    federation = grid(closed)
+    del federation.nodes[1002]
+    federation.node_config, federation.tamper = node_config, joins
+    assert not lines(run(federation, closed), "site-3")
+
+
+def test_the_same_site_twice_is_one_site_and_the_second_is_named(tiny, grid, caplog) -> None:
+    config = tiny(rounds__count=1, rounds__min_sites="3")
+    federation = grid(config)
+    federation.node_config = lambda partition: {"partition-id": partition, "num-partitions": 3}
+    federation.nodes[1003] = 1
+    folder = run(federation, config)
+    assert (
+        "site 'site-2' is connected already, as node 1001; one of the two must stop" in caplog.text
+    )
+    trains = [m for m in federation.sent if m.metadata.message_type == wire.TRAIN]
+    assert {m.metadata.dst_node_id for m in trains} == {1000, 1001, 1002}
+    assert "1003" in next(iter(events(folder, "sites")[0]["failed"]))
+
+
+def test_a_second_reply_and_one_to_no_question_are_dropped(tiny, grid, caplog) -> None:
+    config = tiny(rounds__count=1)
+    federation = grid(config)
+    pull: Callable = federation.pull_messages
+    earlier: list[Message] = []
+
+    def with_more(ids: list[str]) -> list[Message]:
+        replies = pull(ids)
+        again = list(earlier)
+        earlier.extend(replies)
+        return [*again, *replies]
+
+    federation.pull_messages = with_more
+    run(federation, config)
+    assert "a reply to no question was dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        (ErrorCode.MESSAGE_UNAVAILABLE, "late"),
+        (ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "late"),
+        (ErrorCode.NODE_UNAVAILABLE, "failed"),
+    ],
+)
+def test_flowers_own_errors_are_told_apart(tiny, grid, code: int, outcome: str) -> None:
+    config = tiny(rounds__count=1, rounds__min_sites="2")
+    federation = grid(config)
+
+    def unavailable(partition: int, reply: Message) -> Message:
+        if partition == 1 and number_of(reply) == 1:
+            error = Message(Error(code=code, reason="gone"), reply_to=federation.sent[-1])
+            return error
+        return reply
+
+    federation.tamper = unavailable
+    (line,) = lines(run(federation, config), "site-2")
+    assert set(getattr(line, outcome)) == {"train", "evaluate"}
+
+
+def test_a_site_that_declines_is_asked_again_and_is_not_set_aside(tiny, grid) -> None:
+    config = tiny(rounds__count=3, rounds__min_sites="2", rounds__set_aside_after=1)
+    federation = grid(config)
+
+    def declines(partition: int, reply: Message) -> Message:
+        if partition == 1 and reply.metadata.message_type == wire.TRAIN:
+            about = ConfigRecord(
+                {
+                    **reply.content.config_records[wire.SITE],
+                    wire.DECLINED: "its budget is spent",
+                }
+            )
+            reply.content = RecordDict({wire.SITE: about, wire.SUMS: MetricRecord()})
+        return reply
+
+    federation.tamper = declines
+    found = lines(run(federation, config), "site-2")
+    assert [line.declined for line in found] == [{"train": "its budget is spent"}] * 3
+    assert all(line.asked == ("train", "evaluate") for line in found)
+
+
+def test_sites_are_drawn_for_training_and_all_are_evaluated(tiny, grid) -> None:
+    config = tiny(rounds__count=4, rounds__fraction=0.5, rounds__min_sites="100%")
+    folder = run(grid(config), config)
+    for number in range(1, 5):
+        found = [x for x in read_history(folder.history) if x.round == number and x.split == "val"]
+        sites = [x for x in found if x.site != "pooled"]
+        assert sum(x.train is not None for x in sites) == 2
+        assert all(x.metrics is not None for x in sites)
+        (out,) = (x for x in sites if x.train is None)
+        assert out.left_out == {"train": "not drawn (rounds.fraction)"}
+    other = tiny(run__name="again", rounds__count=4, rounds__fraction=0.5, rounds__min_sites="100%")
+    again = run(grid(other), other)
+    assert [(x.round, x.site) for x in read_history(again.history) if x.train is not None] == [
+        (x.round, x.site) for x in read_history(folder.history) if x.train is not None
+    ]
+
+
+def test_a_quorum_that_no_sample_can_be_is_refused(tiny, grid) -> None:
+    config = tiny(rounds__fraction=0.3, rounds__min_sites="2")
+    with pytest.raises(RunRefused, match=r"rounds.min-sites: expected at most 1, which"):
+        run(grid(config), config)
+
+
+def test_what_may_wait_for_ever_is_not_waited_for_so_long() -> None:
+    import threading
+
+    bounded = Bounded(0.2, "the SuperLink")
+    assert bounded(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        bounded(lambda: 1 // 0)
+    with pytest.raises(TimeoutError, match="its own"):
+        bounded(lambda: (_ for _ in ()).throw(TimeoutError("its own")))
+    with pytest.raises(RunFailed, match="the SuperLink did not answer in"):
+        bounded(threading.Event().wait)
