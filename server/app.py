@@ -8,6 +8,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import flwr
 import torch
@@ -16,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from configs import VERSION
-from configs.run import ConfigError, RoundsConfig, RunConfig, load_run_config, resumed
+from configs.run import RoundsConfig, RunConfig
 from mtl_model.backbone import BackboneError
 from mtl_model.metrics import Metrics
 from mtl_model.network import MultiTaskUNet
@@ -31,6 +32,7 @@ from server.initial import initial_network
 from server.logs import log_to_stream
 from server.records import RunIdentity, SiteReport, question
 from server.report import class_tables, metrics_table, withheld_text
+from server.resume import resumed_config
 from server.rounds import Evaluation, Rounds
 from server.weights import Parts
 
@@ -60,31 +62,12 @@ def run(grid: Grid, config: RunConfig) -> RunFolder:
     """
     log_to_stream(config.run.log_format)
     if config.run.resume:
-        folder = RunFolder.of(config.run.resume, config.run.output_dir)
-        config = resumed_config(folder, config)
+        config = resumed_config(config)
+        folder = RunFolder(Path(config.run.resume))
     else:
         folder = RunFolder.create(config)
     with folder.locked(), Events(folder, config.rounds.on_event) as events:
         return _run(grid, config, folder, events)
-
-
-def resumed_config(folder: RunFolder, given: RunConfig) -> RunConfig:
-    """A run's own settings with the changes that ``given`` makes to them.
-
-    Raises:
-        ConfigError: if one cannot be changed, or nothing is left to do.
-    """
-    config = resumed(load_run_config(folder.config), given)
-    place = {"run.name": folder.name, "run.output-dir": str(folder.path.parent)}
-    config = RunConfig.from_flat({**config.to_flat(), **place, "run.resume": str(folder.path)})
-    done = (folder.checkpoints() or [0])[-1]
-    outcome = folder.read_outcome()
-    if outcome.get("status") == "completed" and done >= config.rounds.count:
-        raise ConfigError(
-            f"run.resume: {folder.path} completed its {done} rounds; give a larger rounds.count to "
-            "go on"
-        )
-    return config
 
 
 def _run(grid: Grid, config: RunConfig, folder: RunFolder, events: Events) -> RunFolder:
@@ -94,6 +77,8 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, events: Events) -> Ru
         network = _initial(config)
         parts = Parts.of(network, config.strategy)
         state = _state(config, folder, network, parts)
+        if config.run.resume:
+            events.notify({"event": "resumed", "round": state.number})
         identity = _identity(config, folder)
         federation = Federation(
             grid, config.rounds, config.data, lambda: question(identity), events.notify

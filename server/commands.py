@@ -165,6 +165,30 @@ def show(
     console.print(f"run folder: {folder.absolute()}", soft_wrap=True, highlight=False)
 
 
+@runs.command()
+def watch(
+    name: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
+    out: OutOption = Path("runs"),
+    silence_s: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="Give up after so long without a word; by default, by the run's deadlines.",
+        ),
+    ] = None,
+) -> None:
+    """Follow a run to its end. The last line says how it ended.
+
+    Exit status: 0 completed, 1 failed, refused, or no longer heard of, 130 stopped watching.
+    """
+    folder = _folder_of(name, out)
+
+    from server.folder import RunFolder
+    from server.watch import watch_run
+
+    raise typer.Exit(watch_run(RunFolder(folder.absolute()), silence_s))
+
+
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A run's name, or its folder.")],

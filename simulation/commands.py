@@ -38,6 +38,10 @@ def simulate(
             min=1, help="Sites that compute at once; by default 1 on a GPU, else by cores."
         ),
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on with a run, by name or folder; its settings need not be given."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Results as JSON.")] = False,
 ) -> None:
     """Train and evaluate a federation on this machine, through Flower's simulation.
@@ -51,7 +55,13 @@ def simulate(
         overrides.append(f"rounds.count={rounds}")
     if out is not None:
         overrides.append(f"run.output-dir={json.dumps(str(out))}")
+    if resume is not None:
+        overrides.append(f"run.resume={json.dumps(resume)}")
     run_config = _with_sites(load_run_config(config, overrides), sites)
+    if run_config.run.resume:
+        from server.resume import resumed_config
+
+        run_config = resumed_config(run_config)
 
     # torch, flwr and Ray take seconds to import; a mistyped key need not wait for them
     from simulation.run import run_simulation

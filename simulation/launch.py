@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -62,6 +63,8 @@ class Plan:
 def plan(config: RunConfig, parallel: int | None = None) -> Plan:
     """Read and check everything that can be checked before anything is started or written.
 
+    A config that resumes a run is one that ``server.app.resumed_config`` made.
+
     Args:
         parallel: sites that compute at the same time; None for one on a GPU, and otherwise as many
             as there are cores and sites, since small layers gain little from a second core.
@@ -92,6 +95,10 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
         model = model.model_copy(update={"pretrained": file})
     initial_network(model, config.data, config.loss, config.run.seed)
     folder = RunFolder.free(config)
+    if config.run.resume:
+        folder = RunFolder(Path(config.run.resume))
+        with folder.locked():
+            pass  # nobody else runs it
     run = config.run.model_copy(update={"name": folder.name, "output_dir": str(folder.path.parent)})
     data = config.data.model_copy(update={"root": str(root), "sites": sites})
     config = config.model_copy(update={"run": run, "data": data, "model": model})
@@ -106,16 +113,19 @@ def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
         LaunchError: if Flower could not start it, or it ended without an outcome.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, once every process has ended.
     """
-    home = plan.folder.path / "flower"
+    homes = (plan.folder.path / f"flower{'-' * (i > 1)}{i if i > 1 else ''}" for i in count(1))
+    home = next(path for path in homes if not path.exists())  # a resumed run has one already
+    began = time.time()
     try:
         home.mkdir(parents=True)
+        plan.folder.outcome.unlink(missing_ok=True)
     except OSError as error:
         raise LaunchError(f"run folder {plan.folder.path}: cannot be made: {error}") from None
     mark = uuid.uuid4().hex
     try:
         with _terminated_as_interrupt(), _superlink(home, mark) as superlink:
             _submit(plan, superlink)
-            return _followed(plan, superlink, follow)
+            return _followed(plan, superlink, follow, began)
     except BaseException as error:
         if not plan.folder.outcome.exists():
             reason = "stopped by the user" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -237,8 +247,10 @@ def _submit(plan: Plan, superlink: SuperLink) -> None:
         raise LaunchError(f"flwr run failed:\n{done.stdout}{done.stderr}")
 
 
-def _followed(plan: Plan, superlink: SuperLink, follow: Callable[[Event], None]) -> Event:
-    """Hand on events until the run's last one.
+def _followed(
+    plan: Plan, superlink: SuperLink, follow: Callable[[Event], None], began: float
+) -> Event:
+    """Hand on events until the run's last one; those of before it was resumed are history.
 
     In silence it is looked whether the server's process is still there, and, since that process
     starts late and may end before its first word, Flower is asked how the run stands.
@@ -247,7 +259,8 @@ def _followed(plan: Plan, superlink: SuperLink, follow: Callable[[Event], None])
     server: psutil.Process | None = None
     while True:
         gone = server is not None and not _runs(server)
-        events, position = read_lines_from(plan.folder.progress, position)
+        found, position = read_lines_from(plan.folder.progress, position)
+        events = [event for event in found if event["time"] >= began]
         for event in events:
             follow(event)
             if event["event"] == "end":

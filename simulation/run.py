@@ -14,11 +14,11 @@ from mtl_model.backbone import BackboneError
 from mtl_model.distance import DistanceError
 from mtl_model.metrics import Metrics
 from mtl_model.pretrained import PretrainedError
+from server.display import Display
 from server.federation import RunRefused
 from server.history import POOLED
 from server.report import class_tables, metrics_table, withheld_text
 from simulation.launch import LaunchError, Plan, launch, plan
-from simulation.progress import Display
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130
 

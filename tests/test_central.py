@@ -37,11 +37,11 @@ from server.central_account import (
     read_releases,
     write_releases,
 )
+from server.display import Display
 from server.federation import RunFailed
 from server.history import POOLED, read_history
 from server.report import central_text, spent_text
 from server.strategies import AverageByTask, contribution_of, message_of, packed_of, record_of
-from simulation.progress import Display
 from tests.test_federation import network, trained
 
 pytestmark = pytest.mark.usefixtures("flower_identity")

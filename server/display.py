@@ -1,8 +1,7 @@
-"""A run as its launcher shows it: one line that moves, and the sites' table after each round."""
+"""A run as whoever watches it sees it: one line that moves, and the sites' table each round."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -34,10 +33,13 @@ class Display:
         console: where to; standard error, so that results alone are on standard output.
     """
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
+    def __init__(
+        self, config: RunConfig, console: Console, first_words: str = "starting Flower"
+    ) -> None:
         self.config = config
         self.console = console
-        self.started = time.monotonic()
+        self.first_words = first_words
+        self.began: float | None = None  # the first event's time
         self.answered = 0
         self.asked = 0
         self.progress = Progress(
@@ -47,14 +49,14 @@ class Display:
             TimeElapsedColumn(),
             console=console,
         )
-        self.task = self.progress.add_task("starting Flower", total=config.rounds.count)
+        self.task = self.progress.add_task(first_words, total=config.rounds.count)
         self.live = Live(self.progress, console=console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.live.start()
         else:
-            self.console.print("starting Flower")
+            self.console.print(self.first_words)
         return self
 
     def __exit__(
@@ -68,7 +70,8 @@ class Display:
 
     def follow(self, event: Mapping[str, Any]) -> None:
         """Show one event of progress.jsonl."""
-        kind = event["event"]
+        kind, now = event["event"], float(event["time"])
+        self.began = now if self.began is None else self.began
         if kind == "phase":
             self.answered, self.asked = 0, event["sites"]
             self._say(event)
@@ -91,6 +94,9 @@ class Display:
             self.console.print(
                 f"  {event['site']} is set aside until round {event['until']}", style="yellow"
             )
+        elif kind == "resumed":
+            self.console.print(f"going on after round {event['round']}")
+            self.progress.update(self.task, completed=event["round"])
         elif kind == "joined":
             self.console.print(f"  {event['site']} {'is back' if event['back'] else 'joins'}")
 
@@ -128,7 +134,7 @@ class Display:
         pooled = rows[POOLED]
         self.console.print(
             f"round {event['round']}/{self.config.rounds.count} "
-            f"({time.monotonic() - self.started:.0f} s): Dice/balanced accuracy on val: "
+            f"({event['time'] - (self.began or 0.0):.0f} s): Dice/balanced accuracy on val: "
             f"{', '.join(parts)}; pooled {shown(pooled.dice)}/{shown(pooled.balanced_accuracy)}"
             f"{''.join(f'; {text}' for text in self._spent(event))}",
             soft_wrap=True,
