@@ -1,0 +1,127 @@
+"""The apps of a release that fails on command: what tests/test_faults.py gives to a real SuperLink.
+
+It takes the place of the project's apps.py in a copy of the project; everything else is what is
+shipped. A fault is a file in the folder that POLYCLINIC_FAULTS names, called after a point in a
+round (``site-2.train.3.reply``), which holds what is to happen there (``nan``). It happens once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from flwr.app import Array, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+import server.rounds as rounds
+from client.app import Simulated, client_app
+from configs import wire
+from server.app import server_app
+from server.rounds import Rounds
+from simulation.sites import ledger_folder, memory_folder, phantom_root
+
+FAULTS = Path(os.environ["POLYCLINIC_FAULTS"])
+WAIT_S = 150.0  # that a process waits for a test to let it go on
+
+
+def reached(point: str) -> str:
+    """Note that a process has come to a point; do what is to happen there, or say what it is."""
+    (FAULTS / f"{point}.reached").write_text(str(os.getpid()))
+    order = FAULTS / point
+    if not order.exists():
+        return ""
+    action = order.read_text().strip()
+    order.rename(FAULTS / f"{point}.done")
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action.startswith("sleep:"):
+        time.sleep(float(action.removeprefix("sleep:")))
+    elif action == "wait":
+        ends = time.monotonic() + WAIT_S
+        while not (FAULTS / f"{point}.go").exists() and time.monotonic() < ends:
+            time.sleep(0.1)
+    elif action == "kill-node":
+        for process in psutil.Process().parents():
+            if "flower-supernode" in " ".join(process.cmdline()):
+                process.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return action
+
+
+def spoiled(reply: Message, action: str) -> Message:
+    """A reply as a broken site might send it."""
+    record = reply.content.array_records.get(wire.WEIGHTS)
+    sums = reply.content.metric_records[wire.SUMS]
+    if action == "nan":
+        if record is not None:
+            key = next(iter(record))
+            record[key] = Array(np.full_like(record[key].numpy(), np.nan))
+        for key in sums:
+            sums[key] = [float("nan")] if isinstance(sums[key], list) else float("nan")
+    elif action == "shapes":
+        if record is not None:
+            key = next(iter(record))
+            record[key] = Array(np.zeros(7, np.float32))
+        for key in [k for k in sums if isinstance(sums[k], list)]:
+            sums[key] = [1.0]
+    elif action == "garbage":
+        reply.content = RecordDict(
+            {"noise": ConfigRecord({"bytes": os.urandom(1000)}), "m": MetricRecord({"x": 1})}
+        )
+    elif action.startswith("huge:"):
+        megabytes = int(action.removeprefix("huge:"))
+        reply.content["ballast"] = ConfigRecord({"bytes": bytes(megabytes << 20)})
+        if record is not None:
+            record["ballast"] = Array(np.zeros(megabytes << 18, np.float32))
+    return reply
+
+
+class FaultyClientApp(ClientApp):
+    """Our client app, with a point before and after what it does."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        site = Path(str(context.node_config["site-config"])).stem
+        asked = message.content.config_records[wire.ROUND]
+        point = f"{site}.{message.metadata.message_type.split('.')[0]}.{asked[wire.NUMBER]}"
+        if wire.SPLIT in asked and asked[wire.SPLIT] == wire.TEST_SPLIT:
+            point = f"{site}.test.{asked[wire.NUMBER]}"
+        reached(f"{point}.received")
+        reply = super().__call__(message, context)
+        action = reached(f"{point}.reply")
+        return spoiled(reply, action) if action else reply
+
+
+def pausing(point: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the server's, with a point before it."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        reached(f"server.{point}.{current[0]}")
+        return call(*args, **kwargs)
+
+    return called
+
+
+current = [0]
+_one_round, _needed = Rounds.one_round, Rounds._needed
+
+
+def one_round(self: Rounds, number: int) -> None:
+    current[0] = number
+    reached(f"server.waiting.{number}")
+    _one_round(self, number)
+
+
+Rounds.one_round = one_round  # type: ignore[method-assign]
+rounds.combination_of = pausing("sending", rounds.combination_of)
+Rounds._choose = pausing("checkpointing", Rounds._choose)  # type: ignore[method-assign]
+rounds.save_round = pausing("saving", rounds.save_round)
+
+server = server_app()
+client = client_app(Simulated(phantom_root, ledger_folder, memory_folder))
+client.__class__ = FaultyClientApp

@@ -1,0 +1,385 @@
+"""A deployment on loopback: SuperLink and SuperNodes as processes, over TLS, with authentication.
+
+Each site reaches the SuperLink through a wire that a test can cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from configs.run import RunConfig
+from server.folder import RunFolder, to_toml
+from simulation.phantom import write_phantoms
+from tests.conftest import TINY, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = Path(sys.executable).parent
+LEFT_OUT = (
+    ".git",
+    ".venv",
+    "tests",
+    "docs",
+    "runs",
+    "docker",
+    ".*_cache",
+    "__pycache__",
+    "*.egg-info",
+)
+
+
+class Wire:
+    """A TCP connection from a site to the SuperLink that can be cut: silence, as on a dead line."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.port = free_port()
+        self.cut = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.join(5)
+
+    def _work(self) -> None:
+        other: dict[socket.socket, socket.socket] = {}
+        with selectors.DefaultSelector() as ready, socket.socket() as door:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind(("127.0.0.1", self.port))
+            door.listen(50)
+            ready.register(door, selectors.EVENT_READ)
+            while not self._closed:
+                events = ready.select(0.1)
+                if self.cut:
+                    time.sleep(0.1)
+                    continue
+                for key, _ in events:
+                    end = key.fileobj
+                    assert isinstance(end, socket.socket)
+                    if end is door:
+                        self._join(door, other, ready)
+                    else:
+                        self._forward(end, other, ready)
+        for end in other:
+            end.close()
+
+    def _join(
+        self,
+        door: socket.socket,
+        other: dict[socket.socket, socket.socket],
+        ready: selectors.BaseSelector,
+    ) -> None:
+        near, _ = door.accept()
+        try:
+            far = socket.create_connection(("127.0.0.1", self.target), 5)
+        except OSError:
+            near.close()
+            return
+        other[near], other[far] = far, near
+        for end in (near, far):
+            ready.register(end, selectors.EVENT_READ)
+
+    def _forward(
+        self,
+        end: socket.socket,
+        other: dict[socket.socket, socket.socket],
+        ready: selectors.BaseSelector,
+    ) -> None:
+        if end not in other:
+            return
+        with contextlib.suppress(OSError):
+            data = end.recv(1 << 16)
+            if data:
+                other[end].sendall(data)
+                return
+        for half in (end, other[end]):
+            ready.unregister(half)
+            half.close()
+        del other[other.pop(end)]
+
+
+class Deployment:
+    """One SuperLink and its sites, until ``stop``."""
+
+    def __init__(self, folder: Path, sites: int = 3) -> None:
+        self.folder = folder
+        self.faults = folder / "faults"
+        self.port = free_port()
+        self.names = [f"site-{i}" for i in range(1, sites + 1)]
+        self.superlink: psutil.Popen | None = None
+        self.nodes: dict[str, psutil.Popen] = {}
+        self.wires: dict[str, Wire] = {}
+        self.started: list[psutil.Popen] = []
+        for part in ("faults", "home", "keys", "runs", "state", "logs"):
+            (folder / part).mkdir()
+        self.app = _app_with_faults(folder / "app")
+        _certificates(folder / "keys")
+        for name in self.names:
+            _key(folder / "keys" / name)
+        write_phantoms(
+            folder / "data", sites=sites, examples=14, seed=0, size=48, normal_fraction=0.0
+        )
+        (folder / "home" / "config.toml").write_text(
+            '[superlink]\ndefault = "prod"\n[superlink.prod]\n'
+            f'address = "127.0.0.1:{self.port}"\n'
+            f'root-certificates = "{folder / "keys" / "ca.crt"}"\n'
+        )
+        self.environment = {
+            **os.environ,
+            "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(folder / "home"),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
+            "POLYCLINIC_FAULTS": str(self.faults),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self) -> None:
+        self.start_superlink()
+        for name in self.names:
+            key = self.folder / "keys" / f"{name}.pub"
+            self.flwr("supernode", "register", str(key), "prod", "--name", name)
+        for name in self.names:
+            self.start_site(name)
+
+    def start_superlink(self) -> None:
+        keys, health = self.folder / "keys", free_port()
+        self.superlink = self._spawn(
+            "superlink",
+            "flower-superlink",
+            *(
+                "--ssl-certfile",
+                str(keys / "server.pem"),
+                "--ssl-keyfile",
+                str(keys / "server.key"),
+            ),
+            *("--ssl-ca-certfile", str(keys / "ca.crt"), "--enable-supernode-auth"),
+            *("--database", str(self.folder / "state.db"), "--host", "127.0.0.1"),
+            *("--port", str(self.port), "--health-server-address", f"127.0.0.1:{health}"),
+        )
+        self.wait_for(lambda: _listens(self.port), 60, "the SuperLink listens")
+
+    def start_site(self, name: str, environment: dict[str, str] | None = None) -> psutil.Popen:
+        folder = self.folder
+        if name not in self.wires:
+            self.wires[name] = Wire(self.port)
+        site = folder / f"{name}.yaml"
+        site.write_text(
+            f"name: {name}\ndata-root: data/{name}\nstate: state/{name}\n"
+            "policy: {least-support: 1}\n"
+        )
+        self.nodes[name] = self._spawn(
+            name,
+            "flower-supernode",
+            *("--root-certificates", str(folder / "keys" / "ca.crt")),
+            *("--superlink", f"127.0.0.1:{self.wires[name].port}"),
+            *("--auth-supernode-private-key", str(folder / "keys" / name)),
+            *("--node-config", f'site-config="{site}"', "--port", str(free_port())),
+            environment=environment,
+        )
+        return self.nodes[name]
+
+    def submit(self, name: str, **changes: bool | float | str) -> RunFolder:
+        """Start a run; its folder comes when its server app does."""
+        named = {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}
+        settings = {
+            **TINY,
+            "run.output-dir": str(self.folder / "runs"),
+            "run.name": name,
+            "rounds.min-sites": "1",
+            "rounds.wait-for-sites-s": 60.0,
+            "evaluate.select-by": "dice",
+            **named,
+        }
+        self._run(name, RunConfig.from_flat(settings))
+        return RunFolder(self.folder / "runs" / name)
+
+    def resume(self, folder: RunFolder) -> None:
+        flat = {"run.resume": folder.name, "run.output-dir": str(folder.path.parent)}
+        self._run(f"{folder.name}-resumed", RunConfig.from_flat(flat))
+
+    def _run(self, name: str, config: RunConfig) -> None:
+        file = self.folder / f"{name}.toml"
+        file.write_text(to_toml(config))
+        self.flwr("run", str(self.app), "prod", "-c", str(file))
+
+    def outcome(self, folder: RunFolder, seconds: float = 300.0) -> dict:
+        """How a run ended, once it has."""
+        self.wait_for(folder.outcome.exists, seconds, f"{folder.name} ends")
+        return folder.read_outcome()
+
+    def fault(self, point: str, action: str) -> None:
+        (self.faults / point).write_text(action)
+
+    def reached(self, point: str, seconds: float = 200.0) -> int:
+        """Wait until a process has come to a point; its process number."""
+        file = self.faults / f"{point}.reached"
+        self.wait_for(lambda: file.exists() and file.read_text(), seconds, f"{point} is reached")
+        return int(file.read_text())
+
+    def go(self, point: str) -> None:
+        (self.faults / f"{point}.go").touch()
+
+    def flwr(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [str(PROGRAMS / "flwr"), *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def kill(self, process: psutil.Popen | psutil.Process) -> None:
+        """End a process and all that it started, at once."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [process, *process.children(recursive=True)]
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.send_signal(signal.SIGKILL)
+            psutil.wait_procs(family, timeout=10)
+
+    def server_app(self) -> psutil.Process:
+        """The process that runs the server app."""
+        assert self.superlink is not None
+        for process in psutil.Process(self.superlink.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "flwr-serverapp" in " ".join(process.cmdline()):
+                    return process
+        raise AssertionError("no server app runs")
+
+    def wait_for(self, happened: Callable[[], object], seconds: float, what: str) -> None:
+        ends = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < ends, f"not within {seconds:g} s: {what}\n{self.last_words()}"
+            time.sleep(0.1)
+
+    def last_words(self) -> str:
+        texts = []
+        for log in sorted((self.folder / "logs").iterdir()):
+            lines = log.read_text(errors="replace").splitlines()[-12:]
+            texts.append("\n".join([f"--- {log.name}", *lines]))
+        return "\n".join(texts)
+
+    def log(self, name: str) -> str:
+        return (self.folder / "logs" / f"{name}.log").read_text(errors="replace")
+
+    def stop(self) -> None:
+        for process in self.started:
+            self.kill(process)
+        for line in self.wires.values():
+            line.close()
+
+    def _spawn(
+        self, name: str, program: str, *arguments: str, environment: dict[str, str] | None = None
+    ) -> psutil.Popen:
+        with (self.folder / "logs" / f"{name}.log").open("ab") as out:
+            process = psutil.Popen(
+                [str(PROGRAMS / program), *arguments],
+                env=self.environment | (environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        self.started.append(process)
+        return process
+
+
+@contextlib.contextmanager
+def deployment(folder: Path, sites: int = 3) -> Iterator[Deployment]:
+    made = Deployment(folder, sites)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def events(folder: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in folder.progress.read_text().splitlines() if line]
+
+
+def _app_with_faults(folder: Path) -> Path:
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    shutil.copy(ROOT / "tests" / "faults" / "apps.py", folder / "apps.py")
+    return folder
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        return True
+    return False
+
+
+def _key(path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+    )
+    path.chmod(0o600)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    path.with_name(f"{path.name}.pub").write_bytes(public)
+
+
+def _certificates(folder: Path) -> None:
+    """A certificate authority of a day, and the server's certificate for loopback."""
+    now = datetime.datetime.now(datetime.UTC)
+    authority = ec.generate_private_key(ec.SECP384R1())
+    issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test authority")])
+    server = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+
+    def certificate(name: x509.Name, key: ec.EllipticCurvePrivateKey, ca: bool) -> x509.Certificate:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=3))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(
+                x509.SubjectAlternativeName([x509.DNSName("localhost"), loopback]), critical=False
+            )
+            .sign(authority, hashes.SHA256())
+        )
+
+    pem = serialization.Encoding.PEM
+    (folder / "ca.crt").write_bytes(certificate(issuer, authority, True).public_bytes(pem))
+    (folder / "server.pem").write_bytes(certificate(subject, server, False).public_bytes(pem))
+    (folder / "server.key").write_bytes(
+        server.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
