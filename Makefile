@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test long quick lint install clean
+.PHONY: demo test long faults quick lint install clean
 
 demo: $(VENV)/.installed  ## three phantom hospitals train together, about two minutes
 	$(BIN)/polyclinic simulate --config configs/demo.toml
@@ -12,7 +12,10 @@ test: lint  ## everything that CI checks
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
 
 long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long --ignore tests/test_faults.py
+
+faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; about an hour
+	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/test_faults.py
 
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not long"

@@ -153,6 +153,7 @@ class Federation:
         read: Callable[[Message, str], Answer],
         needed: int,
         resting: Mapping[str, str] | None = None,
+        singly: bool = False,
     ) -> Phase[Answer]:
         """Ask sites the same, read every reply as it comes, and wait for the deadline at most.
 
@@ -162,6 +163,7 @@ class Federation:
                 outcome and hurts no other.
             needed: how many must be there; it is waited for them to connect, but not for more.
             resting: sites that this phase leaves out, and why.
+            singly: pull one reply at a time; several with a network each may be too many.
 
         Raises:
             RunFailed: if the SuperLink does not answer.
@@ -186,7 +188,7 @@ class Federation:
         over = False
         while waiting and not over:
             over = time.monotonic() >= ends  # what has arrived by then is taken in
-            for reply in self._pull([*waiting, *self._greeted]):
+            for reply in self._replies(waiting, singly):
                 identity = reply.metadata.reply_to_message_id
                 if identity in self._greeted:
                     self._introduce(number, [reply])
@@ -352,6 +354,13 @@ class Federation:
 
     def _connected(self) -> list[int]:
         return sorted(self._bounded(self.grid.get_node_ids))
+
+    def _replies(self, waiting: Mapping[str, str], singly: bool) -> Iterator[Message]:
+        """What has come of answers and of descriptions."""
+        ids = list(waiting)
+        for some in [[i] for i in ids] if singly else [ids]:
+            yield from self._pull(some)
+        yield from self._pull(list(self._greeted))
 
     def _push(self, message: Message) -> str | None:
         """Send one message, which may carry the whole network; None if its node is not there."""

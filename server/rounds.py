@@ -104,7 +104,7 @@ class Rounds:
 
     def one_round(self, number: int) -> None:
         """Train at the round's sites, combine, evaluate at every site, save."""
-        trained, reports = self._train(number)
+        trained, reports = self.train(number)
         release = self.central.releases[-1] if self.central else None
         evaluation = self._evaluate(number, wire.VAL_SPLIT)
         self._choose(number, evaluation)
@@ -182,7 +182,7 @@ class Rounds:
         )
         return evaluation
 
-    def _train(self, number: int) -> tuple[Phase[None], dict[str, TrainReport]]:
+    def train(self, number: int) -> tuple[Phase[None], dict[str, TrainReport]]:
         """A local round at the round's sites, and the next weights from what came of it."""
         federation, settings = self.federation, self.config.rounds
         due = federation.book.due(number)
@@ -212,7 +212,9 @@ class Rounds:
 
         content = self._task(number, wire.TRAIN_SPLIT)
         needed = self._needed(settings.fraction)
-        phase = federation.ask(number, "train", wire.TRAIN, content, chosen, read, needed, resting)
+        phase = federation.ask(
+            number, "train", wire.TRAIN, content, chosen, read, needed, resting, singly=True
+        )
         for site, reason in (refused | intake.close()).items():
             phase.refuse(site, reason)
         federation.settle(number, phase, needed)

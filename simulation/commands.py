@@ -207,6 +207,23 @@ def bench_privacy(
     run_privacy_bench(size, preset, images, threads, turns, device, precision, only, as_json)
 
 
+@bench.command("memory")
+def bench_memory(
+    sites: Annotated[
+        str, typer.Option(help="Numbers of sites whose replies are folded, with commas.")
+    ] = "3,30,300",
+    gathered: Annotated[
+        str, typer.Option(help="Numbers of sites whose replies are gathered, as fedmedian needs.")
+    ] = "3,10",
+    preset: Annotated[str, typer.Option(help="model.preset: full or light.")] = "full",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Measure the server's peak memory while it takes in a round's replies."""
+    from simulation.bench_memory import run_memory_bench
+
+    run_memory_bench(sites, gathered, preset, as_json)
+
+
 @bench.command("audit")
 def bench_audit(
     only: Annotated[str | None, typer.Option(help="Rounds by name, with commas.")] = None,

@@ -146,3 +146,13 @@ def test_a_site_that_cannot_keep_its_layers_says_so(tiny, grid, monkeypatch) -> 
 
     with pytest.raises(RunFailed, match=r"site-1: .*No space left on device"):
         run(grid(config), config)
+
+
+def test_a_model_whose_layers_stayed_at_the_sites_is_not_exported(tiny) -> None:
+    from configs.run import ConfigError
+    from server.export import chosen_checkpoint
+    from server.folder import RunFolder
+
+    folder = RunFolder.create(tiny(strategy__personal="norms"))
+    with pytest.raises(ConfigError, match=r"its norms stay at the sites \(strategy.personal\)"):
+        chosen_checkpoint(folder, None)

@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 import server.rounds as rounds
 from client.app import Simulated, client_app
 from configs import wire
+from server.aggregate import Combination
 from server.app import server_app
 from server.rounds import Rounds
 from simulation.sites import ledger_folder, memory_folder, phantom_root
@@ -108,7 +109,7 @@ def pausing(point: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 current = [0]
-_one_round, _needed = Rounds.one_round, Rounds._needed
+_one_round = Rounds.one_round
 
 
 def one_round(self: Rounds, number: int) -> None:
@@ -118,8 +119,17 @@ def one_round(self: Rounds, number: int) -> None:
 
 
 Rounds.one_round = one_round  # type: ignore[method-assign]
-rounds.combination_of = pausing("sending", rounds.combination_of)
-Rounds._choose = pausing("checkpointing", Rounds._choose)  # type: ignore[method-assign]
+_combination_of = rounds.combination_of
+
+
+def combination_of(*args: Any) -> Combination:
+    reached(f"server.sending.{current[0]}")
+    made = _combination_of(*args)
+    made.combined = pausing("aggregating", made.combined)  # type: ignore[method-assign]
+    return made
+
+
+rounds.combination_of = combination_of
 rounds.save_round = pausing("saving", rounds.save_round)
 
 server = server_app()

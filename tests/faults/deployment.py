@@ -182,25 +182,36 @@ class Deployment:
         )
         self.wait_for(lambda: _listens(self.port), 60, "the SuperLink listens")
 
-    def start_site(self, name: str, environment: dict[str, str] | None = None) -> psutil.Popen:
-        folder = self.folder
+    def start_wire(self, name: str) -> Wire:
+        """A site's way to the SuperLink, which is the same as long as the deployment is there."""
         if name not in self.wires:
             self.wires[name] = Wire(self.port)
+        return self.wires[name]
+
+    def start_second(self, name: str) -> psutil.Popen:
+        """Start another SuperNode with a site's own key and files."""
+        return self._start_node(name, f"{name}-again", None)
+
+    def start_site(self, name: str, environment: dict[str, str] | None = None) -> psutil.Popen:
+        self.nodes[name] = self._start_node(name, name, environment)
+        return self.nodes[name]
+
+    def _start_node(self, name: str, log: str, environment: dict[str, str] | None) -> psutil.Popen:
+        folder = self.folder
         site = folder / f"{name}.yaml"
         site.write_text(
             f"name: {name}\ndata-root: data/{name}\nstate: state/{name}\n"
             "policy: {least-support: 1}\n"
         )
-        self.nodes[name] = self._spawn(
-            name,
+        return self._spawn(
+            log,
             "flower-supernode",
             *("--root-certificates", str(folder / "keys" / "ca.crt")),
-            *("--superlink", f"127.0.0.1:{self.wires[name].port}"),
+            *("--superlink", f"127.0.0.1:{self.start_wire(name).port}"),
             *("--auth-supernode-private-key", str(folder / "keys" / name)),
             *("--node-config", f'site-config="{site}"', "--port", str(free_port())),
             environment=environment,
         )
-        return self.nodes[name]
 
     def submit(self, name: str, **changes: bool | float | str) -> RunFolder:
         """Start a run; its folder comes when its server app does."""
@@ -225,6 +236,11 @@ class Deployment:
         file = self.folder / f"{name}.toml"
         file.write_text(to_toml(config))
         self.flwr("run", str(self.app), "prod", "-c", str(file))
+
+    def finished(self) -> bool:
+        """Whether Flower says that every run has ended."""
+        runs = json.loads(self.flwr("ls", "prod", "--format", "json"))["runs"]
+        return all(str(run["status"]).startswith("finished") for run in runs)
 
     def outcome(self, folder: RunFolder, seconds: float = 300.0) -> dict:
         """How a run ended, once it has."""

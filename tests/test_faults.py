@@ -1,0 +1,500 @@
+"""What breaks in a deployment, on purpose: real processes over TLS, with authentication.
+
+Each test breaks something at a point of a round, sees how that is told, and that the run goes on or
+can be resumed without losing more than the round in flight. The table of all is printed at the end,
+and written to the file that POLYCLINIC_FAULT_TABLE names; docs/reliability.md shows it. A dozen run
+in CI; `make faults` runs them all, which takes about an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import pytest
+
+from server.folder import RunFolder
+from server.history import Line, read_history
+from tests.faults.deployment import Deployment, deployment, events
+
+DEADLINE_S = 40.0  # a phase without faults takes about 15 s here
+SLACK_S = 60.0  # beyond deadlines: starting processes on a busy machine
+
+# Where a round is when something breaks: who has come how far, and waits there.
+POINTS = {
+    "waiting": "server.waiting.2",
+    "sending train": "server.sending.2",
+    "training": "site-1.train.2.received",
+    "replying": "site-1.train.2.reply",
+    "aggregating": "server.aggregating.2",
+    "checkpointing": "server.saving.2",
+    "evaluating": "site-1.evaluate.2.received",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault, and what became of it."""
+
+    fault: str
+    phase: str
+    detected: str
+    recovered: str
+    lost: str
+    seconds: str  # from the fault to the next saved round
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[Row]]:
+    rows: list[Row] = []
+    yield rows
+    heads = [field.name for field in fields(Row)]
+    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+    lines += [" | ".join(astuple(row)) for row in rows]
+    text = "".join(f"| {line} |\n" for line in lines)
+    print(f"\n{text}")
+    if file := os.environ.get("POLYCLINIC_FAULT_TABLE"):
+        Path(file).write_text(text)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with deployment(tmp_path_factory.mktemp("deployment")) as made:
+        yield made
+
+
+@pytest.fixture
+def there(place: Deployment) -> Deployment:
+    """A deployment whose sites all run, and where nothing is about to break."""
+    for file in place.faults.iterdir():
+        file.unlink()
+    if place.superlink is None or not place.superlink.is_running():
+        place.start_superlink()
+    for name in place.names:
+        place.start_wire(name).cut = False
+        if not place.nodes[name].is_running():
+            place.start_site(name)
+    return place
+
+
+def submit(place: Deployment, name: str, **changes: bool | float | str) -> RunFolder:
+    settings = {"rounds__count": 2, "rounds__deadline_s": DEADLINE_S, "rounds__min_sites": "1"}
+    return place.submit(name, **(settings | changes))
+
+
+def line(folder: RunFolder, site: str, number: int) -> Line:
+    (found,) = (
+        x
+        for x in read_history(folder.history)
+        if (x.site, x.round, x.split) == (site, number, "val")
+    )
+    return found
+
+
+def settled(folder: RunFolder, number: int, phase: str) -> dict:
+    found = [e for e in events(folder) if e["event"] == "settled"]
+    return next(e for e in found if (e["round"], e["phase"]) == (number, phase))
+
+
+def seconds_to_next_round(folder: RunFolder, since: float) -> str:
+    rounds = [e["time"] for e in events(folder) if e["event"] == "round" and e["time"] > since]
+    return f"{rounds[0] - since:.0f}" if rounds else "-"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def completed(folder: RunFolder, rounds: int) -> None:
+    outcome = folder.read_outcome()
+    assert outcome["status"] == "completed", outcome
+    assert outcome["rounds"] == rounds
+    numbers = {x.round for x in read_history(folder.history) if x.split == "val"}
+    assert numbers == set(range(1, rounds + 1))
+
+
+def no_longer_than(deadlines: int, since: float) -> None:
+    """No fault hangs a run past its deadlines."""
+    assert time.time() - since < deadlines * DEADLINE_S + SLACK_S
+
+
+@pytest.mark.slow
+def test_replies_that_are_no_good(there: Deployment, table: list[Row]) -> None:
+    """Six in two rounds, two at a time: each is named, and the other site's counts."""
+    bad = [
+        ("site-1", "train", 1, "nan", "refused", "finite"),
+        ("site-2", "train", 1, "shapes", "refused", "got shape (7,)"),
+        ("site-3", "evaluate", 1, "garbage", "refused", "expected records"),
+        ("site-1", "train", 2, "garbage", "refused", "expected records"),
+        ("site-2", "evaluate", 2, "nan", "refused", "evaluation: "),
+        ("site-3", "evaluate", 2, "shapes", "refused", "evaluation: "),
+    ]
+    for site, phase, number, action, _, _ in bad:
+        there.fault(f"{site}.{phase}.{number}.reply", action)
+    folder = submit(there, "bad-replies")
+    there.outcome(folder)
+    completed(folder, 2)
+    for site, phase, number, action, outcome, said in bad:
+        reason = getattr(line(folder, site, number), outcome)[phase]
+        assert said in reason
+        row = Row(f"a reply with {action}", phase, reason[:80], "at once", "that reply", "0")
+        table.append(row)
+    assert line(folder, "site-3", 1).train is not None
+    assert line(folder, "site-1", 1).metrics is not None
+
+
+@pytest.mark.slow
+def test_sites_that_are_killed_or_slow(there: Deployment, table: list[Row]) -> None:
+    there.fault("site-1.train.1.received", "kill")
+    there.fault("site-2.evaluate.1.received", "kill")
+    there.fault("site-1.train.2.received", f"sleep:{DEADLINE_S + 8}")
+    there.fault("site-3.train.2.received", "kill-node")
+    folder = submit(there, "killed", rounds__count=3)
+    there.reached("site-3.train.2.received")
+    since = time.time()
+    there.kill(there.nodes["site-3"])
+    there.start_site("site-3")
+    there.outcome(folder, 8 * DEADLINE_S)
+    completed(folder, 3)
+    no_longer_than(5, since)
+    for site, number, phase, fault in (
+        ("site-1", 1, "train", "kill -9 a site's app"),
+        ("site-2", 1, "evaluate", "kill -9 a site's app"),
+        ("site-1", 2, "train", "a site slower than the deadline"),
+        ("site-3", 2, "train", "kill -9 a SuperNode"),
+    ):
+        found = line(folder, site, number)
+        (reason,) = found.lost.values()
+        assert list(found.lost) == [phase]
+        after = line(folder, site, number + 1)
+        assert not after.lost
+        assert after.train is not None
+        waited = _waited(folder, number, phase)
+        table.append(Row(fault, phase, reason[:80], "next phase", "that answer", f"{waited:.0f}"))
+
+
+def _waited(folder: RunFolder, number: int, phase: str) -> float:
+    name = "evaluate on val" if phase == "evaluate" else phase
+    began = next(
+        e["time"]
+        for e in events(folder)
+        if e["event"] == "phase" and (e["round"], e["phase"]) == (number, name)
+    )
+    return settled(folder, number, name)["time"] - began
+
+
+def paused(place: Deployment, point: str, name: str, **changes: object) -> RunFolder:
+    """A run that has come to a point of its second round, and waits there."""
+    place.fault(point, "wait")
+    folder = submit(place, name, **changes)
+    place.reached(point)
+    return folder
+
+
+def killed_server(place: Deployment, phase: str) -> Row:
+    point = POINTS[phase]
+    folder = paused(place, point, f"server-{phase.replace(' ', '-')}")
+    first, since = digest(folder.checkpoint(1)), time.time()
+    place.kill(place.server_app())
+    place.go(point)
+    assert not folder.outcome.exists()
+    place.wait_for(place.finished, SLACK_S, "Flower sees it")
+    place.resume(folder)
+    place.outcome(folder)
+    completed(folder, 2)
+    assert digest(folder.checkpoint(1)) == first
+    resumed = [e for e in events(folder) if e["event"] == "resumed"]
+    assert [e["round"] for e in resumed] == [1]
+    took = seconds_to_next_round(folder, since)
+    return Row("kill -9 the ServerApp", phase, "Flower: failed", "resumed", "round 2", took)
+
+
+@pytest.mark.slow
+def test_the_server_app_is_killed_while_it_saves(there: Deployment, table: list[Row]) -> None:
+    table.append(killed_server(there, "checkpointing"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", [phase for phase in POINTS if phase != "checkpointing"])
+def test_the_server_app_is_killed(there: Deployment, table: list[Row], phase: str) -> None:
+    table.append(killed_server(there, phase))
+
+
+def killed_superlink(place: Deployment, phase: str) -> Row:
+    point = POINTS[phase]
+    folder = paused(place, point, f"superlink-{phase.replace(' ', '-')}")
+    first, since = digest(folder.checkpoint(1)), time.time()
+    assert place.superlink is not None
+    place.kill(place.superlink)
+    place.go(point)
+    place.start_superlink()
+    place.resume(folder)
+    place.outcome(folder)
+    completed(folder, 2)
+    assert digest(folder.checkpoint(1)) == first
+    took = seconds_to_next_round(folder, since)
+    return Row("kill -9 the SuperLink, restart", phase, "its exit", "resumed", "round 2", took)
+
+
+@pytest.mark.slow
+def test_the_superlink_is_killed_while_sites_train(there: Deployment, table: list[Row]) -> None:
+    table.append(killed_superlink(there, "training"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", [phase for phase in POINTS if phase != "training"])
+def test_the_superlink_is_killed(there: Deployment, table: list[Row], phase: str) -> None:
+    table.append(killed_superlink(there, phase))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", POINTS)
+def test_a_supernode_is_killed_and_comes_back(
+    there: Deployment, table: list[Row], phase: str
+) -> None:
+    point = POINTS[phase]
+    folder = paused(there, point, f"node-{phase.replace(' ', '-')}", rounds__count=3)
+    since = time.time()
+    there.kill(there.nodes["site-1"])
+    there.go(point)
+    there.start_site("site-1")
+    there.outcome(folder, 8 * DEADLINE_S)
+    completed(folder, 3)
+    no_longer_than(6, since)
+    found = line(folder, "site-1", 2)
+    reasons = found.lost | found.left_out
+    assert line(folder, "site-1", 3).train is not None
+    table.append(
+        Row(
+            "kill -9 a SuperNode, restart",
+            phase,
+            "; ".join(f"{k}: {v}" for k, v in reasons.items())[:80] or "nobody asked it meanwhile",
+            "next phase",
+            "its answer" if reasons else "nothing",
+            seconds_to_next_round(folder, since),
+        )
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", POINTS)
+def test_a_site_is_cut_off_and_comes_back(there: Deployment, table: list[Row], phase: str) -> None:
+    point = POINTS[phase]
+    folder = paused(there, point, f"cut-{phase.replace(' ', '-')}", rounds__count=4)
+    since = time.time()
+    there.wires["site-1"].cut = True
+    there.go(point)
+    time.sleep(DEADLINE_S * 1.25)
+    there.wires["site-1"].cut = False
+    there.outcome(folder, 10 * DEADLINE_S)
+    completed(folder, 4)
+    no_longer_than(9, since)
+    found = line(folder, "site-1", 2)
+    reasons = found.lost | found.left_out
+    assert line(folder, "site-1", 4).train is not None
+    table.append(
+        Row(
+            "a site's network cut for longer than the deadline",
+            phase,
+            "; ".join(f"{k}: {v}" for k, v in reasons.items())[:80] or "nobody asked it meanwhile",
+            "once it is back",
+            "its answers meanwhile",
+            seconds_to_next_round(folder, since),
+        )
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["training", "evaluating"])
+def test_a_site_is_far_too_slow(there: Deployment, table: list[Row], phase: str) -> None:
+    there.fault(POINTS[phase], f"sleep:{2.2 * DEADLINE_S}")
+    folder = submit(there, f"slow-{phase}", rounds__count=4)
+    there.outcome(folder, 10 * DEADLINE_S)
+    completed(folder, 4)
+    found = line(folder, "site-1", 2)
+    assert found.late
+    assert line(folder, "site-1", 4).train is not None
+    reason = next(iter(found.late.values()))
+    table.append(
+        Row(
+            "a site far slower than the others",
+            phase,
+            reason,
+            "once it has caught up",
+            "its late answers",
+            f"{_waited(folder, 2, 'train' if phase == 'training' else 'evaluate'):.0f}",
+        )
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_a_reply_is_huge(there: Deployment, table: list[Row], phase: str) -> None:
+    """A tenth of the ten gigabytes that a machine of this size could not hold at both ends."""
+    there.fault(f"site-2.{phase}.1.reply", "huge:500")
+    folder = submit(there, f"huge-{phase}", rounds__count=2)
+    there.outcome(folder, 8 * DEADLINE_S)
+    completed(folder, 2)
+    found = line(folder, "site-2", 1)
+    assert found.lost, found
+    table.append(
+        Row(
+            "a reply of a gigabyte" if phase == "train" else "a reply of half a gigabyte",
+            phase,
+            found.lost[phase][:80],
+            "next phase",
+            "that reply",
+            f"{_waited(folder, 1, phase):.0f}",
+        )
+    )
+
+
+@pytest.mark.long
+def test_two_runs_at_once(there: Deployment, table: list[Row]) -> None:
+    since = time.time()
+    changes = {"rounds__deadline_s": 4 * DEADLINE_S, "rounds__min_sites": "3"}
+    one, other = (submit(there, name, **changes) for name in ("one", "other"))
+    for folder in (one, other):
+        there.outcome(folder, 12 * DEADLINE_S)
+        completed(folder, 2)
+    assert digest(one.checkpoint(2)) != ""
+    from safetensors.numpy import load_file
+
+    a, b = load_file(one.checkpoint(2)), load_file(other.checkpoint(2))
+    assert all((a[name] == b[name]).all() for name in a)  # neither has a reply of the other
+    took = f"{time.time() - since:.0f}"
+    table.append(Row("two runs at once", "all", "-", "both complete", "nothing", took))
+
+
+@pytest.mark.long
+def test_the_same_site_connects_twice(there: Deployment, table: list[Row]) -> None:
+    second = there.start_second("site-1")
+    folder = submit(there, "twice", rounds__min_sites="3")
+    there.outcome(folder, 8 * DEADLINE_S)
+    completed(folder, 2)
+    assert line(folder, "site-1", 2).train is not None
+    said = there.log("site-1-again")[-300:].replace("\n", " ").strip()
+    there.kill(second)
+    table.append(Row("the same site connects twice", "all", said[:80], "-", "nothing", "0"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_sites_clock_is_an_hour_wrong(
+    there: Deployment, table: list[Row], tmp_path: Path, hours: int
+) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("a wrong clock is made with a C compiler, and there is none")
+    library = tmp_path / "clock.so"
+    source = Path(__file__).parent / "faults" / "clock.c"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", f"-DSKEW={hours * 3600}", "-o", library, source, "-ldl"],
+        check=True,
+    )
+    there.kill(there.nodes["site-1"])
+    there.start_site("site-1", {"LD_PRELOAD": str(library)})
+    folder = submit(there, f"clock-{hours}")
+    there.outcome(folder, 8 * DEADLINE_S)
+    there.kill(there.nodes["site-1"])
+    completed(folder, 2)
+    found = [x for x in read_history(folder.history) if (x.site, x.split) == ("site-1", "val")]
+    if found:
+        said = "; ".join(f"{k}: {v}" for x in found for k, v in (x.lost | x.left_out).items())
+        took_part = all(x.train is not None for x in found)
+    else:
+        words = [t for t in there.log("site-1").splitlines() if "rror" in t or "WARN" in t]
+        said, took_part = (words or ["it did not connect"])[-1].strip(), False
+    table.append(
+        Row(
+            f"a site's clock is {abs(hours)} hour {'ahead' if hours > 0 else 'behind'}",
+            "all",
+            said[:80] or "-",
+            "takes part" if took_part else "without it",
+            "nothing" if took_part else "that site, until its clock is right",
+            "0",
+        )
+    )
+
+
+def small_disk(folder: Path, megabytes: int) -> Callable[[], None]:
+    """Put a small disk where a folder is; gives what takes it away again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = f"size={megabytes}m"
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("a small disk is a mounted tmpfs, which this user may not make")
+    return lambda: subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.long
+def test_the_disk_of_the_run_folder_is_full(there: Deployment, table: list[Row]) -> None:
+    disk = there.folder / "small"
+    unmount = small_disk(disk, 60)
+    try:
+        folder = RunFolder(disk / "full")
+        there.fault("server.saving.2", "wait")
+        submit(there, "full", **{"run__output_dir": str(disk)})
+        there.reached("server.saving.2")
+        since = time.time()
+        filler = disk / "filler"
+        with filler.open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 16))
+                    file.flush()
+            except OSError:
+                pass
+        there.go("server.saving.2")
+        there.wait_for(there.finished, 2 * SLACK_S, "the run ends")
+        assert "No space left" in there.log("superlink")
+        assert folder.checkpoints() == [1]
+        filler.unlink()
+        there.resume(folder)
+        there.outcome(folder)
+        completed(folder, 2)
+        took = seconds_to_next_round(folder, since)
+        row = Row("full disk", "checkpointing", "No space left", "resumed", "round 2", took)
+        table.append(row)
+    finally:
+        unmount()
+
+
+@pytest.mark.long
+def test_the_disk_of_a_site_is_full(there: Deployment, table: list[Row]) -> None:
+    """A site that cannot write down what leaves does not answer; it is back once it can."""
+    unmount = small_disk(there.folder / "state" / "site-1", 1)
+    try:
+        filler = there.folder / "state" / "site-1" / "filler"
+        there.fault("server.waiting.2", "wait")
+        folder = submit(there, "site-full", rounds__count=3)
+        there.reached("server.waiting.2")
+        with filler.open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 12))
+                    file.flush()
+            except OSError:
+                pass
+        there.fault("server.waiting.3", "wait")
+        there.go("server.waiting.2")
+        there.reached("server.waiting.3", 4 * DEADLINE_S)
+        filler.unlink()
+        there.go("server.waiting.3")
+        there.outcome(folder, 6 * DEADLINE_S)
+        completed(folder, 3)
+        found = line(folder, "site-1", 2)
+        assert "train" in found.lost
+        assert line(folder, "site-1", 3).train is not None
+        reason = found.lost["train"].replace("\n", " ")
+        row = Row("full disk at a site", "train", reason[:80], "next round", "its answers", "0")
+        table.append(row)
+    finally:
+        unmount()
