@@ -224,7 +224,13 @@ class Rounds:
             combined = combination.combined()
         if self.optimiser is not None:
             combined = self.optimiser.step(number, self.weights, combined)
-        self.parts.shared.check(combined)
+        try:
+            self.parts.shared.check(combined)
+        except ValueError as error:
+            raise RunFailed(
+                f"round {number}: what was made of the sites' weights is no good: {error}; a "
+                "smaller strategy.server-learning-rate may help"
+            ) from None
         self.weights = combined
         return phase, reports
 

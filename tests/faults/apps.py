@@ -49,7 +49,7 @@ def reached(point: str) -> str:
             time.sleep(0.1)
     elif action == "kill-node":
         for process in psutil.Process().parents():
-            if "flower-supernode" in " ".join(process.cmdline()):
+            if any(Path(word).name == "flower-supernode" for word in process.cmdline()[:2]):
                 process.kill()
         os.kill(os.getpid(), signal.SIGKILL)
     return action
@@ -63,8 +63,8 @@ def spoiled(reply: Message, action: str) -> Message:
         if record is not None:
             key = next(iter(record))
             record[key] = Array(np.full_like(record[key].numpy(), np.nan))
-        for key in sums:
-            sums[key] = [float("nan")] if isinstance(sums[key], list) else float("nan")
+        for key in [k for k in sums if isinstance(sums[k], list)]:
+            sums[key] = [float("nan")] * len(sums[key])  # type: ignore[arg-type]
     elif action == "shapes":
         if record is not None:
             key = next(iter(record))
