@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -158,23 +157,12 @@ def _numbers(text: str) -> list[int]:
         raise ConfigError(f"sites: expected numbers with commas, got {text!r}") from None
 
 
-def one_round(strategy: str, sites: int, preset: str, place: Path) -> float:
-    """Take one round's replies in.
+def one_round(config: RunConfig, sites: int) -> float:
+    """Take one round's replies in, within a task of Flower's (or what is taken for one).
 
     Returns:
         Seconds that it took, the making of the replies included.
     """
-    for name in ("_task_id", "_run_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)  # Flower makes no message outside of a task
-    config = RunConfig.from_flat(
-        {
-            "run.output-dir": str(place),
-            "run.name": "bench",
-            "model.preset": preset,
-            "strategy.name": strategy,
-            "data.channels": 3,
-        }
-    )
     network = network_of(config.model, config.data, config.loss, seed=0)
     parts = Parts.of(network, config.strategy)
     state = ServerState(0, parts.whole.pack(network.state_dict()))
@@ -199,8 +187,16 @@ def one_round(strategy: str, sites: int, preset: str, place: Path) -> float:
     return time.perf_counter() - started
 
 
-if __name__ == "__main__":
-    with TemporaryDirectory() as folder:
-        seconds = one_round(sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(folder))
+def main(strategy: str, sites: int, preset: str) -> None:
+    """One round in this process; prints its peak, in MB."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        setattr(TaskIdentity, name, 1)  # Flower makes no message outside of a task
+    with TemporaryDirectory() as place:
+        flat = {"run.output-dir": place, "model.preset": preset, "strategy.name": strategy}
+        seconds = one_round(RunConfig.from_flat(flat), sites)
     sys.stderr.write(f"{seconds:.0f} s\n")
     print(peak_of_process())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -43,6 +43,7 @@ TINY: dict[str, bool | int | float | str] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which sends a group's tests to one process
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under two processes: one real federation at a time, and files exported once."""
     for item in items:
@@ -96,13 +97,17 @@ def flower_identity() -> Iterator[None]:
 
 
 @pytest.fixture
-def grid(flower_identity: None) -> Callable[[RunConfig], MemoryGrid]:
+def grid(
+    flower_identity: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[RunConfig], MemoryGrid]:
     """A federation of a config's simulated sites in this process."""
     from apps import client
 
     def make(config: RunConfig, sites: int = 3) -> MemoryGrid:
         return MemoryGrid(client, config.to_flat(), sites)
 
+    # nobody comes later than at once
+    monkeypatch.setattr("server.federation.SETTLE_S", 0.0)
     return make
 
 

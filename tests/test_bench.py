@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message
 
-from configs.run import ConfigError, ModelConfig
+from configs.run import ConfigError, ModelConfig, RunConfig
+from server.aggregate import Contribution
+from server.judge import HELD
 from simulation import bench
 from simulation.bench import BY_DEFAULT, CONTESTANTS, Bench, run_bench
+from simulation.bench_memory import Replies, one_round
 from simulation.bench_privacy import PrivacyBench, PrivacyRow, run_privacy_bench, table
+from tests.conftest import pretended_task
 from tests.test_network import SMALL
 
 TINY = Bench(size=64, batch=2, threads=1, turns=1)
@@ -70,6 +77,7 @@ def test_a_process_that_dies_leaves_a_gap_and_says_why(
     assert "no peak memory of light, training: status 1" in err
 
 
+@pytest.mark.long
 def test_a_private_step_is_timed_beside_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
     run_privacy_bench(64, "light", "2", 1, 1, "cpu", "fp32", "plain,ghost", as_json=True)
     rows = json.loads(capsys.readouterr().out)["ways"]
@@ -109,3 +117,27 @@ def test_without_hardware_for_bf16_it_is_not_measured_unasked(
     assert "ours-bf16" in asked[0]
     assert "ours-bf16" not in asked[1]
     assert asked[2] == ("plain", "ours-bf16")
+
+
+def test_a_reply_is_forgotten_once_it_is_in_the_sums(tiny, tmp_path: Path, monkeypatch) -> None:
+    alive = contributions_alive(tiny(run__name=""), monkeypatch)
+    assert len(alive) == 20
+    assert max(alive[HELD + 1 :]) <= 1  # the first few are held to be compared
+    gathered = contributions_alive(tiny(run__name="", strategy__name="fedmedian"), monkeypatch)
+    assert max(gathered) >= 19  # what would be found if they were not
+
+
+def contributions_alive(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many are in memory each time that a reply is pulled in a round of 20 sites."""
+    alive: list[int] = []
+    reply = Replies._reply
+
+    def counting(self: Replies, identity: str) -> Message:
+        gc.collect()
+        alive.append(sum(isinstance(x, Contribution) for x in gc.get_objects()))
+        return reply(self, identity)
+
+    with pretended_task(), monkeypatch.context() as patch:
+        patch.setattr(Replies, "_reply", counting)
+        one_round(config, 20)
+    return alive

@@ -156,7 +156,13 @@ FOLDED = [
     *VARIANTS,
     {"norm": "batch", "dfe": "sum"},
     {"norm": "batch", "upsample": "bilinear", "block_order": "parallel"},
-    *({"norm": "batch", "backbone": name, "width": 0, "depths": ()} for name in BACKBONES),
+    *(
+        pytest.param(
+            {"norm": "batch", "backbone": name, "width": 0, "depths": ()},
+            marks=(pytest.mark.long,) if name in ("resnet50", "densenet121") else (),  # a minute
+        )
+        for name in BACKBONES
+    ),
 ]
 
 

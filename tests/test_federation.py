@@ -302,6 +302,8 @@ def test_a_reply_that_cannot_be_used_is_named_and_does_not_hurt_the_others(
     assert lines["site-2"].train is None
     assert lines["site-1"].train is not None
     assert np.isfinite(load_file(folder.checkpoint(1))["head.out.bias"].numpy()).all()
+    if outcome != "late":
+        return
     strict = tiny(run__name="strict", rounds__count=1, rounds__deadline_s=2)
     federation = grid(strict)
     federation.tamper = harm

@@ -19,6 +19,8 @@ PAGES = (
     "docs/export.md",
     "docs/architecture.md",
     "docs/privacy.md",
+    "docs/reliability.md",
+    "docs/strategies.md",
 )
 # where the command is run for real
 RUN_ELSEWHERE = {
@@ -26,6 +28,7 @@ RUN_ELSEWHERE = {
     "make test": ".ci/run",
     "make quick": ".ci/run",  # the same tests and more
     "make long": "",  # by hand: too long for CI
+    "make faults": "",  # likewise; a dozen of them in .ci/run
     "polyclinic simulate": "tests/test_simulate.py",
     "polyclinic runs": "tests/test_commands.py",
     "polyclinic compare": "tests/test_commands.py",
@@ -34,6 +37,7 @@ RUN_ELSEWHERE = {
     "polyclinic model info": "tests/test_commands.py",
     "polyclinic bench model": "tests/test_bench.py",
     "polyclinic bench privacy": "tests/test_bench.py",
+    "polyclinic bench memory": "tests/test_bench.py",
     "polyclinic bench audit": "tests/test_audit.py",
     "polyclinic bench inversion": "tests/test_inversion.py",
     "polyclinic tradeoff": "tests/test_tradeoff.py",

@@ -63,8 +63,24 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("number", "kind"), [(2, wire.TRAIN), (3, wire.EVALUATE)])
+IN_CI = {
+    ("plain", wire.TRAIN),
+    ("optimiser", wire.EVALUATE),
+    ("drawn", wire.EVALUATE),
+    ("personal heads", wire.TRAIN),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "number", "kind"),
+    [
+        pytest.param(
+            *(mode, number, kind), marks=() if (mode, kind) in IN_CI else (pytest.mark.long,)
+        )
+        for mode in MODES
+        for number, kind in ((2, wire.TRAIN), (3, wire.EVALUATE))
+    ],
+)
 def test_a_resumed_run_has_the_weights_of_one_that_was_not_interrupted(
     tiny, grid, mode: str, number: int, kind: str
 ) -> None:

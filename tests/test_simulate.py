@@ -63,7 +63,13 @@ def test_a_simulation_runs_through_ray_and_gives_its_results_as_json(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "sign",
+    [
+        pytest.param(signal.SIGINT, id="SIGINT"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
+    ],
+)
 def test_a_stopped_simulation_leaves_no_process_behind(
     tmp_path: Path, sign: signal.Signals
 ) -> None:

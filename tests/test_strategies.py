@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from configs.run import RunConfig, StrategyConfig
+from configs.run import ROBUST, SERVER_OPTIMISERS, RunConfig, StrategyConfig
 from mtl_model.packing import Packed
 from server.aggregate import Contribution, RunningAverage, average_by_task
 from server.history import POOLED, read_history
@@ -204,11 +204,18 @@ def test_an_optimiser_goes_on_from_its_state_bit_by_bit(name: str) -> None:
 RATES = {"fedadam": 0.003, "fedyogi": 0.003, "fedadagrad": 0.01, "fedavgm": 1.0}
 
 
+IN_CI = ("fedprox", "fedadam", "multi-krum")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *("fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad"),
-        *("fedmedian", "trimmed-mean", "krum", "multi-krum"),
+        *IN_CI,
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in (*SERVER_OPTIMISERS, *ROBUST)
+            if name not in IN_CI
+        ),
     ],
 )
 def test_every_strategy_trains_the_phantom(tiny, grid, name: str) -> None:
