@@ -23,7 +23,15 @@ from configs import wire
 from configs.run import DataConfig, RoundsConfig, RunConfig
 from server.events import Notify
 from server.history import POOLED
-from server.records import Declined, Late, Refusal, ReplyError, SiteReport, read_description
+from server.records import (
+    Declined,
+    Late,
+    Refusal,
+    ReplyError,
+    SiteReport,
+    Unreachable,
+    read_description,
+)
 from server.sites import SiteBook, named
 
 log = logging.getLogger(__name__)
@@ -119,13 +127,21 @@ class Federation:
         self._greet(0)
         failed: dict[str, str] = {}
         self.notify({"event": "phase", "round": 0, "phase": "describe", "sites": len(nodes)})
-        ends = time.monotonic() + self.rounds.deadline_s
-        while self._greeted and time.monotonic() < ends:
+        began = time.monotonic()
+        while time.monotonic() - began < self.rounds.deadline_s:
             failed |= self._introduce(0, self._pull(list(self._greeted)))
-            if self._greeted:
-                time.sleep(POLL_S)
+            if not self._greeted:
+                # after a restart Flower takes nodes for connected that are not yet there again
+                if len(self.reports) >= needed or time.monotonic() - began > (
+                    self.rounds.wait_for_sites_s
+                ):
+                    break
+                self._greet(0)
+            time.sleep(POLL_S)
         late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
         failed |= {f"node {node}": late for node in self._greeted.values()}
+        in_ = {f"node {node}" for node in self.nodes.values()}
+        failed = {node: why for node, why in failed.items() if node not in in_}
         if len(self.reports) < needed:
             raise RunRefused(
                 f"{len(self.reports)} of {len(nodes)} sites can take part, {needed} are needed "
@@ -319,6 +335,8 @@ class Federation:
                 continue
             try:
                 self._admit(number, node, read_description(reply, self.data))
+            except (Late, Unreachable) as error:  # it has not spoken, and is asked again
+                failed[f"node {node}"] = str(error)
             except ReplyError as error:
                 self._strangers[node] = number + 1 + self.rounds.set_aside_rounds
                 failed[f"node {node}"] = str(error)

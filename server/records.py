@@ -32,6 +32,10 @@ class Refusal(ReplyError):
     """A site said, or Flower for it, why it cannot do what it was asked."""
 
 
+class Unreachable(Refusal):
+    """Flower said that it has not heard of a site's node for too long."""
+
+
 class Late(ReplyError):
     """Flower said that a question was no longer valid before it was answered."""
 
@@ -239,6 +243,8 @@ def _about(reply: Message) -> ConfigRecord:
     if reply.has_error():
         if reply.error.code in _EXPIRED:
             raise Late("Flower gave the question up before an answer came")
+        if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+            raise Unreachable("failed: Flower has not heard of its node for too long")
         raise Refusal(f"failed: {reply.error.reason or f'Flower error {reply.error.code}'}")
     if (
         wire.SITE not in reply.content.config_records

@@ -134,7 +134,7 @@ def contributions_alive(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> l
 
     def counting(self: Replies, identity: str) -> Message:
         gc.collect()
-        alive.append(sum(isinstance(x, Contribution) for x in gc.get_objects()))
+        alive.append(sum(type(x) is Contribution for x in gc.get_objects()))
         return reply(self, identity)
 
     with pretended_task(), monkeypatch.context() as patch:

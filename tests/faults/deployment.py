@@ -14,6 +14,7 @@ import selectors
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -93,7 +94,7 @@ class Wire:
         try:
             far = socket.create_connection(("127.0.0.1", self.target), 5)
         except OSError:
-            near.close()
+            _reset(near)
             return
         other[near], other[far] = far, near
         for end in (near, far):
@@ -114,8 +115,18 @@ class Wire:
                 return
         for half in (end, other[end]):
             ready.unregister(half)
-            half.close()
+            _reset(half)
         del other[other.pop(end)]
+
+
+def _reset(end: socket.socket) -> None:
+    """Close a connection as a machine does whose program is gone.
+
+    Flower takes a TLS connection that ends in good order for a wrong certificate, and its SuperNode
+    then stops without ending.
+    """
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    end.close()
 
 
 class Deployment:
