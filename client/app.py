@@ -50,6 +50,7 @@ from client.records import (
     describe_reply,
     evaluate_reply,
     read_request,
+    read_run,
     read_settings,
     refusal,
     sent,
@@ -144,8 +145,8 @@ REASONS_OF_FILES = (DataError, OSError)  # their messages may name images
 
 
 def _answer(handle: Handler, message: Message, context: Context, simulated: Simulated) -> Message:
-    run = str(context.run_id)
     try:
+        run = read_run(message)
         config = RunConfig.from_flat({**context.run_config, **read_settings(message)})
     except (ConfigError, ProtocolError) as error:
         return refusal(message, str(error))
@@ -302,7 +303,7 @@ def _received(asked: Asked, back: int) -> Network:
     names = personal_names(model, config.strategy.personal)
     shared, personal = Layout.of(model).parts(names)
     request = read_request(asked.message, shared, personal)
-    memory = SiteMemory(asked.memories / request.run / asked.data.site, personal)
+    memory = SiteMemory(asked.memories / asked.run / asked.data.site, personal)
     own = memory.recall(request.number - back) if names else None
     state = shared.unpack(request.weights) | personal.unpack(own or request.initial)
     model.load_state_dict(state)

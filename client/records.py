@@ -36,8 +36,20 @@ class Request:
     split: str
     weights: Packed
     initial: Packed  # first values of what stays at the sites
-    run: str  # identity of the run, also after it was resumed
     best: int  # the round whose model is the best so far; 0 if there is none
+
+
+def read_run(message: Message) -> str:
+    """The identity of the run that asks, which stays the same when it is resumed.
+
+    Raises:
+        ProtocolError: if it is none; it names folders at the site.
+    """
+    asked = message.content.config_records.get(wire.ROUND) or ConfigRecord()
+    run = str(asked.get(wire.RUN, ""))
+    if not re.fullmatch("[0-9a-f]{32}", run):
+        raise ProtocolError(f"{wire.RUN}: expected 32 hexadecimal digits, got {run!r}")
+    return run
 
 
 def read_settings(message: Message) -> dict[str, bool | int | float | str]:
@@ -87,15 +99,11 @@ def read_request(message: Message, layout: Layout, personal: Layout) -> Request:
         personal.check(initial)
     except (TypeError, ValueError, EOFError) as error:
         raise ProtocolError(f"weights from the server: {error}") from None
-    run = str(asked.get(wire.RUN, ""))
-    if not re.fullmatch("[0-9a-f]{32}", run):  # it names a folder at the site
-        raise ProtocolError(f"{wire.RUN}: expected 32 hexadecimal digits, got {run!r}")
     return Request(
         number=int(str(asked[wire.NUMBER])),
         split=str(asked[wire.SPLIT]),
         weights=weights,
         initial=initial,
-        run=run,
         best=int(str(asked.get(wire.BEST, 0))),
     )
 

@@ -263,3 +263,37 @@ def test_a_target_that_no_noise_meets_is_declined_with_the_numbers() -> None:
     impossible = PrivacyConfig(mode="dp-sgd", target_epsilon=1e-9)
     with pytest.raises(Decline, match=r"privacy.target-epsilon: .*1e-09"):
         mechanism_of(TrainConfig(local_epochs=1000), impossible, 10**6, standing_of())
+
+
+def test_a_resumed_run_goes_on_spending_where_it_stopped(tiny: Tiny, grid) -> None:
+    """A round that was lost is spent by whoever had trained it; nothing begins anew."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(_partition: int, reply: Message) -> Message:
+        about = reply.content.config_records[wire.SITE]
+        if about.get(wire.NUMBER) == 2 and reply.metadata.message_type == wire.TRAIN:
+            raise Killed
+        return reply
+
+    config = tiny(**PRIVATE, rounds__count=2)
+    federation = grid(config)
+    federation.tamper = killed  # the first site has trained by then, the others have not
+    with pytest.raises(Killed):
+        run(federation, config)
+    flat = {"run.resume": "a-run", "run.output-dir": config.run.output_dir}
+    resumed = RunConfig.from_flat(flat)
+    lines = {
+        (line.site, line.round): line.train.epsilon
+        for line in read_history(run(grid(resumed), resumed).history)
+        if line.train
+    }
+    whole = tiny(**PRIVATE, run__name="whole", rounds__count=3)
+    expected = {
+        (line.site, line.round): line.train.epsilon
+        for line in read_history(run(grid(whole), whole).history)
+        if line.train
+    }
+    assert lines["site-3", 2] == pytest.approx(expected["site-3", 2])
+    assert lines["site-1", 2] == pytest.approx(expected["site-1", 3])

@@ -112,7 +112,9 @@ def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_ends_the_simulation_with_1(tmp_path: Path) -> None:
+def test_a_server_that_is_killed_ends_the_simulation_with_1_and_its_run_goes_on(
+    tmp_path: Path,
+) -> None:
     process = subprocess.Popen(
         command(tmp_path, "--rounds", "1000"), stderr=subprocess.PIPE, text=True
     )
@@ -128,6 +130,23 @@ def test_a_server_that_is_killed_ends_the_simulation_with_1(tmp_path: Path) -> N
     assert process.returncode == 1
     assert "error: the run's server process ended" in words
     assert not running(before | flower_processes(tmp_path))
+    (folder,) = (path.parent for path in tmp_path.glob("*/run.json"))
+    done = max(int(path.stem[-4:]) for path in folder.glob("checkpoints/state-*.json"))
+    resumed = subprocess.run(
+        [
+            *(PROGRAM, "simulate", "--resume", folder.name, "--out", str(tmp_path)),
+            *("--rounds", str(done + 1), "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on after round {done}" in resumed.stderr
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert (outcome["status"], outcome["rounds"]) == ("completed", done + 1)
+    assert len(json.loads(resumed.stdout)["sites"]) == 3
 
 
 def end(process: subprocess.Popen[str]) -> None:
