@@ -341,8 +341,8 @@ class RoundsConfig(Section):
     min_sites: str = Field(
         "all",
         pattern=r"^(all|[1-9][0-9]*|[1-9][0-9]?%|100%)$",
-        description="Sites that must answer each phase: all, a number, or a percentage of those "
-        "that are to be asked.",
+        description="Sites that must be there in each phase: all, a number, or a percentage of the "
+        "run's sites (to train, of rounds.fraction of them).",
     )
     deadline_s: float = Field(3600.0, gt=0.0, description="Longest wait for a phase's answers.")
     keep_checkpoints: int = Field(2, ge=1, description="Rounds whose checkpoints are kept.")

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -30,13 +30,13 @@ SLACK_S = 60.0  # beyond deadlines: starting processes on a busy machine
 
 # Where a round is when something breaks: who has come how far, and waits there.
 POINTS = {
-    "waiting": "server.waiting.2",
-    "sending train": "server.sending.2",
-    "training": "site-1.train.2.received",
-    "replying": "site-1.train.2.reply",
-    "aggregating": "server.aggregating.2",
-    "checkpointing": "server.saving.2",
-    "evaluating": "site-1.evaluate.2.received",
+    "waiting": "server.waiting.{}",
+    "sending train": "server.sending.{}",
+    "training": "site-1.train.{}.received",
+    "replying": "site-1.train.{}.reply",
+    "aggregating": "server.aggregating.{}",
+    "checkpointing": "server.saving.{}",
+    "evaluating": "site-1.evaluate.{}.received",
 }
 
 
@@ -189,135 +189,170 @@ def _waited(folder: RunFolder, number: int, phase: str) -> float:
     return settled(folder, number, name)["time"] - began
 
 
-def paused(place: Deployment, point: str, name: str, **changes: object) -> RunFolder:
-    """A run that has come to a point of its second round, and waits there."""
-    place.fault(point, "wait")
-    folder = submit(place, name, **changes)
-    place.reached(point)
-    return folder
+def rounds_of(phases: list[str]) -> list[tuple[int, str]]:
+    """One fault in each round, from the second on."""
+    return list(enumerate(phases, 2))
 
 
-def killed_server(place: Deployment, phase: str, *, at_once: bool) -> Row:
-    """Kill the server app and resume its run, at once or when Flower has noticed."""
-    point = POINTS[phase]
-    folder = paused(place, point, f"server-{phase.replace(' ', '-')}")
-    first, since = digest(folder.checkpoint(1)), time.time()
-    place.kill(place.server_app())
-    place.go(point)
-    assert not folder.outcome.exists()
-    detected = "its exit"
-    if not at_once:
-        place.wait_for(place.finished, 2 * SLACK_S, "Flower sees it")
-        detected = f"Flower: failed, after {time.time() - since:.0f} s"
-    place.resume(folder)
+def killed_server(place: Deployment, phases: list[str], table: list[Row], name: str) -> None:
+    """One run whose server app dies in every round, at another phase, and is resumed."""
+    faults = rounds_of(phases)
+    for number, phase in faults:
+        place.fault(POINTS[phase].format(number), "wait")
+    last = faults[-1][0]
+    folder = submit(place, name, rounds__count=last, rounds__keep_checkpoints=last)
+    saved: dict[int, str] = {}
+    for number, phase in faults:
+        point = POINTS[phase].format(number)
+        place.reached(point)
+        saved = {n: digest(folder.checkpoint(n)) for n in range(1, number)}
+        since = time.time()
+        place.kill(place.server_app())
+        place.go(point)
+        place.resume(folder)
+        place.wait_for(lambda n=number: n in folder.checkpoints(), 4 * DEADLINE_S, "it goes on")
+        assert {n: digest(folder.checkpoint(n)) for n in saved} == saved
+        took = seconds_to_next_round(folder, since)
+        row = Row("kill -9 the ServerApp", phase, "it is gone", "resumed", f"round {number}", took)
+        table.append(row)
     place.outcome(folder)
-    completed(folder, 2)
-    assert digest(folder.checkpoint(1)) == first
-    resumed = [e for e in events(folder) if e["event"] == "resumed"]
-    assert [e["round"] for e in resumed] == [1]
-    took = seconds_to_next_round(folder, since)
-    return Row("kill -9 the ServerApp", phase, detected, "resumed", "round 2", took)
+    completed(folder, last)
+    resumed = [e["round"] for e in events(folder) if e["event"] == "resumed"]
+    assert resumed == [number - 1 for number, _ in faults]
 
 
 @pytest.mark.slow
 def test_the_server_app_is_killed_while_it_saves(there: Deployment, table: list[Row]) -> None:
-    table.append(killed_server(there, "checkpointing", at_once=True))
+    killed_server(there, ["checkpointing"], table, "server-saves")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("phase", [phase for phase in POINTS if phase != "checkpointing"])
-def test_the_server_app_is_killed(there: Deployment, table: list[Row], phase: str) -> None:
-    table.append(killed_server(there, phase, at_once=False))
+@pytest.mark.timeout(1800)
+def test_the_server_app_is_killed_at_every_phase(there: Deployment, table: list[Row]) -> None:
+    killed_server(there, [p for p in POINTS if p != "checkpointing"], table, "server-killed")
 
 
-def killed_superlink(place: Deployment, phase: str) -> Row:
-    point = POINTS[phase]
-    folder = paused(place, point, f"superlink-{phase.replace(' ', '-')}")
-    first, since = digest(folder.checkpoint(1)), time.time()
-    assert place.superlink is not None
-    place.kill(place.superlink)
-    place.go(point)
-    place.start_superlink()
-    place.resume(folder)
+@pytest.mark.long
+def test_flower_notices_that_a_server_app_was_killed(there: Deployment, table: list[Row]) -> None:
+    point = "server.waiting.2"
+    there.fault(point, "wait")
+    folder = submit(there, "noticed")
+    there.reached(point)
+    since = time.time()
+    there.kill(there.server_app())
+    there.wait_for(there.finished, 4 * SLACK_S, "Flower says that the run has ended")
+    assert not folder.outcome.exists()
+    took = f"{time.time() - since:.0f}"
+    said = "flwr ls: finished:failed"
+    table.append(Row("kill -9 the ServerApp, nobody resumes", "waiting", said, "-", "-", took))
+
+
+def killed_superlink(place: Deployment, phases: list[str], table: list[Row], name: str) -> None:
+    """One run whose SuperLink dies in every round, at another phase; restarted, and resumed."""
+    faults = rounds_of(phases)
+    for number, phase in faults:
+        place.fault(POINTS[phase].format(number), "wait")
+    last = faults[-1][0]
+    folder = submit(place, name, rounds__count=last, rounds__keep_checkpoints=last)
+    for number, phase in faults:
+        point = POINTS[phase].format(number)
+        place.reached(point)
+        saved = {n: digest(folder.checkpoint(n)) for n in range(1, number)}
+        since = time.time()
+        assert place.superlink is not None
+        place.kill(place.superlink)
+        place.go(point)
+        place.start_superlink()
+        place.resume(folder)
+        place.wait_for(lambda n=number: n in folder.checkpoints(), 5 * DEADLINE_S, "it goes on")
+        assert {n: digest(folder.checkpoint(n)) for n in saved} == saved
+        took = seconds_to_next_round(folder, since)
+        row = Row("kill -9 the SuperLink, restart", phase, "it is gone", "resumed", "", took)
+        table.append(replace(row, lost=f"round {number}"))
     place.outcome(folder)
-    completed(folder, 2)
-    assert digest(folder.checkpoint(1)) == first
-    took = seconds_to_next_round(folder, since)
-    return Row("kill -9 the SuperLink, restart", phase, "its exit", "resumed", "round 2", took)
+    completed(folder, last)
 
 
 @pytest.mark.slow
 def test_the_superlink_is_killed_while_sites_train(there: Deployment, table: list[Row]) -> None:
-    table.append(killed_superlink(there, "training"))
+    killed_superlink(there, ["training"], table, "superlink-trains")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("phase", [phase for phase in POINTS if phase != "training"])
-def test_the_superlink_is_killed(there: Deployment, table: list[Row], phase: str) -> None:
-    table.append(killed_superlink(there, phase))
+@pytest.mark.timeout(1800)
+def test_the_superlink_is_killed_at_every_phase(there: Deployment, table: list[Row]) -> None:
+    killed_superlink(there, [p for p in POINTS if p != "training"], table, "superlink-killed")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("phase", POINTS)
-def test_a_supernode_is_killed_and_comes_back(
-    there: Deployment, table: list[Row], phase: str
+def hurt_site(
+    place: Deployment,
+    table: list[Row],
+    name: str,
+    fault: str,
+    hurt: Callable[[], None],
+    heal: Callable[[], None],
 ) -> None:
-    point = POINTS[phase]
-    folder = paused(there, point, f"node-{phase.replace(' ', '-')}", rounds__count=3)
-    since = time.time()
-    there.kill(there.nodes["site-1"])
-    there.go(point)
-    there.start_site("site-1")
-    there.outcome(folder, 8 * DEADLINE_S)
-    completed(folder, 3)
-    no_longer_than(6, since)
-    found = line(folder, "site-1", 2)
-    reasons = found.lost | found.left_out
-    assert line(folder, "site-1", 3).train is not None
-    table.append(
-        Row(
-            "kill -9 a SuperNode, restart",
-            phase,
-            "; ".join(f"{k}: {v}" for k, v in reasons.items())[:80] or "nobody asked it meanwhile",
-            "next phase",
-            "its answer" if reasons else "nothing",
-            seconds_to_next_round(folder, since),
+    """One run in which the first site is hurt in every third round, at another phase."""
+    faults = [(2 + 3 * i, phase) for i, phase in enumerate(POINTS)]
+    for number, phase in faults:
+        place.fault(POINTS[phase].format(number), "wait")
+    last = faults[-1][0] + 2
+    folder = submit(place, name, rounds__count=last, rounds__set_aside_after=0)
+    for number, phase in faults:
+        point = POINTS[phase].format(number)
+        place.reached(point, 8 * DEADLINE_S)
+        since = time.time()
+        hurt()
+        place.go(point)
+        heal()
+        place.wait_for(
+            lambda n=number: n + 1 in folder.checkpoints(), 6 * DEADLINE_S, "two rounds are saved"
         )
-    )
+        no_longer_than(5, since)
+        reasons: dict[str, str] = {}
+        for n in (number, number + 1):
+            found = line(folder, "site-1", n)
+            reasons |= {f"{what} {n}": why for what, why in (found.lost | found.left_out).items()}
+        took = seconds_to_next_round(folder, since)
+        told = "; ".join(f"{what}: {why}" for what, why in reasons.items())
+        lost = ", ".join(reasons) or "nothing"
+        table.append(Row(fault, phase, told[:120] or "nobody asked it", "when back", lost, took))
+    place.outcome(folder, 8 * DEADLINE_S)
+    completed(folder, last)
+    for number, _ in faults:
+        assert line(folder, "site-1", number + 2).train is not None
+        assert line(folder, "site-2", number).train is not None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("phase", POINTS)
-def test_a_site_is_cut_off_and_comes_back(there: Deployment, table: list[Row], phase: str) -> None:
-    point = POINTS[phase]
-    folder = paused(there, point, f"cut-{phase.replace(' ', '-')}", rounds__count=4)
-    since = time.time()
-    there.wires["site-1"].cut = True
-    there.go(point)
-    time.sleep(DEADLINE_S * 1.25)
-    there.wires["site-1"].cut = False
-    there.outcome(folder, 10 * DEADLINE_S)
-    completed(folder, 4)
-    no_longer_than(9, since)
-    found = line(folder, "site-1", 2)
-    reasons = found.lost | found.left_out
-    assert line(folder, "site-1", 4).train is not None
-    table.append(
-        Row(
-            "a site's network cut for longer than the deadline",
-            phase,
-            "; ".join(f"{k}: {v}" for k, v in reasons.items())[:80] or "nobody asked it meanwhile",
-            "once it is back",
-            "its answers meanwhile",
-            seconds_to_next_round(folder, since),
-        )
-    )
+@pytest.mark.timeout(2400)
+def test_a_supernode_is_killed_at_every_phase(there: Deployment, table: list[Row]) -> None:
+    def kill() -> None:
+        there.kill(there.nodes["site-1"])
+
+    def start() -> None:
+        there.start_site("site-1")
+
+    hurt_site(there, table, "node-killed", "kill -9 a SuperNode, restart", kill, start)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_a_site_is_cut_off_at_every_phase(there: Deployment, table: list[Row]) -> None:
+    def cut() -> None:
+        there.wires["site-1"].cut = True
+
+    def join() -> None:
+        time.sleep(1.2 * DEADLINE_S)
+        there.wires["site-1"].cut = False
+
+    hurt_site(there, table, "site-cut", "network cut for longer than the deadline", cut, join)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("phase", ["training", "evaluating"])
 def test_a_site_is_far_too_slow(there: Deployment, table: list[Row], phase: str) -> None:
-    there.fault(POINTS[phase], f"sleep:{2.2 * DEADLINE_S}")
+    there.fault(POINTS[phase].format(2), f"sleep:{2.2 * DEADLINE_S}")
     folder = submit(there, f"slow-{phase}", rounds__count=4)
     there.outcome(folder, 10 * DEADLINE_S)
     completed(folder, 4)
