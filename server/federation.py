@@ -137,6 +137,8 @@ class Federation:
                 ):
                     break
                 self._greet(0)
+                if not self._greeted:
+                    break  # all have spoken
             time.sleep(POLL_S)
         late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
         failed |= {f"node {node}": late for node in self._greeted.values()}

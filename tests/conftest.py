@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -146,26 +147,31 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run(MemoryGrid(client, config.to_flat(), 2), config).path
 
 
-@pytest.fixture(scope="session")
-def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """That run's model in every format, as the command line writes it."""
-    import polyclinic
+class Exports(dict[str, Path]):
+    """A run's model by format, exported as the command line does when it is first asked for."""
 
-    torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("exported")
-    files = {
-        kind: place / f"model{suffix}"
-        for kind, suffix in (
-            ("safetensors", ".safetensors"),
-            ("torchscript", ".pt"),
-            ("onnx", ".onnx"),
-        )
-    }
-    for kind, path in files.items():
-        arguments = ["export", str(finished_run), "--format", kind, "--out", str(path)]
+    SUFFIXES: ClassVar = {"safetensors": ".safetensors", "torchscript": ".pt", "onnx": ".onnx"}
+
+    def __init__(self, run: Path, place: Path) -> None:
+        super().__init__()
+        self.run = run
+        self.place = place
+
+    def __missing__(self, kind: str) -> Path:
+        import polyclinic
+
+        torch.set_num_threads(1)
+        self[kind] = self.place / f"model{self.SUFFIXES[kind]}"
+        arguments = ["export", str(self.run), "--format", kind, "--out", str(self[kind])]
         done = CliRunner().invoke(polyclinic.app, arguments, catch_exceptions=False)
         assert done.exit_code == 0, done.output
-    return files
+        return self[kind]
+
+
+@pytest.fixture(scope="session")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """That run's model in every format; ONNX takes most of a minute."""
+    return Exports(finished_run, tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture

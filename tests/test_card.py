@@ -30,7 +30,7 @@ def section(card: str, title: str) -> str:
 
 
 def test_a_card_has_the_sections_of_model_cards_in_order(exported: dict[str, Path]) -> None:
-    titles = re.findall(r"^## (.+)$", card_of(exported["onnx"]), re.MULTILINE)
+    titles = re.findall(r"^## (.+)$", card_of(exported["torchscript"]), re.MULTILINE)
     assert titles == [
         "Model details",
         "Intended use",
@@ -49,7 +49,7 @@ def test_a_card_has_the_sections_of_model_cards_in_order(exported: dict[str, Pat
 def test_a_card_says_what_the_run_and_the_file_say(
     exported: dict[str, Path], finished_run: Path
 ) -> None:
-    card = card_of(exported["onnx"])
+    card = card_of(exported["torchscript"])
     environment = json.loads((finished_run / "environment.json").read_text())
     results = json.loads((finished_run / "results.json").read_text())
     for site, about in environment["sites"].items():
@@ -66,7 +66,7 @@ def test_a_card_says_what_the_run_and_the_file_say(
         row = f"| {site} | {metrics['images']} | {metrics['lesions']} | {metrics['labelled']} | "
         assert f"{row}{metrics['dice']:.3f} |" in section(card, "Quantitative analyses")
     details = section(card, "Model details")
-    assert open_model(exported["onnx"]).sha256 in details
+    assert open_model(exported["torchscript"]).sha256 in details
     assert open_model(finished_run / "best.safetensors").sha256 in details
     assert f"round {results['round']} of 2, the best by score" in details
     assert "| `model.backbone` | resnet18 |" in details
@@ -76,7 +76,7 @@ def test_a_card_says_what_the_run_and_the_file_say(
 
 
 def test_what_only_the_owner_knows_is_marked(exported: dict[str, Path]) -> None:
-    card = card_of(exported["onnx"])
+    card = card_of(exported["torchscript"])
     for title in ("Intended use", "Caveats and recommendations", "Approved by"):
         assert OWNER in section(card, title)
 
@@ -90,7 +90,7 @@ def test_values_of_a_round_that_was_not_tested_are_told_as_such(
     analyses = section(card_of(tmp_path / "m.safetensors"), "Quantitative analyses")
     assert f"Round {other} was not tested" in analyses
     assert "| site-1 |" in analyses
-    assert "not tested" not in section(card_of(exported["onnx"]), "Quantitative analyses")
+    assert "not tested" not in section(card_of(exported["torchscript"]), "Quantitative analyses")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "safetensors"])

@@ -55,7 +55,8 @@ def predictions(folder: Path) -> dict[str, dict]:
 def test_every_format_and_the_run_itself_predict_the_same(
     cli, exported: dict[str, Path], finished_run: Path, phantoms: Path, tmp_path: Path
 ) -> None:
-    models = {**exported, "run": finished_run, "checkpoint": finished_run / "best.safetensors"}
+    files = {kind: exported[kind] for kind in ("safetensors", "torchscript", "onnx")}
+    models = {**files, "run": finished_run, "checkpoint": finished_run / "best.safetensors"}
     for name, model in models.items():
         status, out, err = cli("predict", model, phantoms, "--out", name)
         assert status == 0, err

@@ -96,6 +96,7 @@ def test_a_stopped_simulation_leaves_no_process_behind(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path: Path) -> None:
     done = subprocess.run(
         command(tmp_path, "--set", "train.learning-rate=1e30", "--set", "train.clip-norm=0"),

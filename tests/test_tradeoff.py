@@ -75,6 +75,7 @@ def test_a_stopped_run_is_tried_again_and_one_of_other_settings_is_refused(tiny)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_are_made_once_and_taken_as_they_are_afterwards(tmp_path: Path) -> None:
     settings = {
         **TINY,
