@@ -94,11 +94,12 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
         file = str(Path(model.pretrained).expanduser().absolute())
         model = model.model_copy(update={"pretrained": file})
     initial_network(model, config.data, config.loss, config.run.seed)
-    folder = RunFolder.free(config)
     if config.run.resume:
         folder = RunFolder(Path(config.run.resume))
         with folder.locked():
             pass  # nobody else runs it
+    else:
+        folder = RunFolder.free(config)
     run = config.run.model_copy(update={"name": folder.name, "output_dir": str(folder.path.parent)})
     data = config.data.model_copy(update={"root": str(root), "sites": sites})
     config = config.model_copy(update={"run": run, "data": data, "model": model})
