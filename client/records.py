@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from client.dataset import Examples, SiteData
@@ -93,11 +92,9 @@ def read_request(message: Message, layout: Layout, personal: Layout) -> Request:
     arrays = content.array_records[wire.WEIGHTS]
     first = content.array_records.get(wire.INITIAL) or ArrayRecord()
     try:
-        weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
-        layout.check(weights)
-        initial: Packed = {key: np.asarray(array.numpy()) for key, array in first.items()}
-        personal.check(initial)
-    except (TypeError, ValueError, EOFError) as error:
+        weights = layout.read({key: array.data for key, array in arrays.items()})
+        initial = personal.read({key: array.data for key, array in first.items()})
+    except ValueError as error:
         raise ProtocolError(f"weights from the server: {error}") from None
     return Request(
         number=int(str(asked[wire.NUMBER])),

@@ -8,9 +8,10 @@ travels along, and an end whose network differs is refused by name instead of be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from mtl_model.tasks import GROUPS, Group, group_of
 
 Packed = dict[str, NDArray[Any]]
+
+_LONGEST_HEADER = 1024  # bytes before the values of a .npy file; NumPy writes 128
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,39 @@ class Layout:
             for key, entries in self.by_key.items()
         }
 
+    def read(self, serialised: Mapping[str, bytes]) -> Packed:
+        """Read arrays that arrived as NumPy's files (``.npy``), and compare them with this layout.
+
+        Nothing that is larger than it may be is read, and whatever is wrong with the bytes is one
+        kind of error: they come from somebody else.
+
+        Raises:
+            ValueError: as ``unpack``.
+        """
+        self._only_known(serialised)
+        packed: Packed = {}
+        for key, entries in self.by_key.items():
+            size, dtype = sum(e.size for e in entries), np.dtype(entries[0].dtype)
+            content = serialised.get(key)
+            if content is None:
+                continue  # which ``check`` tells
+            if len(content) > size * dtype.itemsize + _LONGEST_HEADER:
+                raise ValueError(
+                    f"{key}: expected {size} values of {dtype}, got {len(content)} bytes"
+                )
+            try:
+                # NEVER allow pickles: they run as code
+                packed[key] = np.lib.format.read_array(BytesIO(content), allow_pickle=False)
+            except Exception as error:  # noqa: BLE001 - NumPy raises a dozen kinds
+                raise ValueError(f"{key}: expected an array in NumPy's format, {error}") from None
+        self.check(packed)
+        return packed
+
+    def _only_known(self, keys: Iterable[str]) -> None:
+        extra = sorted(set(keys) - set(self.by_key))
+        if extra:
+            raise ValueError(f"{extra[0]}: expected only {', '.join(self.by_key) or 'no arrays'}")
+
     def unpack(self, packed: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """Cut flat arrays into a state dict.
 
@@ -117,9 +153,7 @@ class Layout:
         Raises:
             ValueError: as ``unpack``.
         """
-        extra = sorted(set(packed) - set(self.by_key))
-        if extra:
-            raise ValueError(f"{extra[0]}: expected only {', '.join(self.by_key)}")
+        self._only_known(packed)
         for key, entries in self.by_key.items():
             size, dtype = sum(e.size for e in entries), entries[0].dtype
             if key not in packed:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
@@ -195,9 +194,8 @@ def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contributi
         raise ReplyError(f"expected a record {wire.WEIGHTS}, got none")
     arrays = reply.content.array_records[wire.WEIGHTS]
     try:
-        weights: Packed = {key: np.asarray(array.numpy()) for key, array in arrays.items()}
-        layout.check(weights)
-    except (TypeError, ValueError, EOFError, SyntaxError) as error:
+        weights = layout.read({key: array.data for key, array in arrays.items()})
+    except ValueError as error:
         raise ReplyError(f"weights: {error}") from None
     counts: dict[Group, int] = {
         "encoder": examples,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -72,3 +74,50 @@ def test_arrays_that_do_not_fit_are_refused_by_name(change, said: str) -> None:
     change(packed)
     with pytest.raises(ValueError, match=said):
         layout.unpack(packed)
+
+
+def bytes_of(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_arrays_are_read_as_they_were_written() -> None:
+    layout = Layout.of(small())
+    packed = layout.pack(small().state_dict())
+    read = layout.read({key: bytes_of(array) for key, array in packed.items()})
+    assert all(np.array_equal(read[key], packed[key]) for key in packed)
+
+
+HEADER = b"\x93NUMPY\x01\x00"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"xx",
+        b"PK\x03\x04" + bytes(60),  # a zip file, which np.load would open
+        b"\x80\x04K\x01.",  # a pickle
+        HEADER + b"\xff\xff",
+        HEADER + b"\x10\x00" + b"(((((((((((((((\n",
+        HEADER
+        + b"\x46\x00"
+        + b"{'descr': '<f4', 'fortran_order': False, 'shape': (10**15,), }".ljust(69)
+        + b"\n",
+        HEADER
+        + b"\x56\x00"
+        + b"{'descr': '|O', 'fortran_order': False, 'shape': (3,), }".ljust(85)
+        + b"\n",
+    ],
+)
+def test_bytes_that_are_no_array_are_refused_whatever_they_are(content: bytes) -> None:
+    layout = Layout.of(small())
+    with pytest.raises(ValueError, match=r"encoder/float32: expected an array in NumPy's format"):
+        layout.read({"encoder/float32": content})
+
+
+def test_more_bytes_than_there_may_be_are_not_even_read() -> None:
+    layout = Layout.of(small())
+    with pytest.raises(ValueError, match=r"expected \d+ values of float32, got 90000128 bytes"):
+        layout.read({"encoder/float32": bytes_of(np.zeros(22_500_000, np.float32))})
