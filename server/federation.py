@@ -360,7 +360,7 @@ class Federation:
                 f"site {name!r} is connected already, as node {before}; one of the two must stop, "
                 "or be given a name of its own"
             )
-        if name not in self.book.standings and self.closed:
+        if name not in self.reports and self.closed:  # a resumed run's book may have others
             raise ReplyError(
                 f"site {name!r} was not there when the run began, and central differential privacy "
                 "is accounted for those that were"

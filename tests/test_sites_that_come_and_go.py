@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from configs import wire
+from configs.run import RunConfig
 from server.app import run
 from server.federation import Bounded, RunFailed, RunRefused
 from server.folder import RunFolder
@@ -262,3 +263,33 @@ def test_what_may_wait_for_ever_is_not_waited_for_so_long() -> None:
         bounded(lambda: (_ for _ in ()).throw(TimeoutError("its own")))
     with pytest.raises(RunFailed, match="the SuperLink did not answer in"):
         bounded(threading.Event().wait)
+
+
+def test_under_central_privacy_a_site_that_a_resumed_run_began_without_stays_out(
+    tiny, grid, caplog
+) -> None:
+    """Noise and denominator are of the sites that are there when it goes on."""
+    config = tiny(rounds__count=1, rounds__min_sites="1", central__mode="fixed")
+    run(grid(config), config)
+    flat = {
+        "run.resume": "a-run",
+        "run.output-dir": config.run.output_dir,
+        "rounds.count": 4,
+        "rounds.wait-for-sites-s": 1.0,
+    }
+    resumed = RunConfig.from_flat(flat)
+    federation = grid(resumed)
+    federation.node_config = lambda partition: {"partition-id": partition, "num-partitions": 3}
+    del federation.nodes[1002]
+
+    def comes_back(_partition: int, reply: Message) -> Message:
+        if number_of(reply) == 2:
+            federation.nodes[1002] = 2
+        return reply
+
+    federation.tamper = comes_back
+    folder = run(federation, resumed)
+    releases = json.loads(folder.central.read_text())["releases"]
+    assert [release["sites"] for release in releases] == [3, 2, 2, 2]
+    assert all(line.train is None for line in lines(folder, "site-3") if line.round > 1)
+    assert "site 'site-3' was not there when the run began" in caplog.text
