@@ -29,8 +29,9 @@ KEYS = (
     "outputs",
 )
 
-# Sections that say what a model is; the others say how it came about.
+# Sections that say what a model is; the others say how it came about, but for one setting.
 _SECTIONS = ("model", "data", "loss")
+_PERSONAL = "strategy.personal"  # whether parts of it stayed elsewhere
 # Of those sections, what a finished model does not need. A key that is not named here is kept:
 # a setting that this version does not know must not be lost without a word.
 _OF_THE_RUN = {
@@ -93,7 +94,8 @@ class Passport:
                 graph of its own is used by what is said of images and outputs alone.
 
         Raises:
-            ModelFileError: if an entry is missing, or says what this version does not know.
+            ModelFileError: if an entry is missing or says what this version does not know, or if
+                parts of the model stayed at the sites that trained it.
         """
         version = metadata.get("polyclinic-version", "an earlier version")
         try:
@@ -104,6 +106,12 @@ class Passport:
             if not isinstance(flat, dict):
                 raise ValueError(f"config: expected a table, got {flat!r}")
             kept = _needed(flat)
+            apart = kept.get(_PERSONAL, "none")
+            if apart != "none":
+                raise ModelFileError(
+                    f"its {apart} stayed at the sites ({_PERSONAL}), and are here as they were "
+                    "initialised: without a site's own it is no model"
+                )
             if not network:
                 kept = {k: v for k, v in kept.items() if not k.startswith("model.")}
             return cls(
@@ -118,6 +126,8 @@ class Passport:
             raise ModelFileError(
                 f"expected metadata that Polyclinic writes, found no entry {error}"
             ) from None
+        except ModelFileError:
+            raise
         except (ConfigError, ValueError) as error:
             raise ModelFileError(
                 f"written by polyclinic {version}, does not fit {VERSION}: {error}"
@@ -128,7 +138,7 @@ def _needed(flat: Flat) -> dict[str, Any]:
     return {
         key: value
         for key, value in flat.items()
-        if key.partition(".")[0] in _SECTIONS and key not in _OF_THE_RUN
+        if key == _PERSONAL or (key.partition(".")[0] in _SECTIONS and key not in _OF_THE_RUN)
     }
 
 

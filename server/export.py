@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs import VERSION
 from configs.passport import ModelFileError, Passport
-from configs.run import ConfigError, load_run_config
+from configs.run import ConfigError
 from mtl_model.network import MultiTaskUNet
 from mtl_model.saved import Format, check_onnx, open_model, open_network
 from server.folder import RunFolder, write_atomically
@@ -64,16 +64,9 @@ def chosen_checkpoint(folder: RunFolder, number: int | None) -> Path:
     """The file of a round's weights, or of the best round's.
 
     Raises:
-        ConfigError: if the run has no best round yet, did not keep that one, or has layers that
-            stay at the sites.
+        ConfigError: if the run has no best round yet, or did not keep that one.
         ModelFileError: if a round's file is not the one that was saved.
     """
-    personal = load_run_config(folder.config).strategy.personal
-    if personal != "none":
-        raise ConfigError(
-            f"{folder.path}: its {personal} stay at the sites (strategy.personal) and stand in the "
-            "server's files as they were initialised; such a model is none without a site's own"
-        )
     kept = ", ".join(map(str, folder.checkpoints())) or "none"
     if number is None:
         if not folder.best.is_file():

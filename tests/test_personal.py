@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Message
+from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -148,11 +149,18 @@ def test_a_site_that_cannot_keep_its_layers_says_so(tiny, grid, monkeypatch) -> 
         run(grid(config), config)
 
 
-def test_a_model_whose_layers_stayed_at_the_sites_is_not_exported(tiny) -> None:
-    from configs.run import ConfigError
-    from server.export import chosen_checkpoint
-    from server.folder import RunFolder
-
-    folder = RunFolder.create(tiny(strategy__personal="norms"))
-    with pytest.raises(ConfigError, match=r"its norms stay at the sites \(strategy.personal\)"):
-        chosen_checkpoint(folder, None)
+def test_a_model_whose_layers_stayed_at_the_sites_is_neither_exported_nor_used(
+    tiny, grid, cli, tmp_path: Path
+) -> None:
+    config = tiny(strategy__personal="norms", rounds__count=1)
+    folder = run(grid(config), config)
+    image = tmp_path / "image.png"
+    Image.new("L", (40, 40), 99).save(image)
+    for words in (
+        ("export", folder.path, "--out", tmp_path / "model.pt"),
+        ("predict", folder.path, image, "--out", tmp_path / "out"),
+    ):
+        status, _, err = cli(*words)
+        assert status == 2
+        assert "its norms stayed at the sites (strategy.personal)" in " ".join(err.split())
+    assert not (tmp_path / "model.pt").exists()
