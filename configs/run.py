@@ -13,6 +13,7 @@ A list is written as one string with commas (``"benign,malignant"``), since Flow
 from __future__ import annotations
 
 import difflib
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -367,6 +369,17 @@ class RoundsConfig(Section):
     on_event: str = Field(
         "", description="Command at the server, given each event as a JSON line on its input."
     )
+
+    @field_validator("on_event")
+    @classmethod
+    def _on_event_is_a_command(cls, value: str) -> str:
+        try:
+            shlex.split(value)
+        except ValueError as error:
+            raise ValueError(
+                f"rounds.on-event: expected a command, got {value!r}: {error}"
+            ) from None
+        return value
 
 
 class PrivacyConfig(Section):

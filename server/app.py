@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import flwr
 import torch
@@ -88,7 +89,7 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, events: Events) -> Ru
         federation.closed = config.central.mode != "off"
         _check_sampling(config.rounds, len(federation.reports))
         reports = dict(sorted(federation.reports.items()))
-        write_json(folder.environment, _environment(config, reports))
+        write_json(folder.environment, _environment(config, folder, reports))
         _announce(reports)
         central = _central(config, folder, reports, parts, state)
         watch = _tensorboard(folder, state.number)
@@ -215,7 +216,18 @@ def _scalars(metrics: Metrics) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def _environment(config: RunConfig, reports: dict[str, SiteReport]) -> dict[str, object]:
+def _environment(
+    config: RunConfig, folder: RunFolder, reports: dict[str, SiteReport]
+) -> dict[str, object]:
+    """What runs where on which data; of a resumed run, what ran before stays beside it."""
+    before: list[dict[str, Any]] = []
+    if config.run.resume and folder.environment.is_file():
+        last = json.loads(folder.environment.read_text(encoding="utf-8"))
+        before = [*last.pop("before", []), last]
+        for name, report in reports.items():
+            fingerprint = last["sites"].get(name, {}).get("fingerprint", report.fingerprint)
+            if fingerprint != report.fingerprint:
+                log.warning("site %s: its data are not those that the run began with", name)
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {
@@ -227,6 +239,7 @@ def _environment(config: RunConfig, reports: dict[str, SiteReport]) -> dict[str,
         "machine": platform.platform(),
         "seed": config.run.seed,
         "sites": {name: vars(report) for name, report in reports.items()},
+        **({"before": before} if before else {}),
     }
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
-from configs.run import ConfigError
 from server.folder import RunFolder, append_line
 
 log = logging.getLogger(__name__)
@@ -32,17 +31,11 @@ class Events:
 
     Args:
         command: program and arguments; empty for none.
-
-    Raises:
-        ConfigError: if the command cannot be read as one.
     """
 
     def __init__(self, folder: RunFolder, command: str = "") -> None:
         self.folder = folder
-        try:
-            self.command = shlex.split(command)
-        except ValueError as error:
-            raise ConfigError(f"rounds.on-event: expected a command, {error}") from None
+        self.command = shlex.split(command)
         self._waiting: queue.Queue[str | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, daemon=True)
 

@@ -84,8 +84,13 @@ class RunFolder:
         out = Path(output_dir).expanduser().absolute()
         path = out / name if (out / name).is_dir() else Path(name).expanduser().absolute()
         folder = cls(path)
-        if not folder.config.is_file() or not folder.identity_file.is_file():
+        if not folder.config.is_file():
             raise ConfigError(f"run.resume: {name}: no such run under {out}")
+        if not folder.identity_file.is_file():
+            raise ConfigError(
+                f"run.resume: {path}: is of an earlier version, which had no "
+                f"{folder.identity_file.name}, and cannot be resumed"
+            )
         return folder
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ from mtl_model.metrics import Metrics, compute
 from mtl_model.network import MultiTaskUNet
 from mtl_model.sums import Classes, MetricSums, empty_sums
 from server.folder import RunFolder, write_json
-from server.history import POOLED
+from server.history import POOLED, Line, read_history
 from server.initial import initial_network
 from simulation.sites import simulated_sites
 
@@ -59,12 +59,17 @@ def compare_run(run: Path, as_json: bool) -> int:
         )
     results = json.loads(folder.results.read_text(encoding="utf-8"))
     sites = _same_data(folder, config)
+    trained = rounds_trained(read_history(folder.history))
     comparison: Comparison = {}
     for name, site in sites.items():
         steps = config.train.steps(len(site.splits[wire.TRAIN_SPLIT]))
-        comparison[f"{name} alone"] = _trained_and_tested(config, name, site.splits, sites, steps)
+        comparison[f"{name} alone"] = _trained_and_tested(
+            config, name, site.splits, sites, steps, trained[name]
+        )
     comparison["all pooled"] = _trained_and_tested(
-        config, "all pooled", pool(list(sites.values())), sites, _mean_steps(config, sites)
+        *(config, "all pooled", pool(list(sites.values())), sites),
+        _mean_steps(config, sites),
+        sorted({number for numbers in trained.values() for number in numbers}),
     )
     federated = {**results["sites"], POOLED: results[POOLED]}
     comparison[FEDERATED] = {site: Metrics.from_json(values) for site, values in federated.items()}
@@ -96,6 +101,17 @@ def _same_data(folder: RunFolder, config: RunConfig) -> dict[str, SiteData]:
     return sites
 
 
+def rounds_trained(history: Sequence[Line]) -> dict[str, list[int]]:
+    """The rounds in which each site trained: not all, where it was away, not drawn, or the run
+    stopped early."""
+    found: dict[str, list[int]] = {}
+    for line in history:
+        found.setdefault(line.site, [])
+        if line.train is not None:
+            found[line.site].append(line.round)
+    return found
+
+
 def _mean_steps(config: RunConfig, sites: dict[str, SiteData]) -> int:
     each = [config.train.steps(len(s.splits[wire.TRAIN_SPLIT])) for s in sites.values()]
     return round(sum(each) / len(each))
@@ -120,15 +136,15 @@ def _trained_and_tested(
     splits: dict[str, Examples],
     sites: dict[str, SiteData],
     steps: int,
+    numbers: Sequence[int],
 ) -> dict[str, Metrics]:
     train = config.train.model_copy(update={"local_steps": steps})
     device = find_device(train.device)
     network = initial_network(config.model, config.data, config.loss, config.run.seed)
     classes = Classes.of(config.data)
     best, best_state = float("-inf"), copy.deepcopy(network.state_dict())
-    rounds = range(1, config.rounds.count + 1)
     for number in track(
-        rounds, name, console=Console(stderr=True, markup=False, highlight=False), transient=True
+        numbers, name, console=Console(stderr=True, markup=False, highlight=False), transient=True
     ):
         train_one_round(
             network,

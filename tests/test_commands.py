@@ -198,3 +198,18 @@ def test_model_info_of_what_cannot_be_built_ends_with_2(cli, arguments, said) ->
     status, out, err = cli("model", "info", *arguments)
     assert (status, out) == (2, "")
     assert said in err
+
+
+def test_a_comparison_trains_as_often_as_the_sites_did() -> None:
+    from server.history import Line
+    from server.records import TrainReport
+    from simulation.compare import rounds_trained
+
+    report = TrainReport(3, 1.0, 0.5, 0.5)
+    history = [
+        Line(1, "a", "val", train=report),
+        Line(1, "b", "val"),
+        Line(2, "a", "val", train=report),
+        Line(2, "b", "val", train=report),
+    ]
+    assert rounds_trained(history) == {"a": [1, 2], "b": [2]}

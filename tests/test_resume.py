@@ -284,4 +284,26 @@ def test_a_line_that_a_crash_cut_short_is_gone_after_resuming(tiny, grid) -> Non
         [1] * 4 + [2] * 4
     )
     assert json.loads(folder.progress.read_text().splitlines()[-1])["event"] == "end"
-    write_json(folder.outcome, {})
+
+
+def test_what_ran_before_stays_beside_what_runs_now_and_other_data_are_told(
+    tiny, grid, caplog
+) -> None:
+    interrupted(tiny, grid, 2, wire.TRAIN)
+    folder = RunFolder.of("a-run", tiny().run.output_dir)
+    before = json.loads(folder.environment.read_text())
+    before["sites"]["site-2"]["fingerprint"] = "0" * 64
+    write_json(folder.environment, before)
+    resume(tiny, grid)
+    after = json.loads(folder.environment.read_text())
+    assert after["before"] == [before]
+    assert set(after["sites"]) == {"site-1", "site-2", "site-3"}
+    assert "site site-2: its data are not those that the run began with" in caplog.text
+    assert "site site-1: its data are not" not in caplog.text
+
+
+def test_a_folder_of_an_earlier_version_says_so(tiny, grid) -> None:
+    config = tiny(rounds__count=1)
+    run(grid(config), config).identity_file.unlink()
+    with pytest.raises(ConfigError, match=r"is of an earlier version, which had no run.json"):
+        resume(tiny, grid)

@@ -125,9 +125,9 @@ def test_a_slow_command_delays_no_round(tiny, tmp_path: Path) -> None:
     assert len((tmp_path / "events").read_text().splitlines()) == 3  # the end waits for them
 
 
-def test_a_command_that_is_none_is_refused(tiny) -> None:
-    with pytest.raises(ConfigError, match=r"rounds.on-event: expected a command"):
-        Events(RunFolder.create(tiny()), "say 'half")
+def test_a_command_that_is_none_is_refused_before_anything_is_made(tiny) -> None:
+    with pytest.raises(ConfigError, match=r"rounds.on-event: expected a command, got .*say 'half"):
+        tiny(rounds__on_event="say 'half")
 
 
 def test_log_lines_are_json_on_request(capsys) -> None:
