@@ -26,7 +26,7 @@ from mtl_model.pretrained import PretrainedError
 from server.central import CentralPrivacy, noise_to_update, refuse_integers, sites_by_group
 from server.checkpoint import ResumeError, ServerState, load_latest
 from server.events import Events
-from server.federation import Federation, RunRefused
+from server.federation import Door, Federation, RunRefused
 from server.folder import RunFolder, to_toml, write_atomically, write_json
 from server.history import Line
 from server.initial import initial_network
@@ -51,7 +51,7 @@ def server_app() -> ServerApp:
     return app
 
 
-def run(grid: Grid, config: RunConfig) -> RunFolder:
+def run(grid: Door, config: RunConfig) -> RunFolder:
     """Run a run from its settings to its results, or go on with one (``run.resume``).
 
     Whatever ends it, the run folder says how (outcome.json), and what ended it is raised so that
@@ -71,7 +71,7 @@ def run(grid: Grid, config: RunConfig) -> RunFolder:
         return _run(grid, config, folder, events)
 
 
-def _run(grid: Grid, config: RunConfig, folder: RunFolder, events: Events) -> RunFolder:
+def _run(grid: Door, config: RunConfig, folder: RunFolder, events: Events) -> RunFolder:
     started = time.time()
     status, reason, rounds = "failed", "", None
     try:

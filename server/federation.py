@@ -11,13 +11,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
 
 from configs import wire
 from configs.run import DataConfig, RoundsConfig, RunConfig
@@ -42,6 +41,19 @@ SUPERLINK_S = 300.0  # longest wait for one answer of the SuperLink, which may b
 
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
+
+
+class Door(Protocol):
+    """What is asked of Flower's Grid."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes that are connected."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str | None]:
+        """Send messages; their ids, None for one whose node is not there."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that have come to some messages."""
 
 
 class RunFailed(RuntimeError):
@@ -96,7 +108,7 @@ class Federation:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: Door,
         rounds: RoundsConfig,
         data: DataConfig,
         greeting: Callable[[], RecordDict],
@@ -142,8 +154,8 @@ class Federation:
             time.sleep(POLL_S)
         late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
         failed |= {f"node {node}": late for node in self._greeted.values()}
-        in_ = {f"node {node}" for node in self.nodes.values()}
-        failed = {node: why for node, why in failed.items() if node not in in_}
+        for node in self.nodes.values():  # asked again, and here after all
+            failed.pop(f"node {node}", None)
         if len(self.reports) < needed:
             raise RunRefused(
                 f"{len(self.reports)} of {len(nodes)} sites can take part, {needed} are needed "
@@ -261,7 +273,7 @@ class Federation:
             raise RunFailed(
                 f"round {number}, {phase.name}: {len(phase.answered)} of "
                 f"{len(self.book.standings)} sites answered{declined}, {needed} are needed "
-                f"(rounds.min-sites): {named(missing, missing)}"
+                f"(rounds.min-sites): {named(missing)}"
             )
 
     def _take(

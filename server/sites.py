@@ -8,7 +8,7 @@ would have asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,6 +104,6 @@ def sample(names: Sequence[str], fraction: float, seed: int, number: int) -> lis
     return [sorted(names)[i] for i in sorted(drawn)]
 
 
-def named(names: Iterable[str], reasons: Mapping[str, str]) -> str:
-    """Sites and their reasons as one sentence, no reason twice in a row."""
-    return "; ".join(f"{name}: {reasons[name]}" for name in sorted(names))
+def named(reasons: Mapping[str, str]) -> str:
+    """Sites and their reasons as one sentence."""
+    return "; ".join(f"{name}: {why}" for name, why in sorted(reasons.items()))

@@ -1,6 +1,6 @@
 """How much memory the server needs for a round's replies: folded as they come, or all gathered.
 
-The real way of a round's training: our federation over a Grid that has a site's reply made when it
+The real way of a round's training: our federation over a door that has a site's reply made when it
 is pulled, through Flower's serialisation; only sites and network are left out. `polyclinic bench
 memory` prints it; docs/reliability.md shows a run.
 """
@@ -17,8 +17,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from rich.table import Table
@@ -51,8 +49,8 @@ class MemoryRow:
     peak_mb: float | None  # None: it failed, for lack of memory as a rule
 
 
-class Replies(Grid):
-    """A Grid whose sites have each trained when their reply is pulled."""
+class Replies:
+    """A door to sites that have each trained when their reply is pulled."""
 
     def __init__(self, sites: int) -> None:
         self.sites = sites
@@ -93,21 +91,6 @@ class Replies(Grid):
         reply = message_from_proto(message_to_proto(made))
         reply.metadata.__dict__["_reply_to_message_id"] = identity
         return reply
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *args: object, **kwargs: object) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        raise NotImplementedError
 
 
 def name_of(node: int) -> str:

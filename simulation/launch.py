@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -114,8 +114,8 @@ def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
         LaunchError: if Flower could not start it, or it ended without an outcome.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, once every process has ended.
     """
-    homes = (plan.folder.path / f"flower{'-' * (i > 1)}{i if i > 1 else ''}" for i in count(1))
-    home = next(path for path in homes if not path.exists())  # a resumed run has one already
+    names = chain(["flower"], (f"flower-{i}" for i in count(2)))  # a resumed run has one already
+    home = next(p for name in names if not (p := plan.folder.path / name).exists())
     began = time.time()
     try:
         home.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A federation in one process: Flower's Grid over ClientApps that are called directly.
+"""A federation in one process: what is asked of Flower's Grid, over ClientApps that are called.
 
 Messages are real ones, and pass through Flower's serialisation both ways; only processes, network
 and Ray are left out. tests/test_simulate.py runs the same path through the real runtime.
@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterable
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 Tamper = Callable[[int, Message], Message | None]
 
 
-class MemoryGrid(Grid):
+class MemoryGrid:
     """Asks each node's app at once, and gives the replies out when they are pulled.
 
     Args:
@@ -39,16 +37,6 @@ class MemoryGrid(Grid):
         self.run_id = secrets.randbits(31)
         self.sent: list[Message] = []
         self._replies: dict[str, Message] = {}
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *args: object, **kwargs: object) -> Message:
-        raise NotImplementedError
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
@@ -72,11 +60,6 @@ class MemoryGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        return self.pull_messages(self.push_messages(messages))
 
     def node_config(self, partition: int) -> dict[str, object]:
         return {"partition-id": partition, "num-partitions": len(self.nodes)}

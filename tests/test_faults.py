@@ -2,19 +2,20 @@
 
 Each test breaks something at a point of a round, sees how that is told, and that the run goes on or
 can be resumed without losing more than the round in flight. The table of all is printed at the end,
-and written to the file that POLYCLINIC_FAULT_TABLE names; docs/reliability.md shows it. A dozen run
-in CI; `make faults` runs them all, which takes about an hour on two cores.
+and written to the file that POLYCLINIC_FAULT_TABLE names; docs/reliability.md shows it. One run
+through ten faults is in CI; `make faults` runs them all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,15 @@ class Row:
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[Row]]:
+def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     rows: list[Row] = []
     yield rows
     heads = [field.name for field in fields(Row)]
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
     lines += [" | ".join(astuple(row)) for row in rows]
     text = "".join(f"| {line} |\n" for line in lines)
-    print(f"\n{text}")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{text}")
     if file := os.environ.get("POLYCLINIC_FAULT_TABLE"):
         Path(file).write_text(text)
 
@@ -133,13 +135,13 @@ def test_one_run_through_many_faults(there: Deployment, table: list[Row]) -> Non
     late = f"sleep:{DEADLINE_S + 8}"
     faults = [
         ("site-1", 1, "train", "nan", "refused", "expected finite values"),
-        ("site-2", 1, "train", "shapes", "refused", "got shape (7,)"),
+        ("site-2", 1, "train", "shapes", "refused", r"got shape \(7,\)"),
         ("site-3", 1, "evaluate", "garbage", "refused", "expected records"),
         ("site-1", 1, "evaluate", "shapes", "refused", "evaluation: "),
-        ("site-1", 2, "train", "kill", "late", ""),
-        ("site-3", 2, "train", "kill-node", "late", ""),
+        ("site-1", 2, "train", "kill", "late", NO_ANSWER),
+        ("site-3", 2, "train", "kill-node", "late", NO_ANSWER),
         ("site-2", 2, "evaluate", "nan", "refused", "evaluation: "),
-        ("site-2", 3, "train", late, "late", ""),
+        ("site-2", 3, "train", late, "late", NO_ANSWER),
         ("site-1", 4, "train", "huge:30", "refused", "expected only"),
     ]
     for site, number, phase, action, _, _ in faults:
@@ -152,7 +154,7 @@ def test_one_run_through_many_faults(there: Deployment, table: list[Row]) -> Non
     completed(folder, 4)
     for site, number, phase, action, outcome, said in faults:
         reason = getattr(line(folder, site, number), outcome)[phase].replace("\n", " ")
-        assert said in reason
+        assert re.search(said, reason)
         name = NAMES.get(action.partition(":")[0], f"a reply with {action}")
         waited = f"{_waited(folder, number, phase):.0f}"
         table.append(Row(name, phase, reason[:80], "at once", "its answers", waited))
@@ -167,6 +169,8 @@ def test_one_run_through_many_faults(there: Deployment, table: list[Row]) -> Non
     table.append(Row("the same site connects twice", "all", said[:80], "at once", "nothing", "0"))
 
 
+# by our clock or by Flower's, whichever is over first
+NO_ANSWER = "no answer in 60 s|Flower gave the question up before an answer came"
 NAMES = {
     "kill": "kill -9 a site's app",
     "kill-node": "kill -9 a SuperNode, restart",
@@ -194,27 +198,28 @@ def rounds_of(phases: list[str]) -> list[tuple[int, str]]:
     return list(enumerate(phases, 2))
 
 
-def killed_server(place: Deployment, phases: list[str], table: list[Row], name: str) -> None:
-    """One run whose server app dies in every round, at another phase, and is resumed."""
+def killed(
+    place: Deployment, table: list[Row], fault: str, phases: list[str], kill: Callable[[], None]
+) -> None:
+    """One run whose coordinator's end dies in every round, at another phase, and is resumed."""
     faults = rounds_of(phases)
     for number, phase in faults:
         place.fault(POINTS[phase].format(number), "wait")
     last = faults[-1][0]
+    name = re.sub("[^a-z]+", "-", f"{fault} {phases[0]}".lower())
     folder = submit(place, name, rounds__count=last, rounds__keep_checkpoints=last)
-    saved: dict[int, str] = {}
     for number, phase in faults:
         point = POINTS[phase].format(number)
         place.reached(point)
         saved = {n: digest(folder.checkpoint(n)) for n in range(1, number)}
         since = time.time()
-        place.kill(place.server_app())
+        kill()
         place.go(point)
         place.resume(folder)
-        place.wait_for(lambda n=number: n in folder.checkpoints(), 4 * DEADLINE_S, "it goes on")
+        place.wait_for(lambda n=number: n in folder.checkpoints(), 5 * DEADLINE_S, "it goes on")
         assert {n: digest(folder.checkpoint(n)) for n in saved} == saved
         took = seconds_to_next_round(folder, since)
-        row = Row("kill -9 the ServerApp", phase, "it is gone", "resumed", f"round {number}", took)
-        table.append(row)
+        table.append(Row(fault, phase, "it is gone", "resumed", f"round {number}", took))
     place.outcome(folder)
     completed(folder, last)
     resumed = [e["round"] for e in events(folder) if e["event"] == "resumed"]
@@ -222,14 +227,14 @@ def killed_server(place: Deployment, phases: list[str], table: list[Row], name: 
 
 
 @pytest.mark.long  # tests/test_simulate.py has one killed in CI
-def test_the_server_app_is_killed_while_it_saves(there: Deployment, table: list[Row]) -> None:
-    killed_server(there, ["checkpointing"], table, "server-saves")
-
-
-@pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_the_server_app_is_killed_at_every_phase(there: Deployment, table: list[Row]) -> None:
-    killed_server(there, [p for p in POINTS if p != "checkpointing"], table, "server-killed")
+@pytest.mark.parametrize("phases", ["checkpointing", "all others"])
+def test_the_server_app_is_killed(there: Deployment, table: list[Row], phases: str) -> None:
+    def kill() -> None:
+        there.kill(there.server_app())
+
+    chosen = [p for p in POINTS if (p == "checkpointing") == (phases == "checkpointing")]
+    killed(there, table, "kill -9 the ServerApp", chosen, kill)
 
 
 @pytest.mark.long
@@ -247,41 +252,17 @@ def test_flower_notices_that_a_server_app_was_killed(there: Deployment, table: l
     table.append(Row("kill -9 the ServerApp, nobody resumes", "waiting", said, "-", "-", took))
 
 
-def killed_superlink(place: Deployment, phases: list[str], table: list[Row], name: str) -> None:
-    """One run whose SuperLink dies in every round, at another phase; restarted, and resumed."""
-    faults = rounds_of(phases)
-    for number, phase in faults:
-        place.fault(POINTS[phase].format(number), "wait")
-    last = faults[-1][0]
-    folder = submit(place, name, rounds__count=last, rounds__keep_checkpoints=last)
-    for number, phase in faults:
-        point = POINTS[phase].format(number)
-        place.reached(point)
-        saved = {n: digest(folder.checkpoint(n)) for n in range(1, number)}
-        since = time.time()
-        assert place.superlink is not None
-        place.kill(place.superlink)
-        place.go(point)
-        place.start_superlink()
-        place.resume(folder)
-        place.wait_for(lambda n=number: n in folder.checkpoints(), 5 * DEADLINE_S, "it goes on")
-        assert {n: digest(folder.checkpoint(n)) for n in saved} == saved
-        took = seconds_to_next_round(folder, since)
-        row = Row("kill -9 the SuperLink, restart", phase, "it is gone", "resumed", "", took)
-        table.append(replace(row, lost=f"round {number}"))
-    place.outcome(folder)
-    completed(folder, last)
-
-
-@pytest.mark.long
-def test_the_superlink_is_killed_while_sites_train(there: Deployment, table: list[Row]) -> None:
-    killed_superlink(there, ["training"], table, "superlink-trains")
-
-
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_the_superlink_is_killed_at_every_phase(there: Deployment, table: list[Row]) -> None:
-    killed_superlink(there, [p for p in POINTS if p != "training"], table, "superlink-killed")
+@pytest.mark.parametrize("phases", ["training", "all others"])
+def test_the_superlink_is_killed(there: Deployment, table: list[Row], phases: str) -> None:
+    def kill() -> None:
+        assert there.superlink is not None
+        there.kill(there.superlink)
+        there.start_superlink()
+
+    chosen = [p for p in POINTS if (p == "training") == (phases == "training")]
+    killed(there, table, "kill -9 the SuperLink, restart", chosen, kill)
 
 
 def hurt_site(
@@ -461,6 +442,14 @@ def small_disk(folder: Path, megabytes: int) -> Callable[[], None]:
     return lambda: subprocess.run(["umount", "-l", folder], check=True)
 
 
+def fill(disk: Path) -> Path:
+    """Leave no room on a disk."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free))
+    assert shutil.disk_usage(disk).free == 0
+    return filler
+
+
 @pytest.mark.long
 def test_the_disk_of_the_run_folder_is_full(there: Deployment, table: list[Row]) -> None:
     disk = there.folder / "small"
@@ -471,14 +460,7 @@ def test_the_disk_of_the_run_folder_is_full(there: Deployment, table: list[Row])
         submit(there, "full", **{"run__output_dir": str(disk)})
         there.reached("server.saving.2")
         since = time.time()
-        filler = disk / "filler"
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 16))
-                    file.flush()
-            except OSError:
-                pass
+        filler = fill(disk)
         there.go("server.saving.2")
         there.wait_for(there.finished, 2 * SLACK_S, "the run ends")
         assert "No space left" in there.log("superlink")
@@ -499,17 +481,10 @@ def test_the_disk_of_a_site_is_full(there: Deployment, table: list[Row]) -> None
     """A site that cannot write down what leaves does not answer; it is back once it can."""
     unmount = small_disk(there.folder / "state" / "site-1", 1)
     try:
-        filler = there.folder / "state" / "site-1" / "filler"
         there.fault("server.waiting.2", "wait")
         folder = submit(there, "site-full", rounds__count=3)
         there.reached("server.waiting.2")
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 12))
-                    file.flush()
-            except OSError:
-                pass
+        filler = fill(there.folder / "state" / "site-1")
         there.fault("server.waiting.3", "wait")
         there.go("server.waiting.2")
         there.reached("server.waiting.3", 4 * DEADLINE_S)

@@ -240,17 +240,14 @@ class Deployment:
             "evaluate.select-by": "dice",
             **named,
         }
-        self._run(name, RunConfig.from_flat(settings))
+        file = self.folder / f"{name}.toml"
+        file.write_text(to_toml(RunConfig.from_flat(settings)))
+        self.flwr("run", str(self.app), "prod", "-c", str(file))
         return RunFolder(self.folder / "runs" / name)
 
     def resume(self, folder: RunFolder) -> None:
-        flat = {"run.resume": folder.name, "run.output-dir": str(folder.path.parent)}
-        self._run(f"{folder.name}-resumed", RunConfig.from_flat(flat))
-
-    def _run(self, name: str, config: RunConfig) -> None:
-        file = self.folder / f"{name}.toml"
-        file.write_text(to_toml(config))
-        self.flwr("run", str(self.app), "prod", "-c", str(file))
+        """Go on with a run, in the words of docs/reliability.md."""
+        self.flwr("run", str(self.app), "prod", "-c", f"run.resume='{folder.path}'")
 
     def finished(self) -> bool:
         """Whether Flower says that every run has ended."""
