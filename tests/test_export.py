@@ -241,6 +241,7 @@ def test_a_run_without_a_best_round_says_which_were_kept(cli, finished_run, tmp_
 def test_without_onnx_the_message_names_the_extra(
     cli, finished_run: Path, exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = exported["onnx"]  # made before its packages seem gone
     there = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
@@ -249,7 +250,7 @@ def test_without_onnx_the_message_names_the_extra(
     )
     for command in (
         ("export", finished_run, "--out", "m.onnx"),
-        ("predict", exported["onnx"], finished_run.parent.parent / "phantoms", "--out", "there"),
+        ("predict", model, finished_run.parent.parent / "phantoms", "--out", "there"),
     ):
         status, _, err = cli(*command)
         assert status == 2
