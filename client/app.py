@@ -197,6 +197,7 @@ def _describe(asked: Asked) -> Answer:
     for row in asked.data.skipped:
         log.warning("left out: %s", row)
     versions = {"polyclinic": VERSION, "flwr": flwr.__version__, "torch": torch.__version__}
+    versions["release"] = own_release()[:12]
     policy, declared = asked.site.policy, asked.standing
     return Answer(
         describe_reply(asked.message, asked.data, policy, str(device), versions, declared)

@@ -23,6 +23,7 @@ app = typer.Typer()
 site = typer.Typer(help="Look after a site.", no_args_is_help=True)
 app.add_typer(site, name="site")
 
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 SiteFile = Annotated[Path, typer.Argument(metavar="SITE_YAML", help="The site's site.yaml.")]
 
 
@@ -233,6 +234,158 @@ def release(
 ) -> None:
     """Print the digest of a release, as site.yaml's policy.releases wants it."""
     typer.echo(own_release() if fab is None else release_of_fab(fab))
+
+
+HealthOption = Annotated[
+    str,
+    typer.Option("--health", envvar="POLYCLINIC_HEALTH", help="Address of the health service."),
+]
+PresetOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="A run's preset, by whose settings every image is read."),
+]
+
+
+@site.command()
+def keygen(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the private key.")] = Path(),
+) -> None:
+    """Make this site's own key; print the public line that the coordinator needs.
+
+    The private key never leaves the site. Copy it beside the kit's site.yaml as site.key.
+    """
+    from client.keys import make_key
+
+    path, line = make_key(out)
+    typer.echo(f"private key: {path}", err=True)
+    typer.echo(line)
+
+
+@site.command()
+def approve(
+    site_file: SiteFile,
+    fab: Annotated[
+        Path | None, typer.Argument(metavar="RELEASE.fab", help="A packed app (flwr build).")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    withdraw: Annotated[
+        str, typer.Option("--withdraw", metavar="DIGEST", help="Take an approval back.")
+    ] = "",
+    brief: Annotated[bool, typer.Option("--brief", help="Name changed files alone.")] = False,
+) -> None:
+    """Show a release and what it changes, and allow it to run here.
+
+    Only approved releases run under `polyclinic site start`, whatever the coordinator ships.
+    Without a file: list what is approved. Where site.yaml has a release-signer, RELEASE.fab.sig
+    must lie beside the file. Exit status: 1 if you say no.
+    """
+    from client.approval import Approvals, changes
+    from configs.release import check_signature, read_release
+
+    config = read_site_config(site_file)
+    approvals = Approvals(config.state)
+    if withdraw:
+        decision = approvals.withdraw(withdraw)
+        typer.echo(f"withdrawn: {decision.digest}")
+        return
+    if fab is None:
+        for each in approvals.approved().values():
+            typer.echo(f"{each.digest}  {each.version}  {each.time}  by {each.by}")
+        return
+    content, found = read_release(fab)
+    if config.release_signer:
+        signature = Path(f"{fab}.sig")
+        if not signature.is_file():
+            raise ConfigError(
+                f"{signature}: expected the release's signature, since site.yaml has a "
+                "release-signer; ask the coordinator for it"
+            )
+        check_signature(found, signature.read_text(encoding="utf-8"), config.release_signer)
+        typer.echo("signed by this site's release-signer")
+    typer.echo(f"release {found.digest}, version {found.version}, {len(found.files)} files")
+    before = approvals.latest()
+    if before is None:
+        typer.echo("no release was approved before: everything is new")
+    elif before.digest == found.digest:
+        typer.echo("it is approved already")
+        return
+    else:
+        typer.echo(f"against {before.digest[:12]}, version {before.version}, approved before:")
+    for change in changes(before, found):
+        typer.echo(f"{change.kind:<7}  {change.name}")
+        if before is not None and not brief:
+            for line in change.lines:
+                typer.echo(f"    {line}")
+    if not yes and not typer.confirm("Allow this release to run on this site?"):
+        raise typer.Exit(1)
+    decision = approvals.approve(content)
+    typer.echo(f"approved: {decision.digest}, by {decision.by}")
+
+
+@site.command("preflight")
+def preflight_command(
+    site_file: SiteFile, preset: PresetOption = None, as_json: JsonOption = False
+) -> None:
+    """Look at everything that keeps sites from working, and say what to do.
+
+    Not while the site is connected: the coordinator is asked with the site's own key. Exit status:
+    1 if anything fails.
+    """
+    from client.preflight import preflight
+    from client.supernode import knock
+    from configs.checks import as_json as to_json
+    from configs.checks import as_lines, failed
+    from configs.run import load_run_config
+
+    checks = []
+    for check in preflight(site_file, load_run_config(preset, ()).data, knock):
+        checks.append(check)
+        if not as_json:
+            typer.echo("\n".join(as_lines([check])))
+    if as_json:
+        typer.echo(json.dumps(to_json(checks), indent=2))
+    if failed(checks):
+        raise typer.Exit(1)
+
+
+@site.command()
+def start(
+    site_file: SiteFile, health: HealthOption = "127.0.0.1:9098", preset: PresetOption = None
+) -> None:
+    """Connect this site to the coordinator, and work for it until it is stopped.
+
+    Looks at everything first, as preflight does. Only approved releases run. Ends with a status
+    that is not 0 when the connection is lost for good; have it started again (compose, systemd).
+    """
+    from client.start import start_site
+    from configs.run import load_run_config
+
+    start_site(site_file, load_run_config(preset, ()).data, health, typer.echo)
+
+
+@site.command("health")
+def health_command(site_file: SiteFile, health: HealthOption = "127.0.0.1:9098") -> None:
+    """Whether this site runs and hears its coordinator. Exit status: 1 if not."""
+    from client.start import site_health
+
+    trouble = site_health(read_site_config(site_file), health)
+    typer.echo(trouble or "well")
+    if trouble:
+        raise typer.Exit(1)
+
+
+@site.command()
+def status(site_file: SiteFile, as_json: JsonOption = False) -> None:
+    """Show what this site is doing, what it allows, and what is left of its budget."""
+    from client.status import site_status
+
+    found = site_status(read_site_config(site_file))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found))
+    for key, value in found.items():
+        typer.echo(f"{key:<{width}}  {'-' if value is None else value}")
 
 
 def _counted(words: Any) -> Any:  # noqa: ANN401

@@ -84,7 +84,7 @@ def load_site(manifest: Manifest, config: DataConfig) -> SiteData:
     _check_labels(manifest, rows, config)
     _check_masks(manifest, rows, config)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        read = list(pool.map(lambda row: _read_or_reason(manifest, row, config), rows))
+        read = list(pool.map(lambda row: read_or_reason(manifest, row, config), rows))
     skipped = tuple(found for found in read if isinstance(found, str))
     if skipped and config.on_error == "refuse":
         raise DataError(f"{skipped[0]} ({len(skipped)} such rows; data.on-error is 'refuse')")
@@ -137,7 +137,8 @@ def _check_masks(manifest: Manifest, rows: Sequence[Row], config: DataConfig) ->
         )
 
 
-def _read_or_reason(manifest: Manifest, row: Row, config: DataConfig) -> Pixels | str:
+def read_or_reason(manifest: Manifest, row: Row, config: DataConfig) -> Pixels | str:
+    """A row's pixels, or in one sentence why it cannot be used."""
     try:
         return read_pixels(row, config)
     except Unusable as reason:

@@ -102,6 +102,18 @@ def opening_hours(text: str) -> tuple[time, time]:
     return start, end
 
 
+class CoordinatorConfig(Section):
+    """Where the coordinator is, and what this site and it know each other by."""
+
+    address: str = Field(min_length=1, description="A name or an IP address.")
+    port: int = Field(9092, ge=1, le=65535)
+    ca: Path = Field(Path("ca.crt"), description="Who vouches for it; relative to site.yaml.")
+    key: Path = Field(Path("site.key"), description="The site's private key, likewise.")
+    certificate: Path = Field(
+        Path("site.crt"), description="What the coordinator says of that key, likewise."
+    )
+
+
 class SiteConfig(Section):
     """Who a site is, where its images lie, and what it may spend on training with privacy."""
 
@@ -109,6 +121,12 @@ class SiteConfig(Section):
     data_root: Path = Field(description="Folder with labels.csv; relative to site.yaml.")
     state: Path = Field(
         Path("state"), description="Folder for what must outlast a run; relative to site.yaml."
+    )
+    server: CoordinatorConfig | None = Field(
+        None, description="Needed by `polyclinic site start`; a kit's site.yaml has it."
+    )
+    release_signer: str = Field(
+        "", description="Ed25519 public key; with one, releases are approved if it signed them."
     )
     cohort: CohortConfig = CohortConfig()
     budget: BudgetConfig | None = Field(
@@ -161,14 +179,24 @@ def read_site_config(path: Path) -> SiteConfig:
     try:
         config = SiteConfig.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_explained(detail) for detail in error.errors())
+        problems = "; ".join(explained(detail) for detail in error.errors())
         raise ConfigError(f"{path}: {problems}") from None
-    folders = {"data_root": config.data_root, "state": config.state}
-    placed = {k: (path.parent / folder.expanduser()).resolve() for k, folder in folders.items()}
-    return config.model_copy(update=placed)
+    update: dict[str, object] = {
+        key: _placed(path, getattr(config, key)) for key in ("data_root", "state")
+    }
+    if config.server is not None:
+        files = {k: _placed(path, getattr(config.server, k)) for k in ("ca", "key", "certificate")}
+        update["server"] = config.server.model_copy(update=files)
+    return config.model_copy(update=update)
 
 
-def _explained(detail: ErrorDetails) -> str:
+def _placed(site_file: Path, path: Path) -> Path:
+    """A path of a site.yaml, which is relative to it."""
+    return (site_file.parent / path.expanduser()).resolve()
+
+
+def explained(detail: ErrorDetails) -> str:
+    """A fault of a file's key, in one line."""
     if detail["type"] == "value_error":  # raised by our own validators, which name their key
         return str(detail["ctx"]["error"])
     key = ".".join(kebab(str(part)) for part in detail["loc"])

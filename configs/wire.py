@@ -35,6 +35,9 @@ SKIPPED = "skipped"
 DEVICE = "device"
 VERSIONS = "versions"
 
+# How the reason of a site's error begins that does not run what the coordinator shipped
+UNAPPROVED = "release not approved"
+
 # SUMS of a training reply
 EXAMPLES = "examples"  # each counts the site's training examples; a task's average is
 WITH_MASK = "with-mask"  # weighted by the examples that carry its annotation

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.run import ConfigError, load_run_config
+from server.coordinator import coordinator
 
 if TYPE_CHECKING:  # it brings torch
     from server.export import Exported
@@ -21,6 +22,7 @@ runs = typer.Typer(help="List runs; print a run's tables again.", invoke_without
 app.add_typer(runs, name="runs")
 model = typer.Typer(help="Look at the network that settings ask for.", no_args_is_help=True)
 app.add_typer(model, name="model")
+app.add_typer(coordinator, name="server")
 
 ConfigOption = Annotated[
     Path | None,

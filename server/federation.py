@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
 from configs import wire
 from configs.run import DataConfig, RoundsConfig, RunConfig
@@ -46,8 +47,8 @@ Result = TypeVar("Result")
 class Door(Protocol):
     """What is asked of Flower's Grid."""
 
-    def get_node_ids(self) -> Iterable[int]:
-        """The nodes that are connected."""
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The nodes that are connected, with the names that their keys are registered under."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str | None]:
         """Send messages; their ids, None for one whose node is not there."""
@@ -124,6 +125,7 @@ class Federation:
         self.closed = False  # to sites that were not there when the run began
         self.nodes: dict[str, int] = {}
         self._bounded = Bounded(max(SUPERLINK_S, rounds.deadline_s), "the SuperLink")
+        self._registered: dict[int, str] = {}  # node: name of its key; empty in simulation
         self._greeted: dict[str, int] = {}  # message id: node
         self._strangers: dict[int, int] = {}  # node: the round in which it is greeted again
 
@@ -361,11 +363,18 @@ class Federation:
         """Let a node stand for the site that it says it is.
 
         Raises:
-            ReplyError: if that site is connected already, or is not to join.
+            ReplyError: if its key is another site's, if that site is connected already, or if it
+                is not to join.
         """
         name = report.name
         if name == POOLED:
             raise ReplyError(f"its name is {POOLED!r}, which stands for all sites together")
+        registered = self._registered.get(node)
+        if registered and registered != name:
+            raise ReplyError(
+                f"its key is registered as site {registered!r}, its site.yaml says {name!r}; the "
+                "two must be the same"
+            )
         before = self.nodes.get(name)
         if before is not None and before in self._connected():
             raise ReplyError(
@@ -385,7 +394,9 @@ class Federation:
             self.notify({"event": "joined", "round": number, "site": name, "back": known})
 
     def _connected(self) -> list[int]:
-        return sorted(self._bounded(self.grid.get_node_ids))
+        nodes = list(self._bounded(self.grid.get_nodes))
+        self._registered = {node.node_id: node.name for node in nodes}
+        return sorted(self._registered)
 
     def _replies(self, waiting: Mapping[str, str], singly: bool) -> Iterator[Message]:
         """What has come of answers and of descriptions."""

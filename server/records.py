@@ -243,6 +243,9 @@ def _about(reply: Message) -> ConfigRecord:
             raise Late("Flower gave the question up before an answer came")
         if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
             raise Unreachable("failed: Flower has not heard of its node for too long")
+        reason = reply.error.reason or ""
+        if reply.error.code == ErrorCode.INVALID_FAB and reason.startswith(wire.UNAPPROVED):
+            raise Declined(reason)
         raise Refusal(f"failed: {reply.error.reason or f'Flower error {reply.error.code}'}")
     if (
         wire.SITE not in reply.content.config_records

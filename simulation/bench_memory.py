@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from rich.table import Table
@@ -58,8 +59,8 @@ class Replies:
         self.weights: Packed = {}
         self.random = np.random.default_rng(0)
 
-    def get_node_ids(self) -> list[int]:
-        return list(range(1, self.sites + 1))
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node) for node in range(1, self.sites + 1)]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
@@ -156,7 +157,7 @@ def one_round(config: RunConfig, sites: int) -> float:
     events = Events(folder)
     federation = Federation(grid, config.rounds, config.data, RecordDict, events.notify)
     counts = dict.fromkeys(wire.SPLITS, EXAMPLES)
-    for node in grid.get_node_ids():
+    for node in range(1, sites + 1):
         name = name_of(node)
         federation.nodes[name] = node
         federation.book.add(name)

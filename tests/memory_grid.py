@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.node_pb2 import NodeInfo
 
 Tamper = Callable[[int, Message], Message | None]
 
@@ -33,13 +34,14 @@ class MemoryGrid:
         self.app = app
         self.run_config = run_config
         self.nodes = {1000 + partition: partition for partition in range(sites)}
+        self.names: dict[int, str] = {}  # of keys, as a deployment has them registered
         self.tamper = tamper
         self.run_id = secrets.randbits(31)
         self.sent: list[Message] = []
         self._replies: dict[str, Message] = {}
 
-    def get_node_ids(self) -> list[int]:
-        return list(self.nodes)
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, name=self.names.get(node, "")) for node in self.nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
         ids: list[str | None] = []

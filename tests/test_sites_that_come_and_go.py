@@ -168,6 +168,18 @@ def test_the_same_site_twice_is_one_site_and_the_second_is_named(tiny, grid, cap
     assert "1003" in next(iter(events(folder, "sites")[0]["failed"]))
 
 
+def test_a_site_that_says_it_is_another_does_not_take_part(tiny, grid, caplog) -> None:
+    """Whom a node stands for is what its key was registered as, never what it says."""
+    config = tiny(rounds__count=1, rounds__min_sites="2")
+    federation = grid(config)
+    federation.names = {1000: "site-1", 1001: "site-2", 1002: "site-0"}
+    folder = run(federation, config)
+    assert "its key is registered as site 'site-0', its site.yaml says 'site-3'" in caplog.text
+    assert "1002" in next(iter(events(folder, "sites")[0]["failed"]))
+    trains = [m for m in federation.sent if m.metadata.message_type == wire.TRAIN]
+    assert {m.metadata.dst_node_id for m in trains} == {1000, 1001}
+
+
 def test_a_second_reply_and_one_to_no_question_are_dropped(tiny, grid, caplog) -> None:
     config = tiny(rounds__count=1)
     federation = grid(config)

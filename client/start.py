@@ -1,0 +1,63 @@
+"""Starting a site: everything is looked at first, then Flower's SuperNode runs under our guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from client.preflight import preflight
+from configs.checks import Check, as_lines, failed
+from configs.credentials import now_utc
+from configs.health import ask_health
+from configs.run import ConfigError, DataConfig
+from configs.site import SiteConfig, read_site_config
+
+HEALTH = "127.0.0.1:9098"
+SILENCE_S = 180.0  # without a word from the coordinator, while nothing is worked on
+
+
+def start_site(
+    site_file: Path, data: DataConfig, health: str, say: Callable[[str], None]
+) -> NoReturn:
+    """Look at everything, then connect and stay.
+
+    Args:
+        data: by which every image is read beforehand.
+        health: address of the gRPC health service.
+
+    Raises:
+        ConfigError: if something fails that would keep the site from working.
+    """
+    from client.supernode import knock, start_supernode  # Flower's; seconds to import
+
+    checks: list[Check] = []
+    for check in preflight(site_file, data, knock, health):
+        checks.append(check)
+        for line in as_lines([check]):
+            say(line)
+    if failed(checks):
+        wrong = ", ".join(check.name for check in checks if check.level == "fail")
+        raise ConfigError(f"{site_file}: the site does not start: {wrong}")
+    start_supernode(site_file, read_site_config(site_file), health)
+
+
+def site_health(site: SiteConfig, health: str, now: datetime | None = None) -> str:
+    """What is wrong with a running site; nothing if it is well.
+
+    A process that lives is not enough: the coordinator must have been heard lately, or the site be
+    at work for it.
+    """
+    from client.supernode import CONTACT, read_contact
+
+    trouble = ask_health(health)
+    if trouble:
+        return trouble
+    contact = read_contact(site.state / CONTACT)
+    if contact is None:
+        return "the coordinator has not been heard yet"
+    silent = ((now or now_utc()) - datetime.fromisoformat(contact.last)).total_seconds()
+    if silent > SILENCE_S and not contact.working:
+        return f"nothing was heard of the coordinator for {silent:.0f} s"
+    return ""

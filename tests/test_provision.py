@@ -1,0 +1,190 @@
+"""Kits: what each holds, who may read it, and that the second call changes nothing."""
+
+from __future__ import annotations
+
+import ssl
+import stat
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+
+import server.authority
+from client.keys import make_key
+from configs.credentials import (
+    key_of,
+    name_of,
+    now_utc,
+    public_line,
+    read_certificate,
+    read_private_key,
+    vouched_for,
+)
+from configs.federation import FederationConfig, read_federation
+from configs.run import ConfigError
+from configs.site import read_site_config
+from server.provision import expiries, provision, soon
+from server.registry import Registry
+
+
+def federation(*names: str, **changes: object) -> FederationConfig:
+    sites = [{"name": name} for name in names or ("site-a", "site-b")]
+    server_ = {"address": "fl.example.org", "port": 9092}
+    return FederationConfig.model_validate(
+        {"name": "consortium", "server": server_, "sites": sites, **changes}
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_kit_holds_what_it_needs_and_no_other_key(tmp_path: Path) -> None:
+    provision(federation(), tmp_path)
+    found = contents(tmp_path)
+    keys = {name for name, content in found.items() if b"PRIVATE KEY" in content}
+    assert keys == {
+        "authority/ca.key",
+        "server/server.key",
+        "sites/site-a/site.key",
+        "sites/site-b/site.key",
+    }
+    assert len({found[name] for name in keys}) == 4
+    for name in keys:
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, name
+    for site in ("site-a", "site-b"):
+        kit = tmp_path / "sites" / site
+        assert {p.name for p in kit.iterdir()} == {
+            *(".env", "README.md", "ca.crt", "compose.yml", "compose.gpu.yml"),
+            *("site.crt", "site.key", "site.yaml", "polyclinic-site.service"),
+        }
+        config = read_site_config(kit / "site.yaml")
+        assert (config.name, config.server.address, config.server.port) == (
+            *(site, "fl.example.org"),
+            9092,
+        )
+        certificate = read_certificate(config.server.certificate)
+        key = read_private_key(config.server.key)
+        assert name_of(certificate) == site
+        assert public_line(key.public_key()) == public_line(key_of(certificate))
+        assert vouched_for(certificate, read_certificate(config.server.ca))
+        assert f"Site {site}" in (kit / "README.md").read_text()
+        assert "@" not in (kit / "site.yaml").read_text()
+
+
+def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
+    assert [c.what for c in provision(federation(), tmp_path)] == [
+        *("authority", "server", "site-a", "site-b")
+    ]
+    before = contents(tmp_path)
+    assert provision(federation(), tmp_path) == []
+    assert contents(tmp_path) == before
+
+
+def test_adding_renewing_and_removing_touch_no_other_site(tmp_path: Path) -> None:
+    provision(federation(), tmp_path)
+    (tmp_path / "sites" / "site-a" / "site.yaml").write_text("name: site-a\ndata-root: filled/in\n")
+    before = contents(tmp_path)
+    changes = provision(federation("site-a", "site-b", "site-c"), tmp_path, renew=["site-b"])
+    assert [(c.what, c.did.split(";")[0]) for c in changes] == [
+        *(("site-b", "renewed"), ("site-c", "added"))
+    ]
+    after = contents(tmp_path)
+    moved = {name for name in before if before[name] != after.get(name)}
+    assert moved == {
+        *("server/federation.yaml", "server/sites/site-b.crt"),
+        *("sites/site-b/site.crt", "sites/site-b/site.key"),
+    }
+    registry = Registry(tmp_path / "server" / "sites", tmp_path / "server" / "ca.crt")
+    assert {s.name for s in registry.sites().values()} == {"site-a", "site-b", "site-c"}
+    (change,) = provision(federation("site-b", "site-c"), tmp_path)
+    assert (change.what, change.did.split(";")[0]) == ("site-a", "removed")
+    assert not (tmp_path / "server" / "sites" / "site-a.crt").exists()
+    assert (next((tmp_path / "removed").iterdir()) / "site.yaml").read_text().endswith("in\n")
+
+
+def test_a_site_that_made_its_own_key_keeps_it(tmp_path: Path) -> None:
+    private, line = make_key(tmp_path / "at-the-site")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    members = [{"name": "site-a"}, {"name": "own", "public-key": line}]
+    config = federation(sites=members)
+    provision(config, tmp_path / "kits")
+    kit = tmp_path / "kits" / "sites" / "own"
+    assert not (kit / "site.key").exists()
+    assert public_line(key_of(read_certificate(kit / "site.crt"))) == line
+    assert provision(config, tmp_path / "kits") == []
+    with pytest.raises(ConfigError, match="is there already, and is not written over"):
+        make_key(tmp_path / "at-the-site")
+
+
+def test_the_servers_certificate_is_good_for_its_names_and_checked_by_tls(tmp_path: Path) -> None:
+    server_ = {"address": "fl.example.org", "also": ["10.0.0.7", "fl.internal"]}
+    provision(federation(server=server_), tmp_path)
+    names = server.authority.names_in(read_certificate(tmp_path / "server" / "server.crt"))
+    assert set(names) == {*("fl.example.org", "10.0.0.7", "fl.internal"), "localhost", "127.0.0.1"}
+    context = ssl.create_default_context(cafile=str(tmp_path / "server" / "ca.crt"))
+    assert context.verify_mode is ssl.CERT_REQUIRED
+    (change,) = provision(federation(), tmp_path)
+    assert change.did.startswith("made anew for fl.example.org, localhost, 127.0.0.1")
+
+
+def test_what_expires_is_told_a_month_ahead(tmp_path: Path, cli, monkeypatch) -> None:
+    provision(federation(), tmp_path / "kits")
+    status, out, _ = cli("server", "certificates", tmp_path / "kits")
+    assert status == 0
+    assert out.count("OK") == 4
+    later = now_utc() + timedelta(days=340)
+    monkeypatch.setattr("server.provision.now_utc", lambda: later)
+    assert [each.what for each in expiries(tmp_path / "kits") if soon(each)] == [
+        *("server", "site-a", "site-b")
+    ]
+    status, out, _ = cli("server", "certificates", tmp_path / "kits")
+    assert status == 1
+    assert out.count("renew") == 3
+    gone = now_utc() + timedelta(days=400)
+    monkeypatch.setattr("server.provision.now_utc", lambda: gone)
+    _, out, _ = cli("server", "certificates", tmp_path / "kits")
+    assert out.count("EXPIRED") == 3
+
+
+def test_a_registry_takes_no_certificate_of_another_authority(tmp_path: Path, caplog) -> None:
+    provision(federation(), tmp_path / "ours")
+    provision(federation(name="others"), tmp_path / "theirs")
+    stranger = tmp_path / "theirs" / "server" / "sites" / "site-a.crt"
+    folder = tmp_path / "ours" / "server" / "sites"
+    (folder / "stranger.crt").write_bytes(stranger.read_bytes())
+    (folder / "half.crt").write_bytes(b"-----BEGIN")
+    registry = Registry(folder, tmp_path / "ours" / "server" / "ca.crt")
+    assert {site.name for site in registry.sites().values()} == {"site-a", "site-b"}
+    assert "stranger.crt: is not signed by this federation's authority" in caplog.text
+    assert "half.crt: expected a certificate" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sites": []}, "sites: "),
+        ({"sites": [{"name": "a"}, {"name": "A"}]}, "expected different names, got a twice"),
+        ({"sites": [{"name": "a", "public-key": "ssh-rsa AAAA"}]}, "begins with ecdsa-sha2-nistp"),
+        ({"sites": [{"name": "a/b"}]}, "sites.0.name"),
+        ({"server": {"address": "fl.example.org", "port": 0}}, "server.port"),
+        ({"colour": "blue"}, "colour"),
+    ],
+)
+def test_mistakes_in_a_federation_are_named(tmp_path: Path, changes: dict, said: str) -> None:
+    content = {"name": "c", "server": {"address": "a"}, "sites": [{"name": "a"}], **changes}
+    path = tmp_path / "federation.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=said):
+        read_federation(path)
+
+
+def test_kits_of_another_federation_are_left_alone(tmp_path: Path) -> None:
+    provision(federation(), tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="these are of consortium; give another --out"):
+        provision(federation(name="others"), tmp_path)
+    with pytest.raises(ConfigError, match="--renew: expected sites of the federation, got nobody"):
+        provision(federation(), tmp_path, renew=["nobody"])
+    assert contents(tmp_path) == before
