@@ -1,0 +1,211 @@
+"""Approved releases: what is one, what a new one changes, and that nothing else passes."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from flwr.cli.build import build_fab_from_disk
+
+from client.approval import Approvals, changes
+from configs import VERSION
+from configs.release import check_signature, open_release
+from configs.release import sign as sign_release
+from configs.run import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = f'[project]\nname = "polyclinic"\nversion = "{VERSION}"\n'
+
+
+def packed(files: dict[str, str], date: tuple[int, ...] = (2026, 1, 1, 0, 0, 0)) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as fab:
+        for name, text in files.items():
+            fab.writestr(zipfile.ZipInfo(name, date), text)
+    return buffer.getvalue()
+
+
+def app(**changed: str) -> dict[str, str]:
+    files = {"pyproject.toml": PROJECT, "apps.py": "a = 1\n", "client/gate.py": "check()\n"}
+    return files | {name.replace("__", "/") + ".py": text for name, text in changed.items()}
+
+
+@pytest.fixture
+def site_file(tmp_path: Path) -> Path:
+    path = tmp_path / "site.yaml"
+    path.write_text("name: a\ndata-root: data\n")
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower packs with
+def test_the_project_itself_is_a_release_known_by_what_is_in_it() -> None:
+    content = build_fab_from_disk(ROOT)
+    release = open_release(content)
+    assert release.version == VERSION
+    assert {"apps.py", "client/gate.py", "pyproject.toml"} <= set(release.files)
+    assert open_release(build_fab_from_disk(ROOT)).digest == release.digest
+
+
+def test_a_digest_is_of_every_file_and_not_of_when_it_was_packed() -> None:
+    release = open_release(packed(app()))
+    again = open_release(packed(dict(reversed(app().items())), (2026, 2, 2, 2, 2, 2)))
+    assert again.digest == release.digest
+    for other in (
+        app(client__gate="pass\n"),  # changed
+        app(sitecustomize="pass\n"),  # a file more
+        {k: v for k, v in app().items() if k != "client/gate.py"},
+        {**app(), "pyproject.toml": PROJECT + "[tool.flwr.app.components]\n"},
+    ):
+        assert open_release(packed(other)).digest != release.digest
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.py", "/x.py", "client/../apps.py", "./apps.py", "client//gate.py", "a\\b.py", "Apps.py"],
+)
+def test_names_that_could_fall_on_another_file_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected plain and different file names"):
+        open_release(packed({**app(), name: "evil"}))
+
+
+def test_what_is_no_release_is_refused() -> None:
+    twice = io.BytesIO(packed(app()))
+    with zipfile.ZipFile(twice, "a") as fab, pytest.warns(UserWarning, match="Duplicate name"):
+        fab.writestr("apps.py", "evil")
+    with pytest.raises(ConfigError, match=r"different file names in a packed app, got 'apps.py'"):
+        open_release(twice.getvalue())
+    for content in (b"", b"no zip", packed({"apps.py": ""}), packed({"pyproject.toml": "x"})):
+        with pytest.raises(ConfigError, match="expected a packed app"):
+            open_release(content)
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as fab:
+        fab.writestr("pyproject.toml", b"#" * 101_000_000)
+    with pytest.raises(ConfigError, match="below 100 MB unpacked"):
+        open_release(bomb.getvalue())
+
+
+def test_approving_withdrawing_and_approving_again(tmp_path: Path) -> None:
+    approvals = Approvals(tmp_path)
+    assert approvals.approved() == {}
+    assert approvals.latest() is None
+    first = approvals.approve(packed(app()))
+    second = approvals.approve(packed(app(apps="a = 2\n")))
+    assert list(Approvals(tmp_path).approved()) == [first.digest, second.digest]
+    latest = approvals.latest()
+    assert latest is not None
+    assert latest.digest == second.digest
+    assert approvals.withdraw(second.digest[:12]).digest == second.digest
+    assert list(approvals.approved()) == [first.digest]
+    with pytest.raises(ConfigError, match="expected the digest of an approved release"):
+        approvals.withdraw(second.digest)
+    with pytest.raises(ConfigError, match="expected the digest of an approved release"):
+        approvals.withdraw(first.digest[:7])
+    assert [d.action for d in approvals.decisions()] == ["approved", "approved", "withdrawn"]
+    assert approvals.decisions()[0].by
+
+
+def test_with_a_damaged_file_of_decisions_nothing_is_allowed(tmp_path: Path) -> None:
+    approvals = Approvals(tmp_path)
+    approvals.approve(packed(app()))
+    approvals.log.write_text(approvals.log.read_text()[:-20])
+    with pytest.raises(ConfigError, match=r"is damaged .* no release is allowed"):
+        approvals.approved()
+
+
+def test_changes_are_told_file_by_file() -> None:
+    before = open_release(packed({**app(), "old.py": "", ".info/CONTENT": "1"}))
+    after = open_release(
+        packed({**app(client__gate="pass\n"), "new.py": "x\n", ".info/CONTENT": "2"})
+    )
+    found = {change.name: change for change in changes(before, after)}
+    assert {name: change.kind for name, change in found.items()} == {
+        "client/gate.py": "changed",
+        "new.py": "new",
+        "old.py": "gone",
+    }
+    assert {"-check()", "+pass"} <= set(found["client/gate.py"].lines)
+
+
+def test_the_command_shows_asks_and_records(site_file: Path, cli, monkeypatch) -> None:
+    fab, changed = Path("one.fab"), Path("two.fab")
+    fab.write_bytes(packed(app()))
+    changed.write_bytes(packed(app(client__gate="pass\n")))
+    status, out, _ = cli("site", "approve", site_file, fab, "--yes")
+    digest = open_release(fab.read_bytes()).digest
+    assert status == 0
+    assert f"release {digest}, version {VERSION}, 3 files" in out
+    assert f"approved: {digest}" in out
+    monkeypatch.setattr("typer.confirm", lambda text: False)
+    status, out, _ = cli("site", "approve", site_file, changed)
+    assert status == 1
+    assert f"against {digest[:12]}, version {VERSION}, approved before" in out
+    assert "changed  client/gate.py" in out
+    assert "    -check()" in out
+    _, out, _ = cli("site", "approve", site_file)
+    assert [line.split()[0] for line in out.splitlines()] == [digest]
+    assert "it is approved already" in cli("site", "approve", site_file, fab)[1]
+    assert cli("site", "approve", site_file, "--withdraw", digest)[0] == 0
+    assert cli("site", "approve", site_file)[1] == ""
+    status, _, err = cli("site", "approve", site_file, "missing.fab")
+    assert status == 2
+    assert "missing.fab: cannot be read" in err
+
+
+@pytest.fixture
+def signer(tmp_path: Path) -> Callable[[str], tuple[Path, str]]:
+    def make(name: str) -> tuple[Path, str]:
+        key = ed25519.Ed25519PrivateKey.generate()
+        path = tmp_path / name
+        path.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.OpenSSH,
+                serialization.NoEncryption(),
+            )
+        )
+        public = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        return path, public.decode()
+
+    return make
+
+
+def test_a_site_with_a_signer_approves_what_it_signed_alone(site_file: Path, cli, signer) -> None:
+    private, public = signer("signer")
+    other, _ = signer("other")
+    site_file.write_text(site_file.read_text() + f"release-signer: {json.dumps(public)}\n")
+    Path("one.fab").write_bytes(packed(app()))
+    status, _, err = cli("site", "approve", site_file, "one.fab", "--yes")
+    assert status == 2
+    assert "one.fab.sig: expected the release's signature" in err
+    cli("server", "sign", "one.fab", "--key", other)
+    status, _, err = cli("site", "approve", site_file, "one.fab", "--yes")
+    assert status == 2
+    assert "its signature is not of this site's release-signer" in err
+    cli("server", "sign", "one.fab", "--key", private)
+    status, out, _ = cli("site", "approve", site_file, "one.fab", "--yes")
+    assert status == 0
+    assert "signed by this site's release-signer" in out
+    Path("two.fab").write_bytes(packed(app(apps="a = 3\n")))
+    Path("two.fab.sig").write_text(Path("one.fab.sig").read_text())
+    assert cli("site", "approve", site_file, "two.fab", "--yes")[0] == 2
+
+
+def test_keys_and_signatures_that_are_none_are_named(tmp_path: Path, signer) -> None:
+    release = open_release(packed(app()))
+    private, public = signer("signer")
+    signature = sign_release(release, private)
+    check_signature(release, signature, public)
+    with pytest.raises(ConfigError, match="its signature is not"):
+        check_signature(release, "no base64!", public)
+    with pytest.raises(ConfigError, match="release-signer: expected an Ed25519 public key"):
+        check_signature(release, signature, "rubbish")
+    with pytest.raises(ConfigError, match="expected an Ed25519 private key"):
+        sign_release(release, tmp_path / "missing")

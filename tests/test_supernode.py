@@ -1,0 +1,170 @@
+"""The guard around Flower's SuperNode: that it stands where Flower passes, and what it lets by.
+
+tests/test_deployment.py has the same with real processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supernode import start_client_internal as internal
+
+from client.approval import Approvals
+from client.supernode import ASKED_FOR, PUTS_BACK, TAKES_IN, Gatekeeper, read_contact, same_minor
+from configs import VERSION, wire
+from tests.test_approval import app, packed
+
+
+def test_flower_takes_messages_in_where_the_guard_stands() -> None:
+    """Fails when a new Flower moves what client/supernode.py stands around."""
+    takes_in = inspect.signature(getattr(internal, TAKES_IN)).parameters
+    assert set(ASKED_FOR) <= set(takes_in)
+    assert list(inspect.signature(getattr(internal, PUTS_BACK)).parameters) == [
+        *("msg", "state", "store")
+    ]
+    loop = inspect.getsource(internal.start_client_internal)
+    assert f"run_id = {TAKES_IN}(" in loop
+    for name in ASKED_FOR:
+        assert f"{name}=" in loop  # by name, as the guard is called
+    body = inspect.getsource(getattr(internal, TAKES_IN))
+    assert body.index("get_fab(run_info.fab_hash, run_id)") < body.index("state.store_fab(fab)")
+    assert body.index("get_run(run_id)") < body.index("get_fab(run_info.fab_hash, run_id)")
+    assert body.index("get_fab(") < body.index("state.create_task(")
+    others = inspect.getsource(internal).count("get_fab(")
+    assert others == body.count("get_fab(")  # no other way for a packed app to come in
+
+
+class Node:
+    """Flower's side: one message, its run and its packed app; what came of it."""
+
+    def __init__(self, content: bytes, task_type: str = TaskType.SERVER_APP) -> None:
+        self.content = content
+        self.hash = hashlib.sha256(content).hexdigest()
+        self.task_type = task_type
+        self.known: dict[int, SimpleNamespace] = {}
+        self.ran: list[bytes] = []
+        self.replies: list[Message] = []
+
+    def take_in(self, **given) -> int | None:
+        """As Flower's own function does, without the network."""
+        found = given["receive"]()
+        if found is None:
+            return None
+        run_id = found[0].metadata.run_id
+        if given["state"].get_run(run_id) is None:
+            run = given["get_run"](run_id)
+            fab = given["get_fab"](run.fab_hash, run_id)
+            self.known[run_id] = run
+            self.content_here = fab.content
+        self.ran.append(self.content_here)
+        return run_id
+
+    def pull(self, guard: Gatekeeper, monkeypatch: pytest.MonkeyPatch, nothing: bool = False):
+        message = Message(RecordDict(), dst_node_id=1, message_type=wire.TRAIN)
+        message.metadata.__dict__["_message_id"] = "m"
+        run = SimpleNamespace(fab_hash=self.hash, primary_task_type=self.task_type)
+        monkeypatch.setattr(internal, PUTS_BACK, lambda msg, state, store: self.replies.append(msg))
+        return guard.around(self.take_in)(
+            state=SimpleNamespace(get_run=self.known.get),
+            object_store=None,
+            receive=lambda: None if nothing else (message, None),
+            get_run=lambda run_id: run,
+            get_fab=lambda fab_hash, run_id: Fab(fab_hash, self.content, {}),
+        )
+
+
+@pytest.fixture
+def guard(tmp_path: Path, flower_identity: None) -> Gatekeeper:
+    return Gatekeeper(Approvals(tmp_path), tmp_path / "contact.json", "fl.example.org:9092")
+
+
+def test_an_approved_release_runs_and_nothing_else(guard, monkeypatch) -> None:
+    node = Node(packed(app()))
+    assert node.pull(guard, monkeypatch) is not None
+    assert node.ran == []
+    (reply,) = node.replies
+    assert reply.error.code == ErrorCode.INVALID_FAB
+    assert reply.error.reason.startswith(wire.UNAPPROVED)
+    decision = guard.approvals.approve(node.content)
+    assert decision.digest in reply.error.reason
+    node.pull(guard, monkeypatch)
+    assert node.ran == [node.content]
+    without_gate = Node(packed(app(client__gate="pass\n")))
+    without_gate.pull(guard, monkeypatch)
+    assert without_gate.ran == []
+
+
+def test_a_withdrawn_release_gets_no_further_message(guard, monkeypatch) -> None:
+    node = Node(packed(app()))
+    decision = guard.approvals.approve(node.content)
+    node.pull(guard, monkeypatch)
+    guard.approvals.withdraw(decision.digest)
+    node.pull(guard, monkeypatch)
+    assert len(node.ran) == 1
+    assert decision.digest in node.replies[0].error.reason
+
+
+def test_a_release_of_another_minor_version_is_told_to_be_upgraded(guard, monkeypatch) -> None:
+    content = packed({**app(), "pyproject.toml": '[project]\nversion = "9.8.7"\n'})
+    guard.approvals.approve(content)
+    node = Node(content)
+    node.pull(guard, monkeypatch)
+    assert node.ran == []
+    assert f"of version 9.8.7, what is installed here of {VERSION}" in node.replies[0].error.reason
+    assert same_minor("0.1.0", "0.1.7")
+    assert not same_minor("0.1.0", "0.2.0")
+
+
+def test_bytes_that_are_not_those_of_the_hash_are_refused(guard, monkeypatch) -> None:
+    node = Node(packed(app()))
+    guard.approvals.approve(node.content)
+    node.hash = "0" * 64
+    node.pull(guard, monkeypatch)
+    assert node.ran == []
+    assert "its content is not what its hash says" in node.replies[0].error.reason
+
+
+def test_agents_and_what_is_no_release_are_refused(guard, monkeypatch) -> None:
+    agent = Node(packed(app()), TaskType.AGENT_APP)
+    guard.approvals.approve(agent.content)
+    agent.pull(guard, monkeypatch)
+    rubbish = Node(b"rubbish")
+    rubbish.pull(guard, monkeypatch)
+    assert agent.ran == rubbish.ran == []
+    assert "this site runs no agents" in agent.replies[0].error.reason
+    assert "expected a packed app" in rubbish.replies[0].error.reason
+
+
+def test_with_a_damaged_file_of_decisions_nothing_runs(guard, monkeypatch) -> None:
+    node = Node(packed(app()))
+    guard.approvals.approve(node.content)
+    guard.approvals.log.write_text("rubbish")
+    node.pull(guard, monkeypatch)
+    assert node.ran == []
+    assert "is damaged" in node.replies[0].error.reason
+
+
+def test_the_coordinator_is_noted_when_it_is_heard(guard, monkeypatch) -> None:
+    node = Node(packed(app()))
+    digest = guard.approvals.approve(node.content).digest
+    assert read_contact(guard.contact) is None
+    assert node.pull(guard, monkeypatch, nothing=True) is None
+    contact = read_contact(guard.contact)
+    assert (contact.server, contact.working, contact.release) == ("fl.example.org:9092", False, "")
+    node.pull(guard, monkeypatch)
+    contact = read_contact(guard.contact)
+    assert (contact.working, contact.release) == (True, digest)
+    node.pull(guard, monkeypatch, nothing=True)
+    contact = read_contact(guard.contact)
+    assert (contact.working, contact.release) == (False, digest)
+    guard.contact.write_text(json.dumps({"no": "contact"}))
+    assert read_contact(guard.contact) is None
