@@ -119,7 +119,7 @@ def knock(server: CoordinatorConfig) -> str:
         with FleetHttpClient.from_server_address(
             _place(server),
             False,
-            str(server.ca),
+            server.ca.read_bytes(),
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
                 NodeAuthHttpInterceptor(key, key.public_key()),

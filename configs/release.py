@@ -124,7 +124,9 @@ def check_signature(release: Release, signature: str, signer: str) -> None:
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise ConfigError(f"release-signer: expected an Ed25519 key, got {type(key).__name__}")
     try:
-        key.verify(base64.b64decode(signature.strip(), validate=True), SIGNED + release.digest.encode())
+        key.verify(
+            base64.b64decode(signature.strip(), validate=True), SIGNED + release.digest.encode()
+        )
     except (InvalidSignature, ValueError):
         raise ConfigError(
             f"release {release.digest[:12]}: its signature is not of this site's release-signer"

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -37,6 +37,7 @@ from server.sites import SiteBook, named
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2  # between two looks for replies
+PULL_S = 5.0  # for a reply that is there to be taken in, before others are looked at
 SETTLE_S = 1.0  # without a new site for so long, all are taken to be there
 SUPERLINK_S = 300.0  # longest wait for one answer of the SuperLink, which may be restarting
 
@@ -125,6 +126,7 @@ class Federation:
         self.closed = False  # to sites that were not there when the run began
         self.nodes: dict[str, int] = {}
         self._bounded = Bounded(max(SUPERLINK_S, rounds.deadline_s), "the SuperLink")
+        self._pulls = Pulls(grid)
         self._registered: dict[int, str] = {}  # node: name of its key; empty in simulation
         self._greeted: dict[str, int] = {}  # message id: node
         self._strangers: dict[int, int] = {}  # node: the round in which it is greeted again
@@ -143,7 +145,7 @@ class Federation:
         self.notify({"event": "phase", "round": 0, "phase": "describe", "sites": len(nodes)})
         began = time.monotonic()
         while time.monotonic() - began < self.rounds.deadline_s:
-            failed |= self._introduce(0, self._pull(list(self._greeted)))
+            failed |= self._introduce(0, self._pull([*self._greeted]))
             if not self._greeted:
                 # after a restart Flower takes nodes for connected that are not yet there again
                 if len(self.reports) >= needed or time.monotonic() - began > (
@@ -185,7 +187,6 @@ class Federation:
         read: Callable[[Message, str], Answer],
         needed: int,
         resting: Mapping[str, str] | None = None,
-        singly: bool = False,
     ) -> Phase[Answer]:
         """Ask sites the same, read every reply as it comes, and wait for the deadline at most.
 
@@ -195,7 +196,6 @@ class Federation:
                 outcome and hurts no other.
             needed: how many must be there; it is waited for them to connect, but not for more.
             resting: sites that this phase leaves out, and why.
-            singly: pull one reply at a time; several with a network each may be too many.
 
         Raises:
             RunFailed: if the SuperLink does not answer.
@@ -220,7 +220,7 @@ class Federation:
         over = False
         while waiting and not over:
             over = time.monotonic() >= ends  # what has arrived by then is taken in
-            for reply in self._replies(waiting, singly):
+            for reply in self._pull([*waiting, *self._greeted]):
                 identity = reply.metadata.reply_to_message_id
                 if identity in self._greeted:
                     self._introduce(number, [reply])
@@ -323,7 +323,7 @@ class Federation:
         while True:
             self._greet(number)
             if self._greeted:
-                self._introduce(number, self._pull(list(self._greeted)))
+                self._introduce(number, self._pull([*self._greeted]))
             nodes = set(self._connected())
             there = {site for site in sites if self.nodes.get(site) in nodes}
             if len(there) >= min(needed, len(sites)) or time.monotonic() > ends:
@@ -342,7 +342,7 @@ class Federation:
             if identity:
                 self._greeted[identity] = node
 
-    def _introduce(self, number: int, replies: Sequence[Message]) -> dict[str, str]:
+    def _introduce(self, number: int, replies: Iterable[Message]) -> dict[str, str]:
         """Take descriptions in; by node, why one does not take part."""
         failed: dict[str, str] = {}
         for reply in replies:
@@ -398,20 +398,49 @@ class Federation:
         self._registered = {node.node_id: node.name for node in nodes}
         return sorted(self._registered)
 
-    def _replies(self, waiting: Mapping[str, str], singly: bool) -> Iterator[Message]:
-        """What has come of answers and of descriptions."""
-        ids = list(waiting)
-        for some in [[i] for i in ids] if singly else [ids]:
-            yield from self._pull(some)
-        yield from self._pull(list(self._greeted))
-
     def _push(self, message: Message) -> str | None:
         """Send one message, which may carry the whole network; None if its node is not there."""
         ids = list(self._bounded(lambda: self.grid.push_messages([message])))
         return ids[0] if ids else None
 
-    def _pull(self, ids: list[str]) -> list[Message]:
-        return list(self._bounded(lambda: self.grid.pull_messages(ids))) if ids else []
+    def _pull(self, ids: Iterable[str]) -> Iterator[Message]:
+        """What has come, one reply at a time: several with a network each may be too many."""
+        for identity in ids:
+            yield from self._pulls.take(identity)
+
+
+class Pulls:
+    """Takes replies in, so that one which never becomes whole holds up no other.
+
+    Of a site that vanishes while it sends, Flower has a reply without all its parts, and
+    ``pull_messages`` waits for them, for hours if need be. Such a pull goes on by itself, in a
+    thread that ends with the process, while others are looked at.
+    """
+
+    def __init__(self, grid: Door) -> None:
+        self.grid = grid
+        self._going: dict[str, Future[list[Message]]] = {}
+
+    def take(self, identity: str) -> list[Message]:
+        """What has come of one message's reply: nothing, or the reply."""
+        patience = 0.0
+        if identity not in self._going:
+            patience = PULL_S
+            self._going[identity] = Future()
+            asked = (identity, self._going[identity])
+            threading.Thread(target=self._work, args=asked, daemon=True).start()
+        future = self._going[identity]
+        wait((future,), patience)
+        if not future.done():
+            return []
+        del self._going[identity]
+        return future.result()
+
+    def _work(self, identity: str, future: Future[list[Message]]) -> None:
+        try:
+            future.set_result(list(self.grid.pull_messages([identity])))
+        except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
+            future.set_exception(error)
 
 
 class Bounded:

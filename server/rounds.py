@@ -212,9 +212,7 @@ class Rounds:
 
         content = self._task(number, wire.TRAIN_SPLIT)
         needed = self._needed(settings.fraction)
-        phase = federation.ask(
-            number, "train", wire.TRAIN, content, chosen, read, needed, resting, singly=True
-        )
+        phase = federation.ask(number, "train", wire.TRAIN, content, chosen, read, needed, resting)
         for site, reason in (refused | intake.close()).items():
             phase.refuse(site, reason)
         federation.settle(number, phase, needed)

@@ -313,7 +313,7 @@ def control_client(control: int, authority: Path) -> Iterator[ControlHttpClient]
     with ControlHttpClient.from_server_address(
         f"127.0.0.1:{control}",
         False,
-        str(authority),
+        authority.read_bytes(),
         interceptors=[RuntimeVersionHttpInterceptor(component_name="polyclinic")],
     ) as client:
         yield client

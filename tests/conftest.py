@@ -46,10 +46,12 @@ TINY: dict[str, bool | int | float | str] = {
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which sends a group's tests to one process
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under two processes: one real federation at a time, and files exported once."""
+    """Under several processes: two real federations at a time at most, and files exported once."""
     for item in items:
         if "exported" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("exported"))
+        elif item.path.stem in ("test_faults", "test_deployment"):  # these wait more than they work
+            item.add_marker(pytest.mark.xdist_group("deployments"))
         elif item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.xdist_group("real processes"))
 

@@ -22,6 +22,7 @@ PAGES = (
     "docs/privacy.md",
     "docs/reliability.md",
     "docs/strategies.md",
+    "docs/deploy.md",
 )
 # where the command is run for real
 RUN_ELSEWHERE = {
@@ -46,6 +47,11 @@ RUN_ELSEWHERE = {
     "polyclinic site lower-delta": "tests/test_ledger_commands.py",
     "polyclinic site outgoing": "tests/test_gate.py",
     "polyclinic site release": "tests/test_gate.py",
+    "polyclinic site approve": "tests/test_approval.py",
+    "polyclinic site keygen": "tests/test_provision.py",
+    "polyclinic site": "tests/test_deployment.py",  # preflight, start, status, health
+    "polyclinic server sign": "tests/test_approval.py",
+    "polyclinic server": "tests/test_deployment.py",
     "polyclinic export": "tests/test_export.py",
     "polyclinic predict": "tests/test_predict.py",
     "flwr build": "tests/test_bundle.py",
@@ -86,7 +92,7 @@ def test_options_that_the_papers_use_exist(command: str) -> None:
     words = shlex.split(command)
     group = (
         words[1:3]
-        if words[1] in ("runs", "model", "bench", "site") and len(words) > 2
+        if words[1] in ("runs", "model", "bench", "site", "server") and len(words) > 2
         else words[1:2]
     )
     help_ = subprocess.run(

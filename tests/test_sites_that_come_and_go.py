@@ -264,6 +264,29 @@ def test_a_quorum_that_no_sample_can_be_is_refused(tiny, grid) -> None:
         run(grid(config), config)
 
 
+def test_a_reply_that_never_becomes_whole_holds_up_no_other(tiny, grid, monkeypatch) -> None:
+    """A site vanished while it sent; Flower waits for the rest, the round for its deadline."""
+    import threading
+
+    monkeypatch.setattr("server.federation.PULL_S", 0.2)
+    config = tiny(rounds__count=1, rounds__min_sites="2", rounds__deadline_s=10.0)
+    federation = grid(config)
+    pull: Callable = federation.pull_messages
+
+    def waits_for_the_rest(ids: list[str]) -> list[Message]:
+        found = pull(ids)
+        for reply in found:
+            if reply.metadata.message_type == wire.TRAIN and reply.metadata.src_node_id == 1000:
+                threading.Event().wait()
+        return found
+
+    federation.pull_messages = waits_for_the_rest
+    folder = run(federation, config)
+    assert lines(folder, "site-1")[-1].late["train"] == "no answer in 10 s (rounds.deadline-s)"
+    assert lines(folder, "site-2")[-1].train is not None
+    assert lines(folder, "site-1")[-1].metrics is not None  # evaluated, it answers again
+
+
 def test_what_may_wait_for_ever_is_not_waited_for_so_long() -> None:
     import threading
 

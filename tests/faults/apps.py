@@ -87,7 +87,8 @@ class FaultyClientApp(ClientApp):
     """Our client app, with a point before and after what it does."""
 
     def __call__(self, message: Message, context: Context) -> Message:
-        site = Path(str(context.node_config["site-config"])).stem
+        file = Path(str(context.node_config["site-config"]))
+        site = file.parent.name if file.stem == "site" else file.stem  # of a kit, or of its own
         asked = message.content.config_records[wire.ROUND]
         point = f"{site}.{message.metadata.message_type.split('.')[0]}.{asked[wire.NUMBER]}"
         if wire.SPLIT in asked and asked[wire.SPLIT] == wire.TEST_SPLIT:

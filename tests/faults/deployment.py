@@ -132,8 +132,11 @@ def _reset(end: socket.socket) -> None:
 class Deployment:
     """One SuperLink and its sites, until ``stop``."""
 
+    connection = "prod"
+
     def __init__(self, folder: Path, sites: int = 3) -> None:
         self.folder = folder
+        self.runs = folder / "runs"
         self.faults = folder / "faults"
         self.port = free_port()
         self.names = [f"site-{i}" for i in range(1, sites + 1)]
@@ -233,7 +236,7 @@ class Deployment:
         named = {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}
         settings = {
             **TINY,
-            "run.output-dir": str(self.folder / "runs"),
+            "run.output-dir": str(self.runs),
             "run.name": name,
             "rounds.min-sites": "1",
             "rounds.wait-for-sites-s": 60.0,
@@ -242,16 +245,16 @@ class Deployment:
         }
         file = self.folder / f"{name}.toml"
         file.write_text(to_toml(RunConfig.from_flat(settings)))
-        self.flwr("run", str(self.app), "prod", "-c", str(file))
-        return RunFolder(self.folder / "runs" / name)
+        self.flwr("run", str(self.app), self.connection, "-c", str(file))
+        return RunFolder(self.runs / name)
 
     def resume(self, folder: RunFolder) -> None:
         """Go on with a run, in the words of docs/reliability.md."""
-        self.flwr("run", str(self.app), "prod", "-c", f"run.resume='{folder.path}'")
+        self.flwr("run", str(self.app), self.connection, "-c", f"run.resume='{folder.path}'")
 
     def finished(self) -> bool:
         """Whether Flower says that every run has ended."""
-        runs = json.loads(self.flwr("ls", "prod", "--format", "json"))["runs"]
+        runs = json.loads(self.flwr("ls", self.connection, "--format", "json"))["runs"]
         return all(str(run["status"]).startswith("finished") for run in runs)
 
     def outcome(self, folder: RunFolder, seconds: float = 300.0) -> dict:

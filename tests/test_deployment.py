@@ -1,0 +1,317 @@
+"""A real coordinator and real sites from generated kits, and everybody who should not come in.
+
+Processes over TLS, as docs/deploy.md starts them without containers; tests/test_containers.py has
+the containers. tests/test_front_door.py and tests/test_supernode.py say the same of single parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+import shutil
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from configs.credentials import read_certificate, read_private_key
+from configs.federation import FederationConfig
+from server.authority import Authority, new_key, pem, private_openssh
+from server.folder import RunFolder
+from server.history import read_history
+from server.provision import provision
+from server.superlink import MOST_BODY, PATIENCE_S
+from tests.consortium import Consortium
+from tests.faults.deployment import events
+from tests.test_front_door import signed
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
+    made = Consortium(tmp_path_factory.mktemp("consortium"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def submit(place: Consortium, name: str, **changes: str) -> RunFolder:
+    """Deadlines leave room for the attacks, and for a busy machine."""
+    return place.submit(name, rounds__count=1, rounds__deadline_s=180.0, **changes)
+
+
+def url(place: Consortium, path: str) -> str:
+    return f"https://127.0.0.1:{place.port}{path}"
+
+
+def post(place: Consortium, path: str, headers: dict, content: bytes = b"") -> httpx.Response:
+    context = ssl.create_default_context(cafile=str(place.kits / "server" / "ca.crt"))
+    kind = {"content-type": "application/protobuf"}
+    with httpx.Client(verify=context, timeout=20) as client:
+        return client.post(url(place, path), headers={**kind, **headers}, content=content)
+
+
+def tls(place: Consortium) -> ssl.SSLSocket:
+    context = ssl.create_default_context(cafile=str(place.kits / "server" / "ca.crt"))
+    raw = socket.create_connection(("127.0.0.1", place.port), 20)
+    return context.wrap_socket(raw, server_hostname="127.0.0.1")
+
+
+def node_of(place: Consortium, key) -> tuple[FleetHttpClient, bytes]:
+    client = FleetHttpClient.from_server_address(
+        f"127.0.0.1:{place.port}",
+        False,
+        (place.kits / "server" / "ca.crt").read_bytes(),
+        interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
+    )
+    return client, public_key_to_bytes(key.public_key())
+
+
+def test_a_run_ends_well_whoever_knocks_at_the_door(consortium: Consortium) -> None:
+    """The first run from kits; in its first round, held there, everybody tries to come in."""
+    place = consortium
+    place.fault("site-1.train.1.received", "wait")
+    folder = submit(place, "attacked", rounds__min_sites="all")
+    place.reached("site-1.train.1.received")
+    an_unregistered_key(place)
+    a_site_that_speaks_for_another(place)
+    a_request_of_ten_minutes_ago(place)
+    a_message_far_too_large(place)
+    no_tls(place)
+    another_authority(place)
+    an_expired_kit(place)
+    a_second_coordinator(place)
+    a_copied_kit_with_another_name(place)
+    connections_that_never_say_anything(place)
+    place.go("site-1.train.1.received")
+    outcome = place.outcome(folder)
+    assert outcome["status"] == "completed", outcome
+    tested = {
+        line.site: line.metrics for line in read_history(folder.history) if line.split == "test"
+    }
+    assert set(tested) == {"site-1", "site-2", "pooled"}
+    assert all(metrics is not None for metrics in tested.values())
+    assert not [e for e in events(folder) if e["event"] == "joined"]
+    assert place.well("server")
+    assert place.well("site-1")
+    told = place.status()["site-1"]
+    assert told["status"] == "online"
+    assert set(told["versions"]) == {"polyclinic", "flwr", "torch", "release"}
+
+
+def an_unregistered_key(place: Consortium) -> None:
+    key = new_key()
+    client, public = node_of(place, key)
+    with client, pytest.raises(httpx.HTTPStatusError) as refused:
+        client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30))
+    assert refused.value.response.status_code == 401
+    assert "is not registered: unknown, revoked or superseded" in place.log("superlink")
+
+
+def a_site_that_speaks_for_another(place: Consortium) -> None:
+    key = read_private_key(place.kits / "sites" / "site-2" / "site.key")
+    client, _ = node_of(place, key)
+    (other,) = re.findall(r"SuperNode ID: (\d+)", place.log("site-1"))[-1:]
+    with client, pytest.raises(httpx.HTTPStatusError) as refused:
+        client.PullMessages(PullMessagesRequest(node=Node(node_id=int(other))))
+    assert refused.value.response.status_code == 401
+    assert "Invalid SuperNode authentication" in refused.value.response.text
+
+
+def a_request_of_ten_minutes_ago(place: Consortium) -> None:
+    key = read_private_key(place.kits / "sites" / "site-1" / "site.key")
+    (own,) = re.findall(r"SuperNode ID: (\d+)", place.log("site-1"))[-1:]
+    body = PullMessagesRequest(node=Node(node_id=int(own))).SerializeToString()
+    then = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=10)
+    answer = post(place, "/v1/fleet/pull-messages", signed(key, then), body)
+    assert answer.status_code == 401
+    assert post(place, "/v1/fleet/pull-messages", signed(key), body).status_code == 200
+
+
+def a_message_far_too_large(place: Consortium) -> None:
+    key = read_private_key(place.kits / "sites" / "site-1" / "site.key")
+    headers = {**signed(key), "content-length": str(MOST_BODY + 1).encode(), "host": b"x"}
+    lines = b"".join(name.encode() + b": " + value + b"\r\n" for name, value in headers.items())
+    with tls(place) as connection:
+        connection.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\n" + lines + b"\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def no_tls(place: Consortium) -> None:
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{place.port}/v1/polyclinic/about", timeout=10)
+
+
+def another_authority(place: Consortium) -> None:
+    """A site of other kits does not go on with this server, and this server not with it."""
+    others = place.folder / "others"
+    config = FederationConfig.model_validate(
+        {
+            "name": "others",
+            "server": {"address": "127.0.0.1", "port": place.port},
+            "sites": [{"name": "site-1"}],
+        }
+    )
+    provision(config, others)
+    status, said = place.polyclinic("site", "preflight", others / "sites" / "site-1" / "site.yaml")
+    assert status == 1
+    assert "fail  TLS" in re.sub(" +", "  ", said)
+    assert "this is not the coordinator that the kit is of" in said
+
+
+def an_expired_kit(place: Consortium) -> None:
+    """It says so itself, instead of looking healthy, and the server says so too."""
+    site_file = place.copy_kit("site-2", "expired")
+    authority = Authority(
+        read_private_key(place.kits / "authority" / "ca.key"),
+        read_certificate(place.kits / "authority" / "ca.crt"),
+    )
+    key = new_key()
+    certificate = authority.issue_site("late", key.public_key(), days=0)
+    (site_file.parent / "site.crt").write_bytes(pem(certificate))
+    (site_file.parent / "site.key").write_bytes(private_openssh(key))
+    site_file.write_text(site_file.read_text().replace("name: site-2", "name: late"))
+    registered = place.kits / "server" / "sites" / "late.crt"
+    registered.write_bytes(pem(certificate))
+    try:
+        time.sleep(3)  # until the registry looks again
+        status, said = place.polyclinic("site", "start", site_file, "--health", "127.0.0.1:1")
+        assert status == 2
+        assert re.search(r"fail +kit +it expired on ", said)
+        assert "ask the coordinator for a new kit" in said
+        answer = post(place, "/v1/fleet/pull-messages", signed(key))
+        assert answer.status_code == 401
+        assert "the key of site late expired on " in answer.text
+    finally:
+        registered.unlink()
+
+
+def a_second_coordinator(place: Consortium) -> None:
+    """From outside, runs cannot be started, nor sites registered, nor server apps' work taken."""
+    key = read_private_key(place.kits / "sites" / "site-1" / "site.key")
+    for path in ("control/start-run", "control/register-node", "runtime/acquire-task"):
+        assert post(place, f"/v1/{path}", signed(key)).status_code == 404
+    home = place.folder / "intruder"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "polyclinic"\n[superlink.polyclinic]\naddress = '
+        f'"127.0.0.1:{place.port}"\nroot-certificates = "{place.kits / "server" / "ca.crt"}"\n'
+    )
+    own = place.environment["FLWR_HOME"]
+    place.environment["FLWR_HOME"] = str(home)
+    try:
+        with pytest.raises(AssertionError, match="404"):
+            place.flwr("run", str(place.app), "polyclinic")
+    finally:
+        place.environment["FLWR_HOME"] = own
+
+
+def a_copied_kit_with_another_name(place: Consortium) -> None:
+    site_file = place.copy_kit("site-2", "posing")
+    site_file.write_text(site_file.read_text().replace("name: site-2", "name: site-1"))
+    status, said = place.polyclinic("site", "start", site_file, "--health", "127.0.0.1:1")
+    assert status == 2
+    assert "the kit is of site site-2, site.yaml says site-1" in said
+
+
+def connections_that_never_say_anything(place: Consortium) -> None:
+    held = []
+    for _ in range(100):
+        held.append(tls(place))
+        held[-1].sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+    assert place.well("server")
+    began = time.monotonic()
+    for connection in held:
+        connection.settimeout(PATIENCE_S + 10)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+        connection.close()
+    assert time.monotonic() - began < PATIENCE_S + 10
+
+
+def test_a_release_without_the_sites_gate_is_not_run(consortium: Consortium) -> None:
+    """The coordinator ships code that asks nobody; no line of it runs, until a site says so."""
+    place = consortium
+    evil = place.folder / "evil"
+    shutil.copytree(place.app, evil)
+    gate = evil / "client" / "gate.py"
+    gate.write_text(gate.read_text().replace("policy.evaluation", "True"))
+    marker = place.folder / "evil-ran"
+    apps = evil / "apps.py"
+    text = apps.read_text()
+    apps.write_text(f'{text}\nif "clientapp" in " ".join(__import__("sys").argv):\n'
+                    f'    __import__("pathlib").Path({str(marker)!r}).touch()\n')  # fmt: skip
+    packed = place.pack(evil)
+    app, place.app = place.app, evil
+    try:
+        folder = submit(place, "evil")
+    finally:
+        place.app = app
+    outcome = place.outcome(folder)
+    assert outcome["status"] == "refused", outcome
+    assert "release not approved: this site has not approved release " in outcome["reason"]
+    assert not marker.exists()
+    digest = re.findall(r"approved release ([0-9a-f]{64})", outcome["reason"])[0]
+    for name in place.names:
+        assert f"this site has not approved release {digest}" in place.log(name)
+    status, said = place.polyclinic(
+        *("site", "approve", place.site_file("site-1"), packed, "--brief", "--yes")
+    )
+    assert status == 0
+    assert f"release {digest}" in said
+    assert re.search("changed +client/gate.py", said)
+    place.polyclinic("site", "approve", place.site_file("site-1"), "--withdraw", digest)
+
+
+def test_a_revoked_site_is_cut_off_in_the_middle_and_comes_back_with_a_new_kit(
+    consortium: Consortium,
+) -> None:
+    place = consortium
+    place.fault("site-1.train.1.received", "wait")
+    folder = submit(place, "revoked")
+    place.reached("site-1.train.1.received")
+    assert "site-2: removed" in place.provision(["site-1"])
+    place.wait_for(lambda: place.online() == {"site-1"}, 60, "site-2 is cut off")
+    place.wait_for(
+        lambda: "the coordinator does not take this site's key" in place.log("site-2"),
+        *(90, "site-2 says why"),
+    )
+    place.kill(place.nodes["site-2"])
+    place.go("site-1.train.1.received")
+    outcome = place.outcome(folder)
+    assert outcome["status"] == "completed", outcome
+    assert "site-2: added" in place.provision(["site-1", "site-2"])
+    place.fill_in("site-2")
+    place.start_site("site-2")
+    place.wait_for(lambda: place.online() == {"site-1", "site-2"}, 90, "site-2 is back")
+
+
+def test_the_coordinators_state_can_be_saved_while_it_runs_and_laid_down_elsewhere(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    place = consortium
+    archive = tmp_path / "backup.tar.gz"
+    status, said = place.polyclinic("server", "backup", archive, "--state", place.state)
+    assert status == 0, said
+    assert archive.stat().st_mode & 0o077 == 0
+    status, said = place.polyclinic("server", "restore", archive, "--state", tmp_path / "new")
+    assert status == 0, said
+    attacked = RunFolder(tmp_path / "new" / "runs" / "attacked")
+    if attacked.path.is_dir():
+        assert attacked.read_outcome()["status"] == "completed"
+    assert (tmp_path / "new" / "state.db").is_file()
+    assert place.polyclinic("server", "restore", archive, "--state", tmp_path / "new")[0] == 2
+    assert place.polyclinic("server", "backup", archive, "--state", place.state)[0] == 2
