@@ -58,10 +58,19 @@ def kits(
     return found
 
 
-def run(kit: tuple[Path, dict[str, str]], program: str, *arguments: str, stdin: str = "") -> str:
+def run(
+    kit: tuple[Path, dict[str, str]],
+    program: str,
+    *arguments: str,
+    stdin: str = "",
+    root: bool = False,
+) -> str:
     """What a program says in a container of an image."""
+    compose, variables = kit
+    if root:
+        variables = variables | {"POLYCLINIC_UID": "0", "POLYCLINIC_GID": "0"}
     options = ("--rm", "--interactive", f"--entrypoint={program}")
-    command = [*podman_run_arguments(*kit, *options), *arguments]
+    command = [*podman_run_arguments(compose, variables, *options), *arguments]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -100,6 +109,13 @@ def test_nothing_of_the_build_is_left(inside: dict[str, Any]) -> None:
     assert inside["builders"] == []
     assert inside["test packages"] == []
     assert inside["leftovers"] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_build_left_no_cache_in_the_home_of_root(
+    target: str, kits: dict[str, tuple[Path, dict[str, str]]]
+) -> None:
+    assert set(run(kits[target], "ls", "-A", "/root", root=True).split()) <= {".bashrc", ".profile"}
 
 
 def test_nothing_asks_the_internet(inside: dict[str, Any]) -> None:

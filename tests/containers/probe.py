@@ -9,7 +9,7 @@ from pathlib import Path
 
 BUILDERS = ("gcc", "cc", "c++", "g++", "clang", "ld", "as", "make", "pip", "pip3", "uv-build")
 TEST_PACKAGES = ("pytest", "mypy", "hypothesis", "monai", "sklearn", "segmentation_models_pytorch")
-LEFTOVERS = ("/etc/pip.conf", "/opt/tools", "/src", "/root/.cache", "/tmp/cache/pip")
+LEFTOVERS = ("/etc/pip.conf", "/etc/xdg/pip", "/opt/tools", "/src", "/tmp/cache/pip")
 LENT = ("/mnt", "/media", "/srv", "/home", "/boot")  # where a build was lent packages
 
 
@@ -55,7 +55,7 @@ print(
             "compiled": sum(1 for _ in Path("/opt/polyclinic").rglob("__pycache__/*.pyc")),
             "builders": [name for name in BUILDERS if shutil.which(name)],
             "test packages": [name for name in TEST_PACKAGES if importlib.util.find_spec(name)],
-            "leftovers": [name for name in LEFTOVERS if Path(name).exists()]
+            "leftovers": [name for name in LEFTOVERS if os.path.exists(name)]
             + [str(path) for name in LENT for path in Path(name).glob("*")],
             "sbom": json.loads(Path("/usr/share/polyclinic/sbom.cdx.json").read_text()),
             "environment": dict(os.environ),
