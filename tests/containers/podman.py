@@ -39,7 +39,7 @@ def why_no_containers() -> str:
         return "building and running as it is done here wants root"
     build_base()
     try:
-        _call(*PODMAN, "run", "--rm", *limits(), "--network=host", BASE, "true")
+        _call(*PODMAN, "run", "--rm", "--init", *limits(), "--network=host", BASE, "true")
     except CommandFailed as error:
         return f"podman cannot run a container here: {error}"
     return ""
