@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -203,7 +204,7 @@ def limits() -> list[str]:
     return found
 
 
-def _call(*command: str, stdin: object = None) -> None:
+def _call(*command: str, stdin: IO[bytes] | None = None) -> None:
     done = subprocess.run(
         command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
