@@ -1,0 +1,189 @@
+"""What docker/ ships, read as files: every option that hardens a service, and what a build may see.
+
+tests/test_containers.py builds the images and runs them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.containers.podman import filled_in, podman_run_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCKER = ROOT / "docker"
+VARIABLES = {
+    "POLYCLINIC_VERSION": "1.2.3",
+    "POLYCLINIC_PORT": "8443",
+    "POLYCLINIC_DATA": "/images",
+}
+FILES = {name: DOCKER / f"compose.{name}.yml" for name in ("coordinator", "site")}
+DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+
+
+def service(name: str, **variables: str) -> dict[str, Any]:
+    text = filled_in(FILES[name].read_text(encoding="utf-8"), {**VARIABLES, **variables})
+    services = yaml.safe_load(text)["services"]
+    assert list(services) == [name]
+    return services[name]
+
+
+def mounts(name: str, **variables: str) -> dict[str, tuple[str, str]]:
+    """Where something is mounted: what, and how."""
+    found = {}
+    for each in service(name, **variables)["volumes"]:
+        source, target, *how = each.split(":")
+        found[target] = (source, *(how or ["rw"]))
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("user", "10001:10001"),
+        ("read_only", True),
+        ("cap_drop", ["ALL"]),
+        ("security_opt", ["no-new-privileges:true"]),
+        ("tmpfs", ["/tmp:size=1g,mode=1777,noexec,nosuid,nodev"]),
+        ("pids_limit", 4096),
+        ("init", True),
+        ("restart", "unless-stopped"),
+    ],
+)
+def test_every_service_is_hardened(name: str, key: str, value: object) -> None:
+    assert service(name)[key] == value
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_gives_back_what_was_taken(name: str) -> None:
+    taken = {"privileged", "cap_add", "devices", "network_mode", "pid", "ipc", "userns_mode"}
+    assert not taken & set(service(name))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_user_is_settable(name: str) -> None:
+    assert service(name, POLYCLINIC_UID="7", POLYCLINIC_GID="8")["user"] == "7:8"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_logs_end_somewhere_and_shared_memory_has_a_size(name: str) -> None:
+    logging = service(name)["logging"]
+    assert logging["driver"] == "json-file"
+    assert set(logging["options"]) == {"max-size", "max-file"}
+    assert re.fullmatch(r"\d+[mg]", service(name)["shm_size"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_health_is_asked_for(name: str) -> None:
+    check = service(name)["healthcheck"]
+    assert check["test"][:2] == ["CMD", "polyclinic"]
+    assert "health" in check["test"]
+    assert {"interval", "timeout", "start_period"} < set(check)
+
+
+def test_only_the_coordinator_has_a_port_and_only_one() -> None:
+    assert service("coordinator")["ports"] == ["8443:8443"]
+    assert "ports" not in service("site")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_kit_is_read_only_and_the_state_is_kept(name: str) -> None:
+    found = mounts(name)
+    assert found.pop("/etc/polyclinic") == (".", "ro")
+    assert found.pop("/var/lib/polyclinic") == ("state", "rw")
+    assert found == ({"/data": ("/images", "ro")} if name == "site" else {})
+    assert mounts(name, POLYCLINIC_STATE="/there")["/var/lib/polyclinic"] == ("/there", "rw")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_variable_that_is_not_given_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match="POLYCLINIC_VERSION"):
+        filled_in(FILES[name].read_text(encoding="utf-8"), {})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_podman_is_told_what_the_file_says(name: str) -> None:
+    said = podman_run_arguments(FILES[name], VARIABLES, "--rm", network="bridge")
+    assert said[-1] == f"localhost/polyclinic-{name}:1.2.3"
+    assert {
+        "--rm",
+        "--user=10001:10001",
+        "--read-only=true",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+        f"--volume={DOCKER}:/etc/polyclinic:ro",
+    } < set(said)
+    assert ("--publish=8443:8443" in said) == (name == "coordinator")
+
+
+def test_what_the_tests_do_not_know_of_compose_is_refused(tmp_path: Path) -> None:
+    compose = tmp_path / "compose.yml"
+    compose.write_text("services: {site: {image: site, privileged: true}}")
+    with pytest.raises(ValueError, match="privileged"):
+        podman_run_arguments(compose, {})
+
+
+@pytest.mark.parametrize(
+    "files", [["coordinator"], ["site"], ["site", "gpu"]], ids=lambda files: "-".join(files)
+)
+def test_compose_reads_the_files(files: list[str]) -> None:
+    chosen = [part for name in files for part in ("--file", str(DOCKER / f"compose.{name}.yml"))]
+    read = subprocess.run(
+        [sys.executable, "-m", "podman_compose", *chosen, "config"],
+        env={**os.environ, **VARIABLES},
+        capture_output=True,
+        text=True,
+    )
+    assert read.returncode == 0, read.stderr
+    (found,) = yaml.safe_load(read.stdout)["services"].values()
+    expected = service(files[0])
+    if "gpu" in files:
+        (device,) = found.pop("deploy")["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["count"]) == ("nvidia", "all")
+        assert "gpu" in device["capabilities"]
+    assert found == expected
+
+
+def test_a_build_sees_nothing_but_what_an_image_holds() -> None:
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    first, *rest = [line for line in lines if line and not line.startswith("#")]
+    assert first == "*"
+    assert all(line.startswith("!") for line in rest)
+    for line in rest:
+        assert list(ROOT.glob(line[1:])), f"{line} names nothing"
+    rooms = {"client", "configs", "mtl_model", "server", "simulation"}
+    assert {f"!{room}/*.py" for room in rooms} < set(rest)
+
+
+def test_the_images_start_as_nobody_and_install_nothing_at_run_time() -> None:
+    result = DOCKERFILE[DOCKERFILE.index("AS runtime") :]
+    assert "\nRUN" not in result
+    assert "USER ${UID}:${GID}" in result
+    for setting in (
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1",
+        "FLWR_DISABLE_UPDATE_CHECK=1",
+        "FLWR_TELEMETRY_ENABLED=0",
+        "FLWR_HOME=/var/lib/polyclinic/flwr",
+        "HOME=/tmp",
+        "NO_ALBUMENTATIONS_UPDATE=1",
+        "PYTHONDONTWRITEBYTECODE=1",
+        "TMPDIR=/tmp",
+        "XDG_CACHE_HOME=/tmp/cache",
+    ):
+        assert setting in result, setting
+
+
+def test_every_package_that_stays_is_pinned_and_no_cache_does() -> None:
+    installs = re.findall(r"pip [^#\n]*?install ([^&\n]*)", DOCKERFILE.replace("\\\n", " "))
+    assert len(installs) == 4
+    for install in installs:
+        assert "--no-cache-dir" in install
+        assert any(how in install for how in ("constraints.txt", "--no-deps", "==")), install
