@@ -47,6 +47,7 @@ from server.authority import (
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "docker"
 LOOPBACK = ("localhost", "127.0.0.1")  # the coordinator's own connection
+NOBODY = 10001  # the images' own user, where kits are made by root: no container runs as root
 SERVER = "server"  # in --renew, and where its kit lies
 FEDERATION = "federation.yaml"
 
@@ -161,6 +162,7 @@ def _server_kit(
         key = new_key()
         certificate = authority.issue_server(names, key.public_key(), federation.days)
         _write(key_file, private_pem(key), private=True)
+        _give(key_file)
         _write(certificate_file, pem(certificate))
         changes.append(Change(SERVER, f"{why}; copy its kit and restart it"))
     _write(folder / "ca.crt", pem(authority.certificate))
@@ -197,6 +199,7 @@ def _site_kit(
             key = new_key()
             public = key.public_key()
             _write(key_file, private_openssh(key), private=True)
+            _give(key_file)
         before = authority.issue_site(member.name, public, federation.days)
         _write(certificate_file, pem(before))
         changes.append(Change(member.name, f"{why}; send it its kit"))
@@ -258,8 +261,8 @@ def _names(federation: FederationConfig) -> dict[str, str]:
         "federation": federation.name,
         "address": federation.server.address,
         "port": str(federation.server.port),
-        "uid": str(os.getuid()),
-        "gid": str(os.getgid()),
+        "uid": str(os.getuid() or NOBODY),
+        "gid": str(os.getgid() or NOBODY),
     }
 
 
@@ -277,6 +280,12 @@ def _fill(template: str, target: Path, names: dict[str, str], keep: bool) -> Non
         return
     text = (TEMPLATES / template).read_text(encoding="utf-8")
     _write(target, _Template(text).safe_substitute(names).encode())
+
+
+def _give(key_file: Path) -> None:
+    """Let the container's user own a kit's key, where root makes the kit."""
+    if os.getuid() == 0:
+        os.chown(key_file, NOBODY, NOBODY)
 
 
 def _write(path: Path, content: bytes, private: bool = False) -> None:

@@ -50,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "exported" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("exported"))
+        elif item.get_closest_marker("containers"):
+            item.add_marker(pytest.mark.xdist_group("containers"))
         elif item.path.stem in ("test_faults", "test_deployment"):  # these wait more than they work
             item.add_marker(pytest.mark.xdist_group("deployments"))
         elif item.get_closest_marker("slow"):

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs import VERSION
+from configs.run import RunConfig
+from server.folder import RunFolder, to_toml
+from server.history import read_history
+from server.provision import provision
+from simulation.phantom import write_phantoms
+from tests.conftest import TINY, free_port
 from tests.containers.podman import PODMAN, ROOT, build, podman_run_arguments, why_no_containers
+from tests.faults.deployment import events
+from tests.test_provision import federation
 
 pytestmark = [
     pytest.mark.containers,
@@ -27,6 +37,8 @@ TARGETS = ("coordinator", "site")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The name of the image of each target."""
     why = why_no_containers()
+    if why and os.environ.get("POLYCLINIC_CONTAINERS") == "required":
+        pytest.fail(why)
     if why:
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("build")
@@ -170,3 +182,163 @@ def test_the_coordinator_packs_the_release_that_is_in_it(
     run((compose, variables), "sh", "-c", script)
     (release,) = Path(variables["POLYCLINIC_STATE"]).glob("*.fab")
     assert VERSION.replace(".", "-") in release.name
+
+
+class Containers:
+    """A coordinator and its sites as containers, each from its generated kit."""
+
+    def __init__(self, place: Path, sites: tuple[str, ...]) -> None:
+        self.place = place
+        self.sites = sites
+        self.prefix = f"polyclinic-test-{os.getpid()}"
+        self.kits = place / "kits"
+        self.variables: dict[str, dict[str, str]] = {}
+        server_ = {"address": "127.0.0.1", "port": free_port()}
+        self.provisioned = time.monotonic()
+        provision(federation(*sites, server=server_), self.kits)
+        write_phantoms(
+            place / "data", sites=len(sites), examples=14, seed=0, size=48, normal_fraction=0.0
+        )
+        for i, name in enumerate(("coordinator", *sites)):
+            (place / "state" / name).mkdir(parents=True)
+            self.variables[name] = {
+                "POLYCLINIC_VERSION": VERSION,
+                "POLYCLINIC_UID": str(USER),
+                "POLYCLINIC_GID": str(USER),
+                "POLYCLINIC_PORT": str(server_["port"]),
+                "POLYCLINIC_STATE": str(place / "state" / name),
+                "POLYCLINIC_DATA": str(place / "data" / f"site-{i}"),
+            }
+        for name in sites:  # what a site's engineer fills in
+            file = self.kit(name) / "site.yaml"
+            file.write_text(file.read_text().replace("least-support: 10", "least-support: 1"))
+        for path in place.rglob("*"):
+            os.chown(path, USER, USER)
+
+    def kit(self, name: str) -> Path:
+        return self.kits / "server" if name == "coordinator" else self.kits / "sites" / name
+
+    def arguments(self, name: str, *options: str) -> list[str]:
+        # on the host's network two sites want two ports for their health
+        health = free_port() if name in self.sites[1:] else 0
+        more = [f"--env=POLYCLINIC_HEALTH=127.0.0.1:{health}"] if health else []
+        compose = self.kit(name) / "compose.yml"
+        return podman_run_arguments(compose, self.variables[name], *options, *more)
+
+    def up(self, name: str) -> None:
+        self.podman(self.arguments(name, "--detach", f"--name={self.prefix}-{name}"))
+
+    def once(self, name: str, *command: str, options: tuple[str, ...] = ()) -> str:
+        """A command in a container of its own, as `docker compose run --rm` does."""
+        return self.podman([*self.arguments(name, "--rm", *options), *command])
+
+    def inside(self, name: str, *command: str) -> str:
+        """A command in the running container, as `docker compose exec` does."""
+        return self.podman([*PODMAN, "exec", f"{self.prefix}-{name}", *command])
+
+    def healthy(self, name: str) -> bool:
+        ask = [*PODMAN, "healthcheck", "run", f"{self.prefix}-{name}"]
+        return subprocess.run(ask, capture_output=True, check=False).returncode == 0
+
+    def podman(self, command: list[str]) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr + self.logs()
+        return done.stdout
+
+    def wait_for(self, happened: Callable[[], object], seconds: float, what: str) -> None:
+        ends = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < ends, f"not within {seconds:g} s: {what}{self.logs()}"
+            time.sleep(1)
+
+    def logs(self) -> str:
+        texts = ["\n"]
+        for name in ("coordinator", *self.sites):
+            ask = [*PODMAN, "logs", "--tail=15", f"{self.prefix}-{name}"]
+            done = subprocess.run(ask, capture_output=True, text=True, check=False)
+            texts.append(f"--- {name}\n{done.stdout}{done.stderr}")
+        return "".join(texts)
+
+    def stop(self) -> None:
+        for name in ("coordinator", *self.sites):
+            command = [*PODMAN, "rm", "--force", "--time=5", f"{self.prefix}-{name}"]
+            subprocess.run(command, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def containers(
+    images: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Containers]:
+    made = Containers(tmp_path_factory.mktemp("consortium"), ("north", "south"))
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def test_a_federation_runs_from_its_kits_and_a_site_goes_and_comes_back(
+    containers: Containers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the kits' README says; podman for docker compose."""
+    place = containers
+    place.up("coordinator")
+    place.wait_for(lambda: place.healthy("coordinator"), 120, "the coordinator is healthy")
+    place.inside(
+        "coordinator", "sh", "-c", "cd /var/lib/polyclinic && flwr build --app /opt/polyclinic"
+    )
+    (release,) = (place.place / "state" / "coordinator").glob("*.fab")
+    for site in place.sites:
+        lent = (f"--volume={release}:/var/release.fab:ro",)
+        said = place.once(
+            *(site, "site", "approve", "/etc/polyclinic/site.yaml", "/var/release.fab", "--yes"),
+            options=lent,
+        )
+        assert "approved: " in said
+        place.up(site)
+    for site in place.sites:
+        place.wait_for(lambda site=site: place.healthy(site), 180, f"{site} is healthy")
+    settings = {
+        **TINY,
+        "run.name": "first",
+        "rounds.min-sites": "1",
+        "rounds.count": 3,
+        "rounds.deadline-s": 90.0,
+        "evaluate.select-by": "dice",
+    }
+    file = place.place / "state" / "coordinator" / "run.toml"
+    file.write_text(to_toml(RunConfig.from_flat(settings)))
+    os.chown(file, USER, USER)
+    place.inside(
+        *("coordinator", "flwr", "run", "/opt/polyclinic", "polyclinic"),
+        *("-c", "/var/lib/polyclinic/run.toml"),
+    )
+    folder = RunFolder(place.place / "state" / "coordinator" / "runs" / "first")
+    place.wait_for(lambda: 1 in folder.checkpoints(), 240, "the first round is saved")
+    first = time.monotonic() - place.provisioned
+    gone = f"{place.prefix}-south"
+    place.podman([*PODMAN, "stop", "--time=20", gone])
+    place.podman([*PODMAN, "start", gone])
+    place.wait_for(lambda: place.healthy("south"), 180, "south is healthy again")
+    place.wait_for(folder.outcome.exists, 400, "the run ends")
+    assert folder.read_outcome()["status"] == "completed", folder.read_outcome()
+    lines = read_history(folder.history)
+    tested = {line.site: line.metrics for line in lines if line.split == "test"}
+    assert set(tested) == {"north", "south", "pooled"}
+    assert all(metrics is not None for metrics in tested.values())
+    joined = [e for e in events(folder) if e["event"] == "joined"]
+    lost = {phase for line in lines if line.site == "south" for phase in line.lost}
+    assert joined or lost or any(line.left_out for line in lines)  # it was gone, and is told so
+    for name in ("coordinator", *place.sites):
+        assert place.inside(name, "id", "-u").strip() == str(USER)
+        refused = subprocess.run(
+            [*PODMAN, "exec", f"{place.prefix}-{name}", "touch", "/opt/polyclinic/x"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert refused.returncode != 0
+        assert "Read-only file system" in refused.stderr
+    told = json.loads(place.inside("coordinator", "polyclinic", "server", "status", "--json"))
+    assert {site["name"]: site["status"] for site in told} == {"north": "online", "south": "online"}
+    with capsys.disabled():
+        print(f"\nfrom provision to the first round: {first:.0f} s")
