@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test long faults quick lint install clean
+.PHONY: demo test containers long faults quick lint install clean
 
 demo: $(VENV)/.installed  ## three phantom hospitals train together, about two minutes
 	$(BIN)/polyclinic simulate --config configs/demo.toml
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not long"
+
+containers: $(VENV)/.test-installed  ## build the images and run a federation in them, as root
+	POLYCLINIC_CONTAINERS=required $(BIN)/python -m pytest -m containers
 
 long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
 	$(BIN)/python -m pytest -m long --ignore tests/test_faults.py

@@ -225,7 +225,7 @@ def test_a_patients_images_that_are_clipped_one_by_one_are_caught(
     assert found.at_least > 1.5 * found.accounted
 
 
-@pytest.mark.parametrize("gradients", ["ghost", "hooks"])
+@pytest.mark.parametrize("gradients", ["ghost", pytest.param("hooks", marks=pytest.mark.long)])
 def test_in_the_network_the_bound_holds_and_missing_noise_is_caught(gradients: str) -> None:
     case = replace(NETWORK, gradients=gradients)
     honest, found = audit(case, 0), audit(case, 0, BUGS["no noise"])

@@ -43,6 +43,16 @@ VARIANTS = [
 ]
 
 
+def without_chance(variants: list[dict]) -> list:
+    """Variants without randomness, as parameters; the two whose gradients take longest for long."""
+    slow = ("resnet50", "convnext_atto")
+    return [
+        pytest.param(v, id=str(v), marks=[pytest.mark.long] if v.get("backbone") in slow else [])
+        for v in variants
+        if "drop_path" not in v
+    ]
+
+
 def small(size: tuple[int, int] = (64, 64), **changes: object) -> MultiTaskUNet:
     config = ModelConfig(**{**SMALL, **changes})
     return build_model(config, size=size, in_channels=1, image_classes=2, seed=0)

@@ -17,7 +17,7 @@ from configs.run import LossConfig
 from mtl_model.losses import Targets, multi_task_loss
 from mtl_model.network import MultiTaskUNet
 from mtl_model.uncertainty import Uncertainty
-from tests.test_network import VARIANTS, small, some_targets
+from tests.test_network import VARIANTS, small, some_targets, without_chance
 
 SIZE = (64, 48)  # not square: windows that are high and windows that are wide
 
@@ -57,7 +57,7 @@ def compare(model: MultiTaskUNet, loss: LossConfig | None = None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # at the images
-@pytest.mark.parametrize("changes", [v for v in VARIANTS if "drop_path" not in v], ids=str)
+@pytest.mark.parametrize("changes", without_chance(VARIANTS))
 def test_every_options_gradients_are_told_apart_by_example(changes: dict[str, object]) -> None:
     compare(small(**changes))
 

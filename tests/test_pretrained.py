@@ -79,7 +79,7 @@ def test_real_weights_recognise_a_daisy_through_our_path(imagenet: Path) -> None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", [pytest.param("batch", marks=pytest.mark.long), "group"])
 def test_real_weights_tell_real_lesions_apart_better_than_random_ones(
     imagenet: Path, real_images: Path, norm: str
 ) -> None:

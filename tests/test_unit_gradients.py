@@ -14,7 +14,7 @@ from configs.run import LossConfig
 from mtl_model.losses import Targets, multi_task_loss
 from mtl_model.network import MultiTaskUNet
 from mtl_model.uncertainty import Uncertainty
-from tests.test_network import VARIANTS, small, some_targets
+from tests.test_network import VARIANTS, small, some_targets, without_chance
 
 SIZE = (64, 48)
 CLIP = 0.5
@@ -100,7 +100,7 @@ def ghosts_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[type]:
     return met
 
 
-@pytest.mark.parametrize("changes", [v for v in VARIANTS if "drop_path" not in v], ids=str)
+@pytest.mark.parametrize("changes", without_chance(VARIANTS))
 def test_every_options_clipped_sums_are_those_of_one_unit_at_a_time(
     changes: dict[str, object],
 ) -> None:
