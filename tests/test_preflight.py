@@ -1,0 +1,392 @@
+"""Preflight: each thing that fails in practice is found, said plainly, and told how to mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+import configs.machine
+import configs.reach
+from client.approval import Approvals
+from client.ledger import LEDGER, Cohort, Ledger
+from client.preflight import preflight
+from configs import VERSION
+from configs.checks import Check, as_json, as_lines, failed
+from configs.credentials import now_utc
+from configs.machine import see_disk, see_memory, see_port, see_shared_memory, see_writable
+from configs.reach import About, compare_clocks, connect, resolve, see_proxy, shake_hands
+from configs.run import DataConfig
+from configs.site import read_site_config
+from server.provision import provision
+from server.start import preflight as server_preflight
+from server.start import server_health
+from simulation.phantom import write_phantoms
+from tests.conftest import free_port
+from tests.test_approval import app, packed
+from tests.test_provision import federation
+
+
+class Coordinator:
+    """A TLS server that says what a coordinator says of itself."""
+
+    def __init__(self, kit: Path, port: int) -> None:
+        self.about = {"time": now_utc().isoformat(), "polyclinic": VERSION, "flwr": "1.41.0"}
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(kit / "server.crt", kit / "server.key")
+        self._door = socket.create_server(("127.0.0.1", port))
+        self._context = context
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                raw, _ = self._door.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(raw,), daemon=True).start()
+
+    def _answer(self, raw: socket.socket) -> None:
+        try:
+            with self._context.wrap_socket(raw, server_side=True) as tls:
+                if tls.recv(1000):
+                    body = json.dumps(self.about).encode()
+                    tls.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
+        except (OSError, ssl.SSLError):
+            pass  # the preflight only looked at the certificate
+
+    def close(self) -> None:
+        self._door.close()
+
+
+@pytest.fixture
+def kits(tmp_path: Path) -> Path:
+    server_ = {"address": "127.0.0.1", "port": free_port()}
+    provision(federation(server=server_), tmp_path / "kits")
+    return tmp_path / "kits"
+
+
+@pytest.fixture
+def site_file(tmp_path: Path, kits: Path) -> Path:
+    write_phantoms(tmp_path / "data", sites=1, examples=12, seed=0, size=48, normal_fraction=0.0)
+    file = kits / "sites" / "site-a" / "site.yaml"
+    text = file.read_text().replace("/data #", f"{tmp_path / 'data' / 'site-1'} #")
+    file.write_text(text.replace("/var/lib/polyclinic #", f"{tmp_path / 'state'} #"))
+    return file
+
+
+@pytest.fixture
+def coordinator(kits: Path, site_file: Path) -> Iterator[Coordinator]:
+    server_ = read_site_config(site_file).server
+    assert server_ is not None
+    made = Coordinator(kits / "server", server_.port)
+    yield made
+    made.close()
+
+
+Look = Callable[..., dict[str, Check]]
+
+
+@pytest.fixture
+def look(site_file: Path) -> Look:
+    def call(knock: str = "", health: str | None = None) -> dict[str, Check]:
+        found = preflight(site_file, DataConfig(), lambda server_: knock, health)
+        return {check.name: check for check in found}
+
+    return call
+
+
+def test_a_site_that_is_well_passes_everything(site_file, look, coordinator, tmp_path) -> None:
+    Approvals(tmp_path / "state").approve(packed(app()))
+    checks = look(health=f"127.0.0.1:{free_port()}")
+    assert list(checks) == [
+        *("site.yaml", "state", "disk", "memory", "shm", "GPU", "health port"),
+        *("manifest", "images", "ledger", "releases", "kit"),
+        *("proxy", "DNS", "route", "TLS", "clock", "versions", "key"),
+    ]
+    assert not failed(list(checks.values()))
+    wanted = "OK" if torch.cuda.is_available() else "warn"
+    assert checks["GPU"].level == wanted
+    assert all(check.level == "OK" for name, check in checks.items() if name != "GPU")
+    lines = as_lines(list(checks.values()))
+    assert any(line.startswith("OK    key") for line in lines)
+    assert as_json(list(checks.values()))["ok"] is True
+
+
+def test_the_command_says_the_same_and_its_status_tells(cli, site_file) -> None:
+    status, out, _ = cli("site", "preflight", site_file, "--json")
+    told = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert status == 1
+    assert json.loads(out)["ok"] is False
+    assert told["route"]["level"] == "fail"
+    assert "open TCP connections to 127.0.0.1" in told["route"]["advice"]
+    status, out, _ = cli("site", "preflight", site_file)
+    assert "fail  route" in out
+    assert "-> " in out
+
+
+def test_a_site_file_that_is_wrong_ends_it(tmp_path: Path) -> None:
+    (check,) = preflight(tmp_path / "missing.yaml", DataConfig(), lambda server_: "")
+    assert (check.name, check.level) == ("site.yaml", "fail")
+
+
+def test_images_are_read_as_training_reads_them(look, site_file, tmp_path) -> None:
+    data = tmp_path / "data" / "site-1"
+    images = sorted((data / "images").iterdir())
+    images[0].write_bytes(b"no image")
+    found = look()["images"]
+    assert found.level == "warn"
+    assert found.seen.startswith(f"1 of {len(images)} cannot be used: ")
+    assert images[0].name in found.seen
+    for image in images:
+        image.write_bytes(b"no image")
+    found = look()["images"]
+    assert found.level == "fail"
+    assert f"and {len(images) - 3} more" in found.seen
+    (data / "labels.csv").unlink()
+    assert look()["manifest"].level == "fail"
+
+
+def test_a_ledger_that_was_changed_and_one_that_is_spent_are_told(
+    look, site_file, tmp_path
+) -> None:
+    text = "cohort: {examples: 100, patients: 50}\n"
+    budget = "budget: {epsilon: 1.0, delta: 1.0e-4, unit: patient}\n"
+    site_file.write_text(site_file.read_text() + text + budget)
+    assert look()["ledger"].seen == "nothing spent yet of epsilon 1"
+    path = tmp_path / "state" / LEDGER
+    path.write_bytes(b"rubbish" * 1000)
+    found = look()["ledger"]
+    assert found.level == "fail"
+    assert "keep the file" in found.advice
+    path.unlink()
+    with Ledger(path, Cohort("site-a", "patient", 50), 1e-4, 1.0):
+        pass
+    assert look()["ledger"].seen == "1 left of epsilon 1"
+
+
+def test_releases_that_nobody_approved_are_told(look, tmp_path) -> None:
+    assert look()["releases"].level == "warn"
+    approvals = Approvals(tmp_path / "state")
+    digest = approvals.approve(packed(app())).digest
+    assert digest[:12] in look()["releases"].seen
+    approvals.log.write_text("rubbish")
+    assert look()["releases"].level == "fail"
+
+
+def test_kits_that_do_not_fit_or_hold_no_longer_are_told(
+    look, kits, site_file, coordinator, monkeypatch
+) -> None:
+    site, other = site_file.parent, kits / "sites" / "site-b"
+    key = (site / "site.key").read_bytes()
+    (site / "site.key").write_bytes((other / "site.key").read_bytes())
+    checks = look()
+    assert checks["kit"].seen.endswith(f"is not of the key {site / 'site.key'}")
+    assert "key" not in checks  # the coordinator is not asked with it
+    (site / "site.key").write_bytes(key)
+    (site / "site.key").chmod(0o644)
+    assert "others than its owner may read this private key" in look()["kit"].seen
+    (site / "site.key").chmod(0o600)
+    text = site_file.read_text()
+    site_file.write_text(text.replace("name: site-a", "name: site-c"))
+    assert look()["kit"].seen == "the kit is of site site-a, site.yaml says site-c"
+    site_file.write_text(text)
+    for days, level, said in (
+        (340, "warn", "in 24 days"),
+        (366, "fail", "it expired on "),
+        (-1, "fail", "it is not valid before"),
+    ):
+        moment = now_utc() + timedelta(days=days)
+        monkeypatch.setattr("client.preflight.now_utc", lambda moment=moment: moment)
+        found = look()["kit"]
+        assert found.level == level
+        assert said in found.seen
+
+
+def test_another_authority_is_not_gone_on_with(look, kits, site_file, coordinator) -> None:
+    others = kits.parent / "others"
+    provision(federation(name="others"), others)
+    (site_file.parent / "ca.crt").write_bytes((others / "authority" / "ca.crt").read_bytes())
+    checks = look()
+    assert checks["kit"].seen.endswith(f"is not signed by {site_file.parent / 'ca.crt'}")
+    assert checks["TLS"].level == "fail"
+    assert "never go on without" in checks["TLS"].advice
+    assert "versions" not in checks
+
+
+def test_a_key_that_is_refused_says_by_whom_and_why(look, coordinator) -> None:
+    found = look(knock="key 1234 is not registered")["key"]
+    assert found.level == "fail"
+    assert "does not take this site's key: key 1234 is not registered" in found.seen
+
+
+@pytest.mark.parametrize(
+    ("about", "name", "level"),
+    [
+        ({"polyclinic": "9.0.0"}, "versions", "fail"),
+        ({"flwr": "1.99.0"}, "versions", "fail"),
+        ({"polyclinic": f"{'.'.join(VERSION.split('.')[:2])}.99"}, "versions", "OK"),
+        ({"time": (now_utc() + timedelta(seconds=400)).isoformat()}, "clock", "fail"),
+        ({"time": (now_utc() - timedelta(days=1)).isoformat()}, "clock", "fail"),
+        ({"strange": 1}, "versions", "fail"),
+    ],
+)
+def test_clocks_and_versions_must_agree(look, coordinator, about, name, level) -> None:
+    coordinator.about |= about
+    assert look()[name].level == level
+
+
+def test_a_clock_a_little_off_is_warned_of() -> None:
+    about = About((now_utc() - timedelta(seconds=30)).isoformat(), "", "")
+    found = compare_clocks(about)
+    assert found.level == "warn"
+    assert "ahead of the coordinator's" in found.seen
+
+
+def test_names_routes_and_what_speaks_no_tls(kits: Path) -> None:
+    assert resolve("no-such-host.invalid", 1).level == "fail"
+    assert connect("127.0.0.1", free_port()).level == "fail"
+    with plain_server() as port:
+        found, certificate = shake_hands("127.0.0.1", port, kits / "authority" / "ca.crt")
+        assert found.level == "fail"
+        assert "speaks no TLS" in found.advice
+        assert certificate == b""
+
+
+@contextmanager
+def plain_server() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def answer() -> None:
+            connection, _ = door.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield door.getsockname()[1]
+
+
+def test_a_proxy_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert see_proxy("fl.example.org").level == "OK"
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    assert see_proxy("fl.example.org").level == "warn"
+    monkeypatch.setenv("no_proxy", "fl.example.org")
+    assert see_proxy("fl.example.org").level == "OK"
+
+
+def test_disk_memory_and_shared_memory_are_measured(tmp_path: Path, monkeypatch) -> None:
+    class Usage:
+        def __init__(self, total: float, free: float) -> None:
+            self.total, self.free = total, free
+
+    for free, level in ((0.5e9, "fail"), (5e9, "warn"), (50e9, "OK")):
+        monkeypatch.setattr(
+            configs.machine.shutil, "disk_usage", lambda folder, free=free: Usage(1e12, free)
+        )
+        assert see_disk("disk", tmp_path / "not" / "there").level == level
+    for total, level in ((64 << 20, "warn"), (1 << 30, "OK")):
+        monkeypatch.setattr(
+            configs.machine.shutil, "disk_usage", lambda folder, total=total: Usage(total, 1)
+        )
+        assert see_shared_memory(tmp_path).level == level
+    assert see_shared_memory(tmp_path / "missing").level == "warn"
+    monkeypatch.setattr(configs.machine, "MEMORY_WARN", 1e6)
+    assert see_memory().level == "warn"
+
+
+def test_ports_and_folders_are_tried(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+        found = see_port("public port", "127.0.0.1", port)
+        assert found.level == "fail"
+        assert f"127.0.0.1:{port}: Address already in use" in found.seen
+    assert see_writable("state", tmp_path / "new").level == "OK"
+    (tmp_path / "file").touch()
+    found = see_writable("state", tmp_path / "file" / "state")
+    assert found.level == "fail"
+    assert f"uid {os.geteuid()}" in found.seen
+    assert "chown" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("computes", "level", "said"),
+    [
+        (lambda: torch.full((8, 8), 8.0), "OK", "a card, CUDA"),
+        (lambda: torch.zeros(8, 8), "fail", "computes wrongly"),
+        (None, "fail", "is there, but does not compute: CUDA error: unknown"),
+    ],
+)
+def test_a_gpu_is_computed_on(look, monkeypatch, computes, level, said) -> None:
+    class Card:
+        def __matmul__(self, other: Card) -> torch.Tensor:
+            if computes is None:
+                raise RuntimeError("CUDA error: unknown\nmore")
+            return computes()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch, "ones", lambda *size, device="cpu": Card())
+    found = look()["GPU"]
+    assert found.level == level
+    assert said in found.seen
+
+
+def server_checks(kits: Path, state: Path, **changes: object) -> dict[str, Check]:
+    control = free_port()
+    given = {"host": "127.0.0.1", "control": control, "health": f"127.0.0.1:{free_port()}"}
+    found = server_preflight(kits / "server", state, **{**given, "running": False, **changes})
+    return {check.name: check for check in found}
+
+
+def test_a_coordinator_that_is_well_passes_everything(kits: Path, tmp_path: Path) -> None:
+    checks = server_checks(kits, tmp_path / "state")
+    assert list(checks) == [
+        *("kit", "versions", "certificate", "sites", "state", "disk", "memory", "shm"),
+        *("database", "DNS", "proxy", "public port", "control port", "health port"),
+    ]
+    assert {check.level for check in checks.values()} == {"OK"}
+    assert "public port" not in server_checks(kits, tmp_path / "state", running=True)
+
+
+def test_what_keeps_a_coordinator_from_working_is_told(
+    kits: Path, tmp_path: Path, monkeypatch, cli
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "state.db").write_bytes(b"SQLite format 3\0" + b"rubbish" * 1000)
+    found = server_checks(kits, state)["database"]
+    assert found.level == "fail"
+    assert "restore it from a backup" in found.advice
+    monkeypatch.setattr("server.start.now_utc", lambda: now_utc() + timedelta(days=340))
+    checks = server_checks(kits, state)
+    assert checks["certificate"].level == checks["sites"].level == "warn"
+    assert "--renew site-a --renew site-b" in checks["sites"].advice
+    monkeypatch.setattr("server.start.now_utc", lambda: now_utc() + timedelta(days=400))
+    assert server_checks(kits, state)["certificate"].level == "fail"
+    other = tmp_path / "other"
+    provision(federation(), other)
+    (kits / "server" / "server.key").write_bytes((other / "server" / "server.key").read_bytes())
+    assert "two kits are mixed" in server_checks(kits, state)["certificate"].seen
+    (kits / "server" / "sites" / "site-b.crt").unlink()
+    status, out, _ = cli(
+        *("server", "preflight", "--kit", kits / "server", "--state", state, "--json", "--running")
+    )
+    assert status == 1
+    assert json.loads(out)["ok"] is False
+    (kits / "server" / "federation.yaml").unlink()
+    assert list(server_checks(kits, state)) == ["kit"]
+
+
+def test_a_coordinator_that_does_not_answer_is_not_well(kits: Path) -> None:
+    assert "does not answer" in server_health(kits / "server", f"127.0.0.1:{free_port()}")
