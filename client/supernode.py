@@ -89,6 +89,7 @@ def start_supernode(site_file: Path, site: SiteConfig, health: str | None) -> No
         *("--host", "127.0.0.1", "--port", str(_free_port())),
         *(("--health-server-address", health) if health else ()),
     ]
+    os.environ.setdefault("FLWR_HOME", str(site.state / "flwr"))
     os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     gate = Gatekeeper(Approvals(site.state), site.state / CONTACT, place)
@@ -241,8 +242,11 @@ class Gatekeeper:
     def _note(self, contact: Contact) -> None:
         self._noted = time.monotonic() if not contact.working else 0.0
         part = self.contact.with_suffix(".part")
-        part.write_text(json.dumps(vars(contact)), encoding="utf-8")
-        part.replace(self.contact)
+        try:
+            part.write_text(json.dumps(vars(contact)), encoding="utf-8")
+            part.replace(self.contact)
+        except OSError as error:  # a full disk does not end the site, which will look unwell
+            log.warning("%s: cannot be written: %s", self.contact, error.strerror)
 
     @staticmethod
     def _now() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 import tarfile
@@ -41,10 +42,21 @@ def back_up(state: Path, target: Path) -> int:
         with sqlite3.connect(state / DATABASE) as source, sqlite3.connect(copy) as sink:
             source.backup(sink)
         archive.add(copy, DATABASE)
-        if (state / RUNS).is_dir():
-            archive.add(state / RUNS, RUNS)
+        for path in sorted((state / RUNS).rglob("*")):
+            _add(archive, path, str(path.relative_to(state)))
     part.replace(target)
     return target.stat().st_size
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    """Add a file as it is now; one that a run has just replaced by the next is not missed."""
+    try:
+        entry = archive.gettarinfo(path, name)
+        content = path.read_bytes() if entry.isreg() else b""
+    except FileNotFoundError:
+        return
+    entry.size = len(content)  # it may have grown
+    archive.addfile(entry, io.BytesIO(content))
 
 
 def restore(archive: Path, state: Path) -> None:

@@ -62,7 +62,11 @@ def preflight(
     if running:
         return
     yield see_port("public port", host, federation.server.port)
-    yield see_port("control port", "127.0.0.1", control)
+    if control == federation.server.port:
+        seen = f"{control} is the public port too"
+        yield Check("control port", "fail", seen, "give another --control")
+    else:
+        yield see_port("control port", "127.0.0.1", control)
     health_host, _, health_port = health.rpartition(":")
     yield see_port("health port", health_host, int(health_port))
 

@@ -40,7 +40,7 @@ class Coordinator:
     """A TLS server that says what a coordinator says of itself."""
 
     def __init__(self, kit: Path, port: int) -> None:
-        self.about = {"time": now_utc().isoformat(), "polyclinic": VERSION, "flwr": "1.41.0"}
+        self.about = {"polyclinic": VERSION, "flwr": "1.41.0"}
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(kit / "server.crt", kit / "server.key")
         self._door = socket.create_server(("127.0.0.1", port))
@@ -59,7 +59,7 @@ class Coordinator:
         try:
             with self._context.wrap_socket(raw, server_side=True) as tls:
                 if tls.recv(1000):
-                    body = json.dumps(self.about).encode()
+                    body = json.dumps({"time": now_utc().isoformat(), **self.about}).encode()
                     tls.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
         except (OSError, ssl.SSLError):
             pass  # the preflight only looked at the certificate

@@ -1,0 +1,76 @@
+"""Backup of a coordinator's state, and laying it down again."""
+
+from __future__ import annotations
+
+import sqlite3
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from configs.run import ConfigError
+from server.backup import back_up, restore
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    folder = tmp_path / "state"
+    (folder / "runs" / "one" / "checkpoints").mkdir(parents=True)
+    (folder / "runs" / "one" / "checkpoints" / "round-0001.safetensors").write_bytes(b"weights")
+    (folder / "logs").mkdir()
+    with sqlite3.connect(folder / "state.db") as database:
+        database.execute("CREATE TABLE runs (name TEXT)")
+        database.execute("INSERT INTO runs VALUES ('one')")
+    return folder
+
+
+def test_what_was_saved_is_laid_down_as_it_was(state: Path, tmp_path: Path) -> None:
+    size = back_up(state, tmp_path / "backup.tar.gz")
+    assert size == (tmp_path / "backup.tar.gz").stat().st_size
+    restore(tmp_path / "backup.tar.gz", tmp_path / "new")
+    saved = tmp_path / "new" / "runs" / "one" / "checkpoints" / "round-0001.safetensors"
+    assert saved.read_bytes() == b"weights"
+    with sqlite3.connect(tmp_path / "new" / "state.db") as database:
+        assert database.execute("SELECT name FROM runs").fetchall() == [("one",)]
+    assert not (tmp_path / "new" / "logs").exists()
+
+
+def test_a_run_that_goes_on_does_not_spoil_it(state: Path, tmp_path: Path, monkeypatch) -> None:
+    """A file that is replaced while it is packed is left out; one that grows is taken as it is."""
+    vanishing = state / "runs" / "one" / "vanishing"
+    vanishing.touch()
+    growing = state / "runs" / "one" / "history.jsonl"
+    growing.write_text("1\n")
+    look = tarfile.TarFile.gettarinfo
+
+    def busy(archive, path, name):
+        entry = look(archive, path, name)
+        if path == vanishing:
+            vanishing.unlink()
+        if path == growing:
+            growing.write_text("1\n2\n")
+        return entry
+
+    monkeypatch.setattr(tarfile.TarFile, "gettarinfo", busy)
+    with sqlite3.connect(state / "state.db") as database:
+        database.execute("INSERT INTO runs VALUES ('open')")  # in a transaction of its own
+        back_up(state, tmp_path / "backup.tar.gz")
+    restore(tmp_path / "backup.tar.gz", tmp_path / "new")
+    assert (tmp_path / "new" / "runs" / "one" / "history.jsonl").read_text() == "1\n2\n"
+    assert not (tmp_path / "new" / "runs" / "one" / "vanishing").exists()
+    with sqlite3.connect(tmp_path / "new" / "state.db") as database:
+        assert database.execute("SELECT name FROM runs").fetchall() == [("one",)]
+
+
+def test_nothing_is_written_over(state: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "backup.tar.gz"
+    back_up(state, archive)
+    with pytest.raises(ConfigError, match="is there already, and is not written over"):
+        back_up(state, archive)
+    with pytest.raises(ConfigError, match="holds a coordinator's state; move it away first"):
+        restore(archive, state)
+    with pytest.raises(ConfigError, match="expected a coordinator's state"):
+        back_up(tmp_path / "empty", tmp_path / "other.tar.gz")
+    archive.write_bytes(b"rubbish")
+    with pytest.raises(ConfigError, match="cannot be restored"):
+        restore(archive, tmp_path / "new")
