@@ -15,7 +15,7 @@ containers: $(VENV)/.test-installed  ## build the images and run a federation in
 	POLYCLINIC_CONTAINERS=required $(BIN)/python -m pytest -m containers
 
 long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
-	$(BIN)/python -m pytest -m long --ignore tests/test_faults.py
+	$(BIN)/python -m pytest -m "long" --ignore tests/test_faults.py
 
 faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; about an hour
 	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/test_faults.py

@@ -135,7 +135,13 @@ def test_rounds_can_be_raised_and_a_completed_run_needs_it(tiny, grid) -> None:
 
 @pytest.mark.parametrize(
     "harm",
-    ["cut weights", "changed weights", "no weights", "changed state", "cut state", "foreign"],
+    [
+        *("changed weights", "cut state", "foreign"),
+        *(
+            pytest.param(h, marks=pytest.mark.long)
+            for h in ("cut weights", "no weights", "changed state")
+        ),
+    ],
 )
 def test_a_checkpoint_that_is_no_good_is_named_and_the_one_before_is_used(
     tiny, grid, caplog, harm: str
