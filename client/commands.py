@@ -333,18 +333,11 @@ def preflight_command(
     """
     from client.preflight import preflight
     from client.supernode import knock
-    from configs.checks import as_json as to_json
-    from configs.checks import as_lines, failed
+    from configs.checks import failed, tell
     from configs.run import load_run_config
 
-    checks = []
-    for check in preflight(site_file, load_run_config(preset, ()).data, knock):
-        checks.append(check)
-        if not as_json:
-            typer.echo("\n".join(as_lines([check])))
-    if as_json:
-        typer.echo(json.dumps(to_json(checks), indent=2))
-    if failed(checks):
+    looks = preflight(site_file, load_run_config(preset, ()).data, knock)
+    if failed(tell(looks, typer.echo, as_json)):
         raise typer.Exit(1)
 
 

@@ -16,9 +16,8 @@ from client.chain import LedgerError
 from client.ledger import LEDGER, read_accounts
 from client.manifest import DataError, read_site
 from configs import VERSION
-from configs.checks import Check, ok
+from configs.checks import Check, ok, see_validity
 from configs.credentials import (
-    WARN,
     key_of,
     name_of,
     now_utc,
@@ -202,15 +201,7 @@ def _kit(site: SiteConfig, server: CoordinatorConfig) -> Iterator[Check]:
         seen = f"the kit is of site {name_of(certificate)}, site.yaml says {site.name}"
         yield Check("kit", "fail", seen, "give site.yaml the name in the kit")
         return
-    now, validity = now_utc(), validity_of(certificate)
-    problem = validity.problem(now)
-    if problem:
-        yield Check("kit", "fail", f"it {problem}", RENEW)
-    elif validity.left(now) < WARN:
-        seen = f"it expires on {validity.end:%Y-%m-%d}, in {validity.left(now).days} days"
-        yield Check("kit", "warn", seen, RENEW)
-    else:
-        yield ok("kit", f"of site {site.name}, good until {validity.end:%Y-%m-%d}")
+    yield see_validity("kit", validity_of(certificate), now_utc(), RENEW)
 
 
 def _coordinator(server: CoordinatorConfig, knock: Knock, kit_failed: bool) -> Iterator[Check]:

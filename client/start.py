@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from client.preflight import preflight
-from configs.checks import Check, as_lines, failed
+from configs.checks import failures, tell
 from configs.credentials import now_utc
 from configs.health import ask_health
 from configs.run import ConfigError, DataConfig
@@ -32,13 +32,8 @@ def start_site(
     """
     from client.supernode import knock, start_supernode  # Flower's; seconds to import
 
-    checks: list[Check] = []
-    for check in preflight(site_file, data, knock, health):
-        checks.append(check)
-        for line in as_lines([check]):
-            say(line)
-    if failed(checks):
-        wrong = ", ".join(check.name for check in checks if check.level == "fail")
+    wrong = failures(tell(preflight(site_file, data, knock, health), say))
+    if wrong:
         raise ConfigError(f"{site_file}: the site does not start: {wrong}")
     start_supernode(site_file, read_site_config(site_file), health)
 

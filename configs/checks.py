@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any, Literal
+
+from configs.credentials import WARN, Validity
 
 Level = Literal["OK", "warn", "fail"]
 
@@ -21,6 +25,40 @@ class Check:
 
 def ok(name: str, seen: str) -> Check:
     return Check(name, "OK", seen)
+
+
+def see_validity(name: str, validity: Validity, now: datetime, renew: str) -> Check:
+    """Whether what is valid for some time is now, and still will be in a month.
+
+    Args:
+        renew: what to do when it is not.
+    """
+    problem = validity.problem(now)
+    if problem:
+        return Check(name, "fail", f"it {problem}", renew)
+    left = validity.left(now)
+    if left < WARN:
+        return Check(
+            name, "warn", f"it expires on {validity.end:%Y-%m-%d}, in {left.days} days", renew
+        )
+    return ok(name, f"good until {validity.end:%Y-%m-%d}")
+
+
+def tell(checks: Iterable[Check], say: Callable[[str], None], in_json: bool = False) -> list[Check]:
+    """Look at everything, and say each check as soon as it is known, or all as JSON."""
+    found = []
+    for check in checks:
+        found.append(check)
+        if not in_json:
+            say("\n".join(as_lines([check])))
+    if in_json:
+        say(json.dumps(as_json(found), indent=2))
+    return found
+
+
+def failures(checks: Iterable[Check]) -> str:
+    """The names of those that failed; empty if none did."""
+    return ", ".join(check.name for check in checks if check.level == "fail")
 
 
 def failed(checks: Sequence[Check]) -> bool:

@@ -6,11 +6,10 @@ import ipaddress
 from pathlib import Path
 from typing import Self
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from configs.run import ConfigError, Section
-from configs.site import NAME, explained
+from configs.run import Section
+from configs.site import NAME, read_yaml
 
 PORT = 9092  # Flower's for the sites' side of a SuperLink
 HOST = r"^[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?$"
@@ -77,19 +76,7 @@ def read_federation(path: Path) -> FederationConfig:
     Raises:
         ConfigError: if it is missing, is not YAML, or has unknown or wrong keys.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected YAML, {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys name, server and sites, got {content!r}")
-    try:
-        return FederationConfig.model_validate(content)
-    except ValidationError as error:
-        problems = "; ".join(explained(detail) for detail in error.errors())
-        raise ConfigError(f"{path}: {problems}") from None
+    return read_yaml(path, FederationConfig, "federation file", "name, server and sites")
 
 
 def is_ip(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import time
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -166,21 +166,7 @@ def read_site_config(path: Path) -> SiteConfig:
     Raises:
         ConfigError: if it is missing, is not YAML, or has unknown or wrong keys.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such site file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected YAML, {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys name and data-root, got {content!r}")
-    try:
-        config = SiteConfig.model_validate(content)
-    except ValidationError as error:
-        problems = "; ".join(explained(detail) for detail in error.errors())
-        raise ConfigError(f"{path}: {problems}") from None
+    config = read_yaml(path, SiteConfig, "site file", "name and data-root")
     update: dict[str, object] = {
         key: _placed(path, getattr(config, key)) for key in ("data_root", "state")
     }
@@ -190,12 +176,42 @@ def read_site_config(path: Path) -> SiteConfig:
     return config.model_copy(update=update)
 
 
+File = TypeVar("File", bound=Section)
+
+
+def read_yaml(path: Path, kind: type[File], what: str, keys: str) -> File:
+    """Read and check a file of settings.
+
+    Args:
+        what: the file is, and
+        keys: that it must have, in words.
+
+    Raises:
+        ConfigError: if it is missing, is not YAML, or has unknown or wrong keys.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {what}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected YAML, {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys {keys}, got {content!r}")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(_explained(detail) for detail in error.errors())
+        raise ConfigError(f"{path}: {problems}") from None
+
+
 def _placed(site_file: Path, path: Path) -> Path:
     """A path of a site.yaml, which is relative to it."""
     return (site_file.parent / path.expanduser()).resolve()
 
 
-def explained(detail: ErrorDetails) -> str:
+def _explained(detail: ErrorDetails) -> str:
     """A fault of a file's key, in one line."""
     if detail["type"] == "value_error":  # raised by our own validators, which name their key
         return str(detail["ctx"]["error"])

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from configs.checks import as_json as checks_as_json
-from configs.checks import as_lines, failed
+from configs.checks import failed, tell
 from configs.federation import read_federation
 from configs.run import ConfigError
 
@@ -136,14 +135,8 @@ def preflight(
     """
     from server.start import preflight as look
 
-    checks = []
-    for check in look(kit.resolve(), state.resolve(), host, control, health, running):
-        checks.append(check)
-        if not as_json:
-            typer.echo("\n".join(as_lines([check])))
-    if as_json:
-        typer.echo(json.dumps(checks_as_json(checks), indent=2))
-    if failed(checks):
+    looks = look(kit.resolve(), state.resolve(), host, control, health, running)
+    if failed(tell(looks, typer.echo, as_json)):
         raise typer.Exit(1)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from configs import VERSION
-from configs.checks import Check, as_lines, failed, ok
+from configs.checks import Check, failures, ok, see_validity, tell
 from configs.credentials import (
     WARN,
     key_of,
@@ -86,15 +86,8 @@ def _certificates(kit: Path, federation: FederationConfig) -> Iterator[Check]:
     if not fits or not vouched_for(certificate, authority):
         yield Check("certificate", "fail", "files of two kits are mixed", "copy the kit again")
         return
-    now, validity = now_utc(), validity_of(certificate)
-    problem = validity.problem(now)
-    if problem:
-        yield Check("certificate", "fail", f"it {problem}", renew)
-    elif validity.left(now) < WARN:
-        seen = f"it expires on {validity.end:%Y-%m-%d}, in {validity.left(now).days} days"
-        yield Check("certificate", "warn", seen, renew)
-    else:
-        yield ok("certificate", f"good until {validity.end:%Y-%m-%d}")
+    now = now_utc()
+    yield see_validity("certificate", validity_of(certificate), now, renew)
     late = {s.name: s for s in sites.values() if s.validity.left(now) < WARN}
     if late:
         told = ", ".join(f"{name} ({s.validity.end:%Y-%m-%d})" for name, s in late.items())
@@ -137,13 +130,9 @@ def start_server(
         ConfigError: if something fails that would keep the coordinator from working.
     """
     kit, state = kit.resolve(), state.resolve()
-    checks = []
-    for check in preflight(kit, state, host, control, health, running=False):
-        checks.append(check)
-        for line in as_lines([check]):
-            say(line)
-    if failed(checks):
-        wrong = ", ".join(check.name for check in checks if check.level == "fail")
+    looks = preflight(kit, state, host, control, health, running=False)
+    wrong = failures(tell(looks, say))
+    if wrong:
         raise ConfigError(f"{kit}: the coordinator does not start: {wrong}")
 
     from server.superlink import Credentials, Doors, start_superlink  # Flower's; seconds
