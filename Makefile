@@ -9,7 +9,7 @@ demo: $(VENV)/.installed  ## three phantom hospitals train together, about two m
 	$(BIN)/polyclinic simulate --config configs/demo.toml
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
 
 containers: $(VENV)/.test-installed  ## build the images and run a federation in them, as root
 	POLYCLINIC_CONTAINERS=required $(BIN)/python -m pytest -m containers

@@ -93,7 +93,9 @@ def test_values_of_a_round_that_was_not_tested_are_told_as_such(
     assert "not tested" not in section(card_of(exported["torchscript"]), "Quantitative analyses")
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torchscript", "safetensors"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("onnx", marks=pytest.mark.long), "torchscript", "safetensors"]
+)
 def test_the_code_of_a_card_says_what_predict_says(
     exported: dict[str, Path], tmp_path: Path, monkeypatch, capsys, kind: str
 ) -> None:

@@ -66,7 +66,7 @@ def test_a_simulation_runs_through_ray_and_gives_its_results_as_json(tmp_path: P
 @pytest.mark.parametrize(
     "sign",
     [
-        pytest.param(signal.SIGINT, id="SIGINT"),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
     ],
 )
