@@ -9,9 +9,9 @@ demo: $(VENV)/.installed  ## three phantom hospitals train together, about two m
 	$(BIN)/polyclinic simulate --config configs/demo.toml
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long and not containers"
 
-containers: $(VENV)/.test-installed  ## build the images and run a federation in them, as root
+containers: $(VENV)/.test-installed  ## build the images and run a federation in them, as root; 8 minutes
 	POLYCLINIC_CONTAINERS=required $(BIN)/python -m pytest -m containers
 
 long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
