@@ -26,7 +26,7 @@ from tests.faults.deployment import Deployment, deployment, events
 
 pytestmark = pytest.mark.timeout(900)
 
-DEADLINE_S = 60.0  # a phase without faults takes about 15 s here
+DEADLINE_S = 90.0  # a phase without faults takes 15 s here, a minute where much else runs
 SLACK_S = 60.0  # beyond deadlines: starting processes on a busy machine
 
 # Where a round is when something breaks: who has come how far, and waits there.
@@ -170,7 +170,7 @@ def test_one_run_through_many_faults(there: Deployment, table: list[Row]) -> Non
 
 
 # by our clock or by Flower's, whichever is over first
-NO_ANSWER = "no answer in 60 s|Flower gave the question up before an answer came"
+NO_ANSWER = f"no answer in {DEADLINE_S:g} s|Flower gave the question up before an answer came"
 NAMES = {
     "kill": "kill -9 a site's app",
     "kill-node": "kill -9 a SuperNode, restart",
