@@ -236,6 +236,7 @@ class Federation:
                 time.sleep(POLL_S)
         late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
         found.late |= dict.fromkeys(waiting.values(), late)
+        self._pulls.forget(waiting)
         return found
 
     def settle(self, number: int, phase: Phase[Answer], needed: int) -> None:
@@ -405,8 +406,7 @@ class Federation:
 
     def _pull(self, ids: Iterable[str]) -> Iterator[Message]:
         """What has come, one reply at a time: several with a network each may be too many."""
-        for identity in ids:
-            yield from self._pulls.take(identity)
+        return self._pulls.take(ids)
 
 
 class Pulls:
@@ -421,20 +421,32 @@ class Pulls:
         self.grid = grid
         self._going: dict[str, Future[list[Message]]] = {}
 
-    def take(self, identity: str) -> list[Message]:
-        """What has come of one message's reply: nothing, or the reply."""
-        patience = 0.0
-        if identity not in self._going:
-            patience = PULL_S
-            self._going[identity] = Future()
-            asked = (identity, self._going[identity])
-            threading.Thread(target=self._work, args=asked, daemon=True).start()
-        future = self._going[identity]
-        wait((future,), patience)
-        if not future.done():
-            return []
-        del self._going[identity]
-        return future.result()
+    def take(self, ids: Iterable[str]) -> Iterator[Message]:
+        """What has come of some messages' replies.
+
+        One that is not whole within ``PULL_S`` ends the look: the others have theirs next time,
+        and a look takes no longer, however many there are and whoever does not answer.
+        """
+        for identity in ids:
+            new = identity not in self._going
+            if new:
+                self._start(identity)
+            future = self._going[identity]
+            wait((future,), PULL_S if new else 0.0)
+            if future.done():
+                del self._going[identity]
+                yield from future.result()
+            elif new:
+                return
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Keep nothing of replies that come later: each may carry the whole network."""
+        for identity in ids:
+            self._going.pop(identity, None)
+
+    def _start(self, identity: str) -> None:
+        self._going[identity] = future = Future[list[Message]]()
+        threading.Thread(target=self._work, args=(identity, future), daemon=True).start()
 
     def _work(self, identity: str, future: Future[list[Message]]) -> None:
         try:

@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from configs import wire
 from configs.run import RunConfig
 from server.app import run
-from server.federation import Bounded, RunFailed, RunRefused
+from server.federation import Bounded, Federation, Pulls, RunFailed, RunRefused
 from server.folder import RunFolder
 from server.history import Line, read_history
 
@@ -281,10 +281,41 @@ def test_a_reply_that_never_becomes_whole_holds_up_no_other(tiny, grid, monkeypa
         return found
 
     federation.pull_messages = waits_for_the_rest
+    kept: list[int] = []
+    settle = Federation.settle
+
+    def settle_and_count(self: Federation, *given) -> None:
+        kept.append(len(self._pulls._going))
+        settle(self, *given)
+
+    monkeypatch.setattr(Federation, "settle", settle_and_count)
     folder = run(federation, config)
+    assert set(kept) == {0}  # a reply that comes after all is kept nowhere
     assert lines(folder, "site-1")[-1].late["train"] == "no answer in 10 s (rounds.deadline-s)"
     assert lines(folder, "site-2")[-1].train is not None
     assert lines(folder, "site-1")[-1].metrics is not None  # evaluated, it answers again
+
+
+def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) -> None:
+    import threading
+
+    monkeypatch.setattr("server.federation.PULL_S", 0.2)
+    asked: list[str] = []
+
+    class Gone:
+        def pull_messages(self, ids: list[str]) -> list[Message]:
+            asked.extend(ids)
+            if ids != ["here"]:
+                threading.Event().wait()
+            return []
+
+    pulls = Pulls(Gone())  # type: ignore[arg-type]
+    ids = [*map(str, range(100)), "here"]
+    for look in (1, 2, 3):
+        assert list(pulls.take(ids)) == []
+        assert asked == ids[:look]
+    assert list(pulls.take(["0", "1", "2", "here"])) == []
+    assert asked[-1] == "here"  # those before it hold it up no more
 
 
 def test_what_may_wait_for_ever_is_not_waited_for_so_long() -> None:
