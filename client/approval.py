@@ -42,7 +42,7 @@ class Change:
 
     name: str
     kind: Literal["new", "changed", "gone"]
-    lines: tuple[str, ...]  # a unified diff; empty for what is not text
+    lines: tuple[str, ...]  # a unified diff, safe to print
 
 
 def changes(before: Release | None, after: Release) -> Iterator[Change]:
@@ -63,8 +63,19 @@ def _diff(before: bytes, after: bytes) -> Iterator[str]:
     try:
         old, new = before.decode().splitlines(), after.decode().splitlines()
     except UnicodeDecodeError:
+        yield f"{len(after)} bytes that are no text and cannot be shown"
         return
-    yield from difflib.unified_diff(old, new, "before", "after", lineterm="")
+    for line in difflib.unified_diff(old, new, "before", "after", lineterm=""):
+        yield visible(line)
+
+
+def visible(text: str) -> str:
+    """A text as it is, with characters that could hide another written out.
+
+    Control codes would let a release paint over its own difference on a terminal, and codes for
+    the direction of writing show code in another order than it runs.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Approvals:

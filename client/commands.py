@@ -279,7 +279,7 @@ def approve(
     Without a file: list what is approved. Where site.yaml has a release-signer, RELEASE.fab.sig
     must lie beside the file. Exit status: 1 if you say no.
     """
-    from client.approval import Approvals, changes
+    from client.approval import Approvals, changes, visible
     from configs.release import check_signature, read_release
 
     config = read_site_config(site_file)
@@ -302,7 +302,8 @@ def approve(
             )
         check_signature(found, signature.read_text(encoding="utf-8"), config.release_signer)
         typer.echo("signed by this site's release-signer")
-    typer.echo(f"release {found.digest}, version {found.version}, {len(found.files)} files")
+    version = visible(found.version)
+    typer.echo(f"release {found.digest}, version {version}, {len(found.files)} files")
     before = approvals.latest()
     if before is None:
         typer.echo("no release was approved before: everything is new")
@@ -310,7 +311,9 @@ def approve(
         typer.echo("it is approved already")
         return
     else:
-        typer.echo(f"against {before.digest[:12]}, version {before.version}, approved before:")
+        typer.echo(
+            f"against {before.digest[:12]}, version {visible(before.version)}, approved before:"
+        )
     for change in changes(before, found):
         typer.echo(f"{change.kind:<7}  {change.name}")
         if before is not None and not brief:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import lzma
+import struct
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +24,11 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from configs.run import ConfigError
 
+# What reading a file that somebody made up may raise; encrypted entries are RuntimeErrors
+UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError),
+    *(KeyError, ValueError, TypeError, OSError),
+)
 MOST_BYTES = 100_000_000  # of an unpacked release; Flower packs 10 MB at most
 SIGNED = b"polyclinic release\0"  # before the digest, so that no other signature serves
 
@@ -50,9 +58,9 @@ def open_release(content: bytes) -> Release:
                 files[entry.filename] = packed.read(entry)
         project = tomllib.loads(files["pyproject.toml"].decode())["project"]
         version = str(project["version"])
-    except (zipfile.BadZipFile, NotImplementedError, KeyError, ValueError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except UNREADABLE as error:
         raise ConfigError(f"expected a packed app (.fab) with a pyproject.toml, {error}") from None
     whole = hashlib.sha256()
     for name in sorted(files):

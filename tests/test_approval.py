@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = f'[project]\nname = "polyclinic"\nversion = "{VERSION}"\n'
 
 
-def packed(files: dict[str, str], date: tuple[int, ...] = (2026, 1, 1, 0, 0, 0)) -> bytes:
+def packed(
+    files: Mapping[str, str | bytes], date: tuple[int, ...] = (2026, 1, 1, 0, 0, 0)
+) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as fab:
         for name, text in files.items():
@@ -130,6 +132,35 @@ def test_changes_are_told_file_by_file() -> None:
         "old.py": "gone",
     }
     assert {"-check()", "+pass"} <= set(found["client/gate.py"].lines)
+
+
+def test_a_difference_cannot_hide_what_it_is() -> None:
+    """Codes that move a terminal's cursor or turn the direction of writing are written out."""
+    evil = "x = 1\x1b[2K\x1b[1A  # nothing\n\u202eadmin = True\n"
+    (change,) = changes(open_release(packed(app())), open_release(packed(app(apps=evil))))
+    assert all(line.isprintable() for line in change.lines)
+    assert r"+x = 1\x1b[2K\x1b[1A  # nothing" in change.lines
+    assert r"+\u202eadmin = True" in change.lines
+    binary = {**app(), "client/gate.py": b"# coding: latin-1\n\xe9 = 1\n"}
+    (change,) = changes(open_release(packed(app())), open_release(packed(binary)))
+    assert change.lines == ("24 bytes that are no text and cannot be shown",)
+
+
+def test_damaged_and_encrypted_files_are_refused_and_end_nothing() -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as fab:
+        fab.writestr("pyproject.toml", PROJECT * 50)
+    content = bytearray(buffer.getvalue())
+    content[60:90] = b"\xff" * 30  # in the compressed bytes
+    with pytest.raises(ConfigError, match="expected a packed app"):
+        open_release(bytes(content))
+    content = bytearray(packed(app()))
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag of encryption
+        content[content.index(signature) + at] |= 1
+    with pytest.raises(ConfigError, match="expected a packed app"):
+        open_release(bytes(content))
+    with pytest.raises(ConfigError, match="expected a packed app"):
+        open_release(packed({"pyproject.toml": "project = []\n"}))
 
 
 def test_the_command_shows_asks_and_records(site_file: Path, cli, monkeypatch) -> None:
