@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from configs.run import Section
 from configs.site import NAME, read_yaml
 
+FEDERATION = "federation.yaml"
+RESERVED = ("authority", "pooled", "server")  # stand for something else beside sites' names
 PORT = 9092  # Flower's for the sites' side of a SuperLink
 HOST = r"^[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?$"
 
@@ -61,6 +63,9 @@ class FederationConfig(Section):
     @model_validator(mode="after")
     def _names_are_different(self) -> Self:
         names = [site.name.lower() for site in self.sites]
+        taken = sorted(set(names) & set(RESERVED))
+        if taken:
+            raise ValueError(f"sites: no site may be called {', '.join(RESERVED)}, got {taken[0]}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"sites: expected different names, got {', '.join(twice)} twice")

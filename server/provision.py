@@ -34,7 +34,7 @@ from configs.credentials import (
     validity_of,
     vouched_for,
 )
-from configs.federation import FederationConfig, Member
+from configs.federation import FEDERATION, FederationConfig, Member
 from configs.run import ConfigError
 from server.authority import (
     Authority,
@@ -49,7 +49,6 @@ TEMPLATES = Path(__file__).resolve().parent.parent / "docker"
 LOOPBACK = ("localhost", "127.0.0.1")  # the coordinator's own connection
 NOBODY = 10001  # the images' own user, where kits are made by root: no container runs as root
 SERVER = "server"  # in --renew, and where its kit lies
-FEDERATION = "federation.yaml"
 
 
 @dataclass(frozen=True)

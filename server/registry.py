@@ -1,7 +1,8 @@
 """Which sites may connect: the certificates in the coordinator's kit, read anew when they change.
 
-Provisioning writes the files; whoever is not among them is turned away at the front door at once,
-also in the middle of a run.
+Provisioning writes the files; who is not named in the kit's federation.yaml, or has no certificate
+there, is turned away at the front door at once, also in the middle of a run. A certificate that was
+left behind when a kit was copied over an older one is of nobody.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from configs.credentials import (
     validity_of,
     vouched_for,
 )
+from configs.federation import FEDERATION, read_federation
 from configs.run import ConfigError
 
 log = logging.getLogger("flwr.polyclinic")
 
+AUTHORITY = "ca.crt"
+SITES = "sites"  # certificates, one a site, by its name
 LOOK_S = 2.0  # between two looks at the folder
 
 
@@ -46,16 +50,15 @@ class Registered:
 
 
 class Registry:
-    """The sites of a kit, by public key.
+    """The sites of a server's kit, by public key.
 
-    Args:
-        folder: of certificates, one a site.
-        authority: the certificate that they must be signed by.
+    Raises:
+        ConfigError: if the kit's certificate of the authority cannot be read.
     """
 
-    def __init__(self, folder: Path, authority: Path) -> None:
-        self.folder = folder
-        self.authority = read_certificate(authority)
+    def __init__(self, kit: Path) -> None:
+        self.kit = kit
+        self.authority = read_certificate(kit / AUTHORITY)
         self._lock = threading.Lock()
         self._looked = float("-inf")
         self._stamp: object = None
@@ -66,15 +69,20 @@ class Registry:
         with self._lock:
             if time.monotonic() - self._looked > LOOK_S:
                 self._looked = time.monotonic()
-                files = sorted(self.folder.glob("*.crt"))
-                stamp = [(path.name, path.stat().st_mtime_ns) for path in files]
+                files = [self.kit / FEDERATION, *sorted((self.kit / SITES).glob("*.crt"))]
+                stamp = [(path, _changed(path)) for path in files]
                 if stamp != self._stamp:
                     self._stamp = stamp
-                    self._sites = dict(self._read(files))
+                    self._sites = self._read(files[1:])
             return self._sites
 
-    def _read(self, files: list[Path]) -> list[tuple[str, Registered]]:
-        found = []
+    def _read(self, files: list[Path]) -> dict[str, Registered]:
+        found: dict[str, Registered] = {}
+        try:
+            named = {site.name for site in read_federation(self.kit / FEDERATION).sites}
+        except ConfigError as error:
+            log.error("%s; no site is let in", error)
+            return found
         for path in files:
             try:
                 certificate = read_certificate(path)
@@ -85,9 +93,17 @@ class Registry:
             if not vouched_for(certificate, self.authority):
                 log.error("%s: is not signed by this federation's authority; left out", path)
                 continue
-            line = public_line(key)
-            site = Registered(
-                name_of(certificate), line, fingerprint(key), validity_of(certificate)
-            )
-            found.append((line, site))
+            name, line = name_of(certificate), public_line(key)
+            if name not in named or path.stem != name:
+                log.error("%s: site %s is not in federation.yaml so; left out", path, name)
+                continue
+            found[line] = Registered(name, line, fingerprint(key), validity_of(certificate))
         return found
+
+
+def _changed(path: Path) -> int:
+    """When a file was last written; 0 if it has just been taken away."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -19,12 +19,11 @@ from configs.credentials import (
     validity_of,
     vouched_for,
 )
-from configs.federation import FederationConfig, read_federation
+from configs.federation import FEDERATION, FederationConfig, read_federation
 from configs.health import ask_health
 from configs.machine import see_disk, see_memory, see_port, see_shared_memory, see_writable
 from configs.reach import ask_about, resolve, see_proxy
 from configs.run import ConfigError
-from server.provision import FEDERATION
 from server.registry import Registry
 
 CONTROL = 9093  # on loopback
@@ -77,7 +76,7 @@ def _certificates(kit: Path, federation: FederationConfig) -> Iterator[Check]:
         authority = read_certificate(kit / "ca.crt")
         certificate = read_certificate(kit / "server.crt")
         key = read_private_key(kit / "server.key")
-        sites = Registry(kit / "sites", kit / "ca.crt").sites()
+        sites = Registry(kit).sites()
     except ConfigError as error:
         advice = "copy the kit again, with its permissions; it must belong to who runs this"
         yield Check("certificate", "fail", str(error), advice)
@@ -139,7 +138,7 @@ def start_server(
 
     files = Credentials(kit / "ca.crt", kit / "server.crt", kit / "server.key")
     port = read_federation(kit / FEDERATION).server.port
-    registry = Registry(kit / "sites", files.authority)
+    registry = Registry(kit)
     start_superlink(Doors(host, port, control, health, registry), files, state)
 
 

@@ -34,7 +34,7 @@ def server_status(kit: Path, control: int, runs: Path) -> list[SiteStatus]:
     Raises:
         ConfigError: if the coordinator does not run here.
     """
-    registry = Registry(kit / "sites", kit / "ca.crt")
+    registry = Registry(kit)
     try:
         with control_client(control, kit / "ca.crt") as client:
             nodes = {n.public_key: n for n in list_nodes(client) if n.status != "unregistered"}

@@ -7,8 +7,8 @@ leads to the same program through ``FrontDoor``, which lets registered sites in 
 path. Whoever may log in on the coordinator's machine, or into its container, is the coordinator.
 
 This is the one module that touches internals of Flower's SuperLink: how it starts uvicorn, its hook
-for middleware, its client for the control API. tests/test_superlink.py fails when a new Flower
-moves any of it.
+for middleware, its client for the control API. tests/test_front_door.py fails when a new
+Flower moves any of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import httpx
 import uvicorn
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
 from flwr.common.constant import TIMESTAMP_HEADER
@@ -137,7 +139,7 @@ def start_superlink(doors: Doors, files: Credentials, state: Path) -> NoReturn:
 
 def _serve(app: Any, doors: Doors, options: dict[str, Any]) -> None:  # noqa: ANN401
     """Flower's ``uvicorn.run``, on two ports."""
-    options |= {"proxy_headers": False, "http": Patient}
+    options |= {"proxy_headers": False, "http": partial(Patient, public=doors.port)}
     private = uvicorn.Config(app, **options)
     public = uvicorn.Config(app, **{**options, "host": doors.host, "port": doors.port})
     sockets = [private.bind_socket(), public.bind_socket()]
@@ -177,14 +179,16 @@ class FrontDoor:
             await self._let_in(scope, receive, send)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {key.decode("latin-1"): value for key, value in scope["headers"]}
+        headers: dict[str, bytes] = {}
+        for key, value in scope["headers"]:
+            headers.setdefault(key.decode("latin-1"), value)  # of two, the one that Flower takes
         problem = self._refusal(headers)
         if problem:
             self._tell(scope, problem)
             await _answer(send, 401, {"code": 0, "message": problem})
             return
         length = headers.get("content-length", b"0")
-        if not length.isdigit() or int(length) > MOST_BODY:
+        if not length.isdigit() or len(length) > 12 or int(length) > MOST_BODY:
             self._tell(
                 scope, f"sent {length[:20].decode('latin-1')} bytes, {MOST_BODY} are allowed"
             )
@@ -216,12 +220,13 @@ class FrontDoor:
             key = load_pem_public_key(base64.b64decode(stated, validate=True))
             if not isinstance(key, ec.EllipticCurvePublicKey):
                 raise ValueError("not an elliptic-curve key")
+            line = public_line(key)
             signed = verify_signature(key, timestamp, base64.b64decode(signature, validate=True))
-        except (KeyError, ValueError, TypeError, binascii.Error):
+        except (KeyError, ValueError, TypeError, binascii.Error, UnsupportedAlgorithm):
             return "no key of a site in the request"
         if not signed:
             return "the request's signature is wrong"
-        site = self.registry.sites().get(public_line(key))
+        site = self.registry.sites().get(line)
         if site is None:
             return f"key {fingerprint(key)} is not registered: unknown, revoked or superseded"
         problem = site.problem()
@@ -257,18 +262,34 @@ async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
 
 
 class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Connections that do not say anything for too long are closed, and nobody has too many."""
+    """On the public port, connections that are silent for too long are closed, and nobody has too
+    many; the coordinator's own, on loopback, are left alone whatever strangers do.
+
+    Args:
+        public: the port's number; the others are uvicorn's.
+    """
 
     _by_address: ClassVar[Counter[str]] = Counter()
+    _told: ClassVar[float] = float("-inf")
+
+    def __init__(self, *args: Any, public: int, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self._public = public
+        self._address = ""
+        self._watch: asyncio.TimerHandle | None = None
+        self._heard = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        if transport.get_extra_info("sockname")[1] != self._public:
+            return
         self._address = str((transport.get_extra_info("peername") or ("?",))[0])
-        self._heard = self.loop.time()
         mine = self._by_address
         mine[self._address] += 1
         if mine.total() > MOST_CONNECTIONS or mine[self._address] > MOST_CONNECTIONS_EACH:
-            log.warning("too many connections, %d of %s", mine[self._address], self._address)
+            if self.loop.time() - Patient._told > QUIET_S:
+                Patient._told = self.loop.time()
+                log.warning("too many connections, %d of %s", mine[self._address], self._address)
             transport.abort()
             return
         self._watch = self.loop.call_later(PATIENCE_S, self._look)
@@ -278,10 +299,11 @@ class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._by_address[self._address] -= 1
-        if not self._by_address[self._address]:
-            del self._by_address[self._address]
-        if hasattr(self, "_watch"):
+        if self._address:
+            self._by_address[self._address] -= 1
+            if not self._by_address[self._address]:
+                del self._by_address[self._address]
+        if self._watch is not None:
             self._watch.cancel()
         super().connection_lost(exc)
 

@@ -178,6 +178,7 @@ def another_authority(place: Consortium) -> None:
 
 def an_expired_kit(place: Consortium) -> None:
     """It says so itself, instead of looking healthy, and the server says so too."""
+    place.provision([*place.names, "late"])
     site_file = place.copy_kit("site-2", "expired")
     authority = Authority(
         read_private_key(place.kits / "authority" / "ca.key"),
@@ -200,7 +201,7 @@ def an_expired_kit(place: Consortium) -> None:
         assert answer.status_code == 401
         assert "the key of site late expired on " in answer.text
     finally:
-        registered.unlink()
+        place.provision(place.names)
 
 
 def a_second_coordinator(place: Consortium) -> None:

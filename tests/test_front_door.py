@@ -42,7 +42,7 @@ def kits(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registry(kits: Path) -> Registry:
-    return Registry(kits / "server" / "sites", kits / "server" / "ca.crt")
+    return Registry(kits / "server")
 
 
 class Inside:
@@ -195,6 +195,20 @@ def test_strangers_are_turned_away_by_reason(kits: Path, registry, caplog) -> No
     assert inside.paths == []
 
 
+def test_what_strangers_make_up_is_turned_away_and_breaks_nothing(kits: Path, registry) -> None:
+    inside = Inside()
+    door = FrontDoor(inside, registry, PUBLIC)
+    odd = signed(ec.generate_private_key(ec.SECP256K1()))  # a curve that no site has
+    assert ask(door, "/v1/fleet/x", odd)[0] == 401
+    good = signed(key_of(kits, "site-a"))
+    endless = {**good, "content-length": b"9" * 5000}  # more digits than Python takes
+    assert ask(door, "/v1/fleet/x", endless)[0] == 413
+    name = FLEET_HTTP_PUBLIC_KEY_HEADER
+    twice = {name.upper(): signed(ec.generate_private_key(ec.SECP384R1()))[name], **good}
+    assert ask(door, "/v1/fleet/x", twice)[0] == 401  # Flower would take the first
+    assert inside.paths == []
+
+
 def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
     kits: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +291,13 @@ def test_the_superlink_follows_the_registry(kits: Path, registry, monkeypatch, c
     provision(federation("site-b"), kits)
     registrar.bring_in_step(superlink)
     assert superlink.standing()[0] == ("site-a", "unregistered")
-    (kits / "server" / "sites" / "site-a.crt").write_bytes(aside)
+    left_behind = kits / "server" / "sites" / "site-a.crt"
+    left_behind.write_bytes(aside)  # by a kit that is copied over an older one
+    registrar.bring_in_step(superlink)
+    assert superlink.standing()[0] == ("site-a", "unregistered")
+    assert "site-a.crt: site site-a is not in federation.yaml so; left out" in caplog.text
+    provision(federation(), kits)
+    left_behind.write_bytes(aside)
     registrar.bring_in_step(superlink)
     registrar.bring_in_step(superlink)
     assert superlink.standing()[0] == ("site-a", "unregistered")

@@ -96,7 +96,7 @@ def test_adding_renewing_and_removing_touch_no_other_site(tmp_path: Path) -> Non
         *("server/federation.yaml", "server/sites/site-b.crt"),
         *("sites/site-b/site.crt", "sites/site-b/site.key"),
     }
-    registry = Registry(tmp_path / "server" / "sites", tmp_path / "server" / "ca.crt")
+    registry = Registry(tmp_path / "server")
     assert {s.name for s in registry.sites().values()} == {"site-a", "site-b", "site-c"}
     (change,) = provision(federation("site-b", "site-c"), tmp_path)
     assert (change.what, change.did.split(";")[0]) == ("site-a", "removed")
@@ -155,7 +155,7 @@ def test_a_registry_takes_no_certificate_of_another_authority(tmp_path: Path, ca
     folder = tmp_path / "ours" / "server" / "sites"
     (folder / "stranger.crt").write_bytes(stranger.read_bytes())
     (folder / "half.crt").write_bytes(b"-----BEGIN")
-    registry = Registry(folder, tmp_path / "ours" / "server" / "ca.crt")
+    registry = Registry(folder.parent)
     assert {site.name for site in registry.sites().values()} == {"site-a", "site-b"}
     assert "stranger.crt: is not signed by this federation's authority" in caplog.text
     assert "half.crt: expected a certificate" in caplog.text
@@ -166,6 +166,7 @@ def test_a_registry_takes_no_certificate_of_another_authority(tmp_path: Path, ca
     [
         ({"sites": []}, "sites: "),
         ({"sites": [{"name": "a"}, {"name": "A"}]}, "expected different names, got a twice"),
+        ({"sites": [{"name": "Server"}]}, "no site may be called authority, pooled, server"),
         ({"sites": [{"name": "a", "public-key": "ssh-rsa AAAA"}]}, "begins with ecdsa-sha2-nistp"),
         ({"sites": [{"name": "a/b"}]}, "sites.0.name"),
         ({"server": {"address": "fl.example.org", "port": 0}}, "server.port"),
