@@ -16,6 +16,7 @@ from client.chain import Entry
 from client.ledger import LEDGER, Account, Round, lower_delta, read_accounts, verify_ledger
 from client.outgoing import OUTGOING, read_outgoing
 from client.release import own_release, release_of_fab
+from configs.ports import SITE_HEALTH
 from configs.run import ConfigError
 from configs.site import read_site_config
 
@@ -346,7 +347,7 @@ def preflight_command(
 
 @site.command()
 def start(
-    site_file: SiteFile, health: HealthOption = "127.0.0.1:9098", preset: PresetOption = None
+    site_file: SiteFile, health: HealthOption = SITE_HEALTH, preset: PresetOption = None
 ) -> None:
     """Connect this site to the coordinator, and work for it until it is stopped.
 
@@ -360,7 +361,7 @@ def start(
 
 
 @site.command("health")
-def health_command(site_file: SiteFile, health: HealthOption = "127.0.0.1:9098") -> None:
+def health_command(site_file: SiteFile, health: HealthOption = SITE_HEALTH) -> None:
     """Whether this site runs and hears its coordinator. Exit status: 1 if not."""
     from client.start import site_health
 

@@ -27,7 +27,7 @@ from configs.credentials import (
     validity_of,
     vouched_for,
 )
-from configs.machine import see_disk, see_memory, see_port, see_shared_memory, see_writable
+from configs.machine import see_address, see_disk, see_memory, see_shared_memory, see_writable
 from configs.reach import ask_about, compare_clocks, connect, resolve, see_proxy, shake_hands
 from configs.run import ConfigError, DataConfig
 from configs.site import CoordinatorConfig, SiteConfig, read_site_config
@@ -74,8 +74,7 @@ def _machine(site: SiteConfig, health: str | None) -> Iterator[Check]:
     yield see_shared_memory()
     yield _gpu()
     if health is not None:
-        host, _, port = health.rpartition(":")
-        yield see_port("health port", host, int(port))
+        yield see_address("health port", health)
 
 
 def _gpu() -> Check:
@@ -214,7 +213,7 @@ def _coordinator(server: CoordinatorConfig, knock: Knock, kit_failed: bool) -> I
     yield reached
     if reached.level == "fail" or not server.ca.is_file():
         return
-    shaken, _ = shake_hands(server.address, server.port, server.ca)
+    shaken = shake_hands(server.address, server.port, server.ca)
     yield shaken
     if shaken.level == "fail":
         return

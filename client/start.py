@@ -14,7 +14,6 @@ from configs.health import ask_health
 from configs.run import ConfigError, DataConfig
 from configs.site import SiteConfig, read_site_config
 
-HEALTH = "127.0.0.1:9098"
 SILENCE_S = 180.0  # without a word from the coordinator, while nothing is worked on
 
 
@@ -38,7 +37,7 @@ def start_site(
     start_supernode(site_file, read_site_config(site_file), health)
 
 
-def site_health(site: SiteConfig, health: str, now: datetime | None = None) -> str:
+def site_health(site: SiteConfig, health: str) -> str:
     """What is wrong with a running site; nothing if it is well.
 
     A process that lives is not enough: the coordinator must have been heard lately, or the site be
@@ -52,7 +51,7 @@ def site_health(site: SiteConfig, health: str, now: datetime | None = None) -> s
     contact = read_contact(site.state / CONTACT)
     if contact is None:
         return "the coordinator has not been heard yet"
-    silent = ((now or now_utc()) - datetime.fromisoformat(contact.last)).total_seconds()
+    silent = (now_utc() - datetime.fromisoformat(contact.last)).total_seconds()
     if silent > SILENCE_S and not contact.working:
         return f"nothing was heard of the coordinator for {silent:.0f} s"
     return ""

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -49,8 +49,9 @@ def read_certificate(path: Path) -> x509.Certificate:
     Raises:
         ConfigError: if it cannot be read or is none.
     """
+    content = _read(path)
     try:
-        return x509.load_pem_x509_certificate(_read(path))
+        return x509.load_pem_x509_certificate(content)
     except ValueError as error:
         raise ConfigError(f"{path}: expected a certificate (PEM), {error}") from None
 
@@ -73,7 +74,7 @@ def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     )
     try:
         key = load(content, None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"{path}: expected a private key without a password, {error}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{path}: expected an elliptic-curve key, got {type(key).__name__}")

@@ -8,12 +8,12 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.ports import PUBLIC
 from configs.run import Section
 from configs.site import NAME, read_yaml
 
 FEDERATION = "federation.yaml"
 RESERVED = ("authority", "pooled", "server")  # stand for something else beside sites' names
-PORT = 9092  # Flower's for the sites' side of a SuperLink
 HOST = r"^[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?$"
 
 
@@ -21,7 +21,7 @@ class ServerAddress(Section):
     """Where sites find the coordinator."""
 
     address: str = Field(pattern=HOST, description="A name or an IP address, as sites see it.")
-    port: int = Field(PORT, ge=1, le=65535)
+    port: int = Field(PUBLIC, ge=1, le=65535)
     also: tuple[str, ...] = Field((), description="Other names and addresses of the same server.")
 
     @property

@@ -75,6 +75,14 @@ def see_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
     return ok("shm", seen)
 
 
+def see_address(name: str, address: str) -> Check:
+    """Whether an address as 127.0.0.1:9098 is one, and free."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        return Check(name, "fail", f"{address!r} is no address", "give one as 127.0.0.1:9098")
+    return see_port(name, host.strip("[]"), int(port))
+
+
 def see_port(name: str, host: str, port: int) -> Check:
     """Whether a port is free to listen on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import ssl
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -61,12 +59,8 @@ def connect(host: str, port: int) -> Check:
         )
 
 
-def shake_hands(host: str, port: int, authority: Path) -> tuple[Check, bytes]:
-    """Whether TLS can be begun with a server that an authority vouches for.
-
-    Returns:
-        What was found, and the server's certificate (DER), empty without one.
-    """
+def shake_hands(host: str, port: int, authority: Path) -> Check:
+    """Whether TLS can be begun with a server that an authority vouches for."""
     try:
         context = ssl.create_default_context(cafile=str(authority))
         with (
@@ -81,20 +75,20 @@ def shake_hands(host: str, port: int, authority: Path) -> tuple[Check, bytes]:
             f"{host}:{port}: {error.verify_message}",
             "this is not the coordinator that the kit is of, or its certificate must be renewed: "
             "ask the coordinator; never go on without",
-        ), b""
+        )
     except (OSError, ssl.SSLError) as error:
         return Check(
             "TLS",
             "fail",
             f"{host}:{port}: {error}",
             "something between here and the coordinator speaks no TLS, or ends it (a proxy?)",
-        ), b""
+        )
     validity = validity_of(x509.load_der_x509_certificate(der))
     left = validity.left(now_utc())
     seen = f"the server's certificate is good until {validity.end:%Y-%m-%d}"
     if left < WARN:
-        return Check("TLS", "warn", seen, "the coordinator should renew it soon"), der
-    return ok("TLS", seen), der
+        return Check("TLS", "warn", seen, "the coordinator should renew it soon")
+    return ok("TLS", seen)
 
 
 def ask_about(host: str, port: int, authority: Path) -> About:
@@ -116,7 +110,9 @@ def ask_about(host: str, port: int, authority: Path) -> About:
             answer += part
     _, _, body = answer.partition(b"\r\n\r\n")
     try:
-        return About(**json.loads(body))
+        about = About(**json.loads(body))
+        datetime.fromisoformat(about.time).astimezone()
+        return about
     except (ValueError, TypeError):
         raise OSError(f"{host}:{port} answers as no coordinator of Polyclinic does") from None
 
@@ -133,7 +129,7 @@ def compare_clocks(about: About) -> Check:
     return ok("clock", seen)
 
 
-def see_proxy(host: str, environment: Mapping[str, str] = os.environ) -> Check:
+def see_proxy(host: str) -> Check:
     """Whether a proxy of the environment stands in the way."""
     proxy = getproxies().get("https") or getproxies().get("all")
     if proxy is None:

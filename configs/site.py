@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from configs.ports import PUBLIC
 from configs.run import ConfigError, Section, kebab
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -106,7 +107,7 @@ class CoordinatorConfig(Section):
     """Where the coordinator is, and what this site and it know each other by."""
 
     address: str = Field(min_length=1, description="A name or an IP address.")
-    port: int = Field(9092, ge=1, le=65535)
+    port: int = Field(PUBLIC, ge=1, le=65535)
     ca: Path = Field(Path("ca.crt"), description="Who vouches for it; relative to site.yaml.")
     key: Path = Field(Path("site.key"), description="The site's private key, likewise.")
     certificate: Path = Field(

@@ -12,6 +12,7 @@ import typer
 
 from configs.checks import failed, tell
 from configs.federation import read_federation
+from configs.ports import CONTROL, SERVER_HEALTH
 from configs.run import ConfigError
 
 coordinator = typer.Typer(help="Look after a coordinator.", no_args_is_help=True)
@@ -27,7 +28,6 @@ HealthOption = Annotated[
     str,
     typer.Option("--health", envvar="POLYCLINIC_HEALTH", help="Address of the health service."),
 ]
-CONTROL, HEALTH = 9093, "127.0.0.1:9099"
 KIT, STATE = Path("/etc/polyclinic"), Path("/var/lib/polyclinic")
 
 
@@ -104,7 +104,7 @@ def start(
     state: StateOption = STATE,
     host: HostOption = "0.0.0.0",
     control: ControlOption = CONTROL,
-    health: HealthOption = HEALTH,
+    health: HealthOption = SERVER_HEALTH,
 ) -> None:
     """Run the coordinator until it is stopped.
 
@@ -123,7 +123,7 @@ def preflight(
     state: StateOption = STATE,
     host: HostOption = "0.0.0.0",
     control: ControlOption = CONTROL,
-    health: HealthOption = HEALTH,
+    health: HealthOption = SERVER_HEALTH,
     running: Annotated[
         bool, typer.Option("--running", help="The coordinator runs: leave its ports alone.")
     ] = False,
@@ -141,7 +141,7 @@ def preflight(
 
 
 @coordinator.command()
-def health(kit: KitOption = KIT, health: HealthOption = HEALTH) -> None:
+def health(kit: KitOption = KIT, health: HealthOption = SERVER_HEALTH) -> None:
     """Whether the coordinator runs and sites can come in. Exit status: 1 if not."""
     from server.start import server_health
 

@@ -21,13 +21,18 @@ from configs.credentials import (
 )
 from configs.federation import FEDERATION, FederationConfig, read_federation
 from configs.health import ask_health
-from configs.machine import see_disk, see_memory, see_port, see_shared_memory, see_writable
+from configs.machine import (
+    see_address,
+    see_disk,
+    see_memory,
+    see_port,
+    see_shared_memory,
+    see_writable,
+)
 from configs.reach import ask_about, resolve, see_proxy
 from configs.run import ConfigError
 from server.registry import Registry
 
-CONTROL = 9093  # on loopback
-HEALTH = "127.0.0.1:9099"
 DATABASE = "state.db"
 
 
@@ -66,8 +71,7 @@ def preflight(
         yield Check("control port", "fail", seen, "give another --control")
     else:
         yield see_port("control port", "127.0.0.1", control)
-    health_host, _, health_port = health.rpartition(":")
-    yield see_port("health port", health_host, int(health_port))
+    yield see_address("health port", health)
 
 
 def _certificates(kit: Path, federation: FederationConfig) -> Iterator[Check]:
