@@ -150,7 +150,8 @@ class Gatekeeper:
         self.contact = contact
         self.server = server
         self._since = now_utc().isoformat(timespec="seconds")
-        self._noted = 0.0
+        self._noted = float("-inf")
+        self._working = False
         self._releases: dict[str, str] = {}  # Flower's hash of a packed app: the release's digest
 
     def around(self, take_in: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -168,7 +169,8 @@ class Gatekeeper:
                     taken.append(found[0])
                     run = state.get_run(found[0].metadata.run_id)
                     if run is not None:  # it may have been withdrawn since its first message
-                        self.check(self._releases.get(run.fab_hash, run.fab_hash))
+                        self.check(self._releases[run.fab_hash])
+                        self.heard(working=True, release=self._releases[run.fab_hash])
                 return found
 
             def get_run_of_clients(run_id: int) -> Any:  # noqa: ANN401
@@ -182,6 +184,7 @@ class Gatekeeper:
                 if hashlib.sha256(fab.content).hexdigest() != fab_hash:
                     raise Unapproved(f"{wire.UNAPPROVED}: its content is not what its hash says")
                 self._releases[fab_hash] = self.check_content(fab.content)
+                self.heard(working=True, release=self._releases[fab_hash])
                 return fab
 
             try:
@@ -230,27 +233,27 @@ class Gatekeeper:
                 f"{wire.UNAPPROVED}: this site has not approved release {digest}; polyclinic site "
                 "approve shows and approves one"
             )
-        self._note(Contact(self._since, self._now(), self.server, digest, working=True))
 
-    def heard(self, working: bool) -> None:
-        """The coordinator answered."""
-        if working or time.monotonic() - self._noted > CONTACT_S:
-            last = read_contact(self.contact)
-            release = last.release if last else ""
-            self._note(Contact(self._since, self._now(), self.server, release, working))
+    def heard(self, working: bool, release: str = "") -> None:
+        """Note that the coordinator answered, seldom while there is nothing to do.
 
-    def _note(self, contact: Contact) -> None:
-        self._noted = time.monotonic() if not contact.working else 0.0
+        Args:
+            release: of the message, once it is known; the last one's before.
+        """
+        now = time.monotonic()
+        if not working and not self._working and now - self._noted < CONTACT_S:
+            return
+        self._working, self._noted = working, now
+        last = read_contact(self.contact)
+        release = release or (last.release if last else "")
+        time_now = now_utc().isoformat(timespec="seconds")
+        contact = Contact(self._since, time_now, self.server, release, working)
         part = self.contact.with_suffix(".part")
         try:
             part.write_text(json.dumps(vars(contact)), encoding="utf-8")
             part.replace(self.contact)
         except OSError as error:  # a full disk does not end the site, which will look unwell
             log.warning("%s: cannot be written: %s", self.contact, error.strerror)
-
-    @staticmethod
-    def _now() -> str:
-        return now_utc().isoformat(timespec="seconds")
 
 
 def read_contact(path: Path) -> Contact | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sqlite3
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from configs.run import ConfigError
@@ -72,7 +74,11 @@ def restore(archive: Path, state: Path) -> None:
             names = packed.getnames()
             if DATABASE not in names:
                 raise ConfigError(f"{archive}: expected a backup with {DATABASE} in it")
-            state.mkdir(parents=True, exist_ok=True)
-            packed.extractall(state, filter="data")
-    except (OSError, tarfile.TarError) as error:
+            part = state / ".restoring"  # inside: a container may write nowhere else
+            shutil.rmtree(part, ignore_errors=True)
+            packed.extractall(part, filter="data")
+        for found in part.iterdir():
+            found.replace(state / found.name)
+        part.rmdir()
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ConfigError(f"{archive}: cannot be restored: {error}") from None

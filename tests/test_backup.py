@@ -71,6 +71,11 @@ def test_nothing_is_written_over(state: Path, tmp_path: Path) -> None:
         restore(archive, state)
     with pytest.raises(ConfigError, match="expected a coordinator's state"):
         back_up(tmp_path / "empty", tmp_path / "other.tar.gz")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) - 40])
+    with pytest.raises(ConfigError, match="cannot be restored"):
+        restore(archive, tmp_path / "new")
+    assert not (tmp_path / "new" / "state.db").exists()  # half a state is none
     archive.write_bytes(b"rubbish")
     with pytest.raises(ConfigError, match="cannot be restored"):
         restore(archive, tmp_path / "new")
