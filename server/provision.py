@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509 import Certificate
 
+from configs import VERSION
 from configs.credentials import (
     WARN,
     fingerprint,
@@ -258,6 +259,7 @@ def _names(federation: FederationConfig) -> dict[str, str]:
     """What templates may name."""
     return {
         "federation": federation.name,
+        "version": VERSION,
         "address": federation.server.address,
         "port": str(federation.server.port),
         "uid": str(os.getuid() or NOBODY),

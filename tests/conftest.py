@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "exported" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("exported"))
-        elif item.path.stem in ("test_faults", "test_deployment"):  # these wait more than they work
+        elif item.path.stem in ("test_faults", "test_deployment"):
             item.add_marker(pytest.mark.xdist_group("deployments"))
         elif item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.xdist_group("real processes"))

@@ -12,6 +12,7 @@ import yaml
 
 import server.authority
 from client.keys import make_key
+from configs import VERSION
 from configs.credentials import (
     key_of,
     name_of,
@@ -71,6 +72,7 @@ def test_every_kit_holds_what_it_needs_and_no_other_key(tmp_path: Path) -> None:
         assert vouched_for(certificate, read_certificate(config.server.ca))
         assert f"Site {site}" in (kit / "README.md").read_text()
         assert "@" not in (kit / "site.yaml").read_text()
+        assert f"POLYCLINIC_VERSION={VERSION}\n" in (kit / ".env").read_text()
 
 
 def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
