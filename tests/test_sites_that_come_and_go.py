@@ -198,20 +198,24 @@ def test_a_second_reply_and_one_to_no_question_are_dropped(tiny, grid, caplog) -
 
 
 @pytest.mark.parametrize(
-    ("code", "outcome"),
+    ("code", "reason", "outcome"),
     [
-        (ErrorCode.MESSAGE_UNAVAILABLE, "late"),
-        (ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "late"),
-        (ErrorCode.NODE_UNAVAILABLE, "failed"),
+        (ErrorCode.MESSAGE_UNAVAILABLE, "gone", "late"),
+        (ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "gone", "late"),
+        (ErrorCode.NODE_UNAVAILABLE, "gone", "failed"),
+        (ErrorCode.INVALID_FAB, "gone", "failed"),
+        (ErrorCode.INVALID_FAB, f"{wire.UNAPPROVED}: 1234", "declined"),
     ],
 )
-def test_flowers_own_errors_are_told_apart(tiny, grid, code: int, outcome: str) -> None:
+def test_flowers_own_errors_are_told_apart(
+    tiny, grid, code: int, reason: str, outcome: str
+) -> None:
     config = tiny(rounds__count=1, rounds__min_sites="2")
     federation = grid(config)
 
     def unavailable(partition: int, reply: Message) -> Message:
         if partition == 1 and number_of(reply) == 1:
-            error = Message(Error(code=code, reason="gone"), reply_to=federation.sent[-1])
+            error = Message(Error(code=code, reason=reason), reply_to=federation.sent[-1])
             return error
         return reply
 
