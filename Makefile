@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test containers long faults quick lint install clean
+.PHONY: demo test containers container-tools long faults quick lint install clean
 
 demo: $(VENV)/.installed  ## three phantom hospitals train together, about two minutes
 	$(BIN)/polyclinic simulate --config configs/demo.toml
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long and not containers"
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not long and not containers"
 
 containers: $(VENV)/.test-installed  ## build the images and run a federation in them, as root; 8 minutes
 	POLYCLINIC_CONTAINERS=required $(BIN)/python -m pytest -m containers
+
+container-tools:  ## what that needs, from Debian's packages
+	which podman buildah runc mmdebstrap || { apt-get update && apt-get install --yes \
+	    --no-install-recommends podman buildah runc mmdebstrap catatonit netavark aardvark-dns iptables; }
 
 long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
 	$(BIN)/python -m pytest -m "long" --ignore tests/test_faults.py
@@ -21,7 +25,7 @@ faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; 
 	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/test_faults.py
 
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not long"
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow and not long"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
@@ -32,11 +36,11 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.test-installed: $(VENV)/.installed
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

@@ -50,8 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "exported" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("exported"))
-        elif item.path.stem in ("test_faults", "test_deployment"):
-            item.add_marker(pytest.mark.xdist_group("deployments"))
+        elif item.path.stem == "test_faults":
+            item.add_marker(pytest.mark.xdist_group("faults"))
         elif item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.xdist_group("real processes"))
 

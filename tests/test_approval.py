@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
-from flwr.cli.build import build_fab_from_disk
 
 from client.approval import Approvals, changes
 from configs import VERSION
@@ -19,7 +18,6 @@ from configs.release import check_signature, open_release
 from configs.release import sign as sign_release
 from configs.run import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = f'[project]\nname = "polyclinic"\nversion = "{VERSION}"\n'
 
 
@@ -43,15 +41,6 @@ def site_file(tmp_path: Path) -> Path:
     path = tmp_path / "site.yaml"
     path.write_text("name: a\ndata-root: data\n")
     return path
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower packs with
-def test_the_project_itself_is_a_release_known_by_what_is_in_it() -> None:
-    content = build_fab_from_disk(ROOT)
-    release = open_release(content)
-    assert release.version == VERSION
-    assert {"apps.py", "client/gate.py", "pyproject.toml"} <= set(release.files)
-    assert open_release(build_fab_from_disk(ROOT)).digest == release.digest
 
 
 def test_a_digest_is_of_every_file_and_not_of_when_it_was_packed() -> None:

@@ -137,7 +137,10 @@ def contributions_alive(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> l
         alive.append(sum(type(x) is Contribution for x in gc.get_objects()))
         return reply(self, identity)
 
+    gc.collect()
+    gc.freeze()  # what is there before is not looked at again each time
     with pretended_task(), monkeypatch.context() as patch:
         patch.setattr(Replies, "_reply", counting)
         one_round(config, 20)
+    gc.unfreeze()
     return alive
