@@ -15,8 +15,9 @@ import typer
 from client.chain import Entry
 from client.ledger import LEDGER, Account, Round, lower_delta, read_accounts, verify_ledger
 from client.outgoing import OUTGOING, read_outgoing
-from client.release import own_release, release_of_fab
+from client.release import own_release
 from configs.ports import SITE_HEALTH
+from configs.release import check_signature, read_release
 from configs.run import ConfigError
 from configs.site import read_site_config
 
@@ -233,8 +234,8 @@ def release(
         Path | None, typer.Argument(help="A packed app (.fab); without one, the code installed.")
     ] = None,
 ) -> None:
-    """Print the digest of a release, as site.yaml's policy.releases wants it."""
-    typer.echo(own_release() if fab is None else release_of_fab(fab))
+    """Print the digest of a release: as `approve` shows it, and policy.releases wants it."""
+    typer.echo(own_release() if fab is None else read_release(fab)[1].digest)
 
 
 HealthOption = Annotated[
@@ -281,7 +282,6 @@ def approve(
     must lie beside the file. Exit status: 1 if you say no.
     """
     from client.approval import Approvals, changes, visible
-    from configs.release import check_signature, read_release
 
     config = read_site_config(site_file)
     approvals = Approvals(config.state)

@@ -1,23 +1,21 @@
-"""Which code a site runs: one digest over all of it, the same wherever it lies.
+"""Which code a site runs: the digest of the release it is, wherever it lies.
 
-Flower's own hash is of the packed app, whose bytes depend on when it was packed; this one is of
-what is executed. The check inside the app (``client.gate``) binds an honest coordinator: a
-dishonest one could ship code without it. What keeps unapproved code from running at all has to
-stand outside the app.
+The same that ``polyclinic site approve`` shows of a packed app (``configs.release``). The check
+inside the app (``client.gate``) binds an honest coordinator: a dishonest one could ship code
+without it. What keeps unapproved code from running at all stands outside the app
+(``client.supernode``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-from collections.abc import Callable, Iterable
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from configs.release import PROJECT, digest_of
 from configs.run import ConfigError
 
 ROOMS = ("client", "configs", "mtl_model", "server", "simulation")
-APPS = "apps.py"
+BESIDE = ("LICENSE", "apps.py", PROJECT)  # of a folder's other files, what a packed app holds
 
 
 @lru_cache(maxsize=1)
@@ -27,32 +25,17 @@ def own_release() -> str:
 
 
 def release_of_folder(root: Path) -> str:
-    """The digest of a checkout or of an unpacked app."""
-    names = [APPS, *(f"{room}/{path.name}" for room in ROOMS for path in (root / room).glob("*"))]
-    return _digest(names, lambda name: (root / name).read_bytes())
-
-
-def release_of_fab(path: Path) -> str:
-    """The digest of a packed app (``flwr build``).
+    """The digest of a checkout or of an unpacked app.
 
     Raises:
-        ConfigError: if the file is not one.
+        ConfigError: if it lacks what a packed app holds.
     """
+    paths = [root / name for name in BESIDE]
+    for room in ROOMS:
+        paths += [p for p in (root / room).glob("*") if p.suffix in (".py", ".toml")]
     try:
-        with zipfile.ZipFile(path) as fab:
-            return _digest(fab.namelist(), fab.read)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ConfigError(f"{path}: expected a packed app (.fab) of Polyclinic, {error}") from None
-
-
-def _digest(names: Iterable[str], read: Callable[[str], bytes]) -> str:
-    """sha256 over the names and contents of Python files and presets, in order."""
-    whole = hashlib.sha256()
-    for name in sorted(set(names)):
-        path = PurePosixPath(name)
-        code = name == APPS or (
-            len(path.parts) == 2 and path.parts[0] in ROOMS and path.suffix in (".py", ".toml")
-        )
-        if code:
-            whole.update(f"{name}\0{hashlib.sha256(read(name)).hexdigest()}\n".encode())
-    return whole.hexdigest()
+        return digest_of({p.relative_to(root).as_posix(): p.read_bytes() for p in paths})
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{root}: expected a checkout or an unpacked app, found no {error.filename}"
+        ) from None

@@ -100,6 +100,8 @@ def start_supernode(site_file: Path, site: SiteConfig, health: str | None) -> No
         log.error("the connection to the coordinator was lost")
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else 1
+        if isinstance(ending.code, str):  # as where an address is taken
+            log.error(ending.code)
     # Flower's threads would keep the process alive, deaf and looking healthy
     logging.shutdown()
     os._exit(status)

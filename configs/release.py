@@ -1,7 +1,8 @@
 """A release as it is shipped: a packed app (.fab), known by one digest, perhaps signed.
 
-The digest is over the names and contents of all its files, the same whenever it was packed;
-Flower's own hash is of the packed bytes. Nothing is run or unpacked here.
+The digest is over the names and contents of all its files, the same whenever it was packed and, for
+a checkout, before it is (``client.release``); Flower's own hash is of the packed bytes. Nothing is
+run or unpacked here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import lzma
 import struct
 import tomllib
@@ -30,6 +32,8 @@ UNREADABLE = (
     *(KeyError, ValueError, TypeError, OSError),
 )
 MOST_BYTES = 100_000_000  # of an unpacked release; Flower packs 10 MB at most
+PROJECT = "pyproject.toml"
+LISTING = ".info/CONTENT"  # Flower's, of the other files' own hashes
 SIGNED = b"polyclinic release\0"  # before the digest, so that no other signature serves
 
 
@@ -56,16 +60,31 @@ def open_release(content: bytes) -> Release:
             for entry in packed.infolist():
                 _check_name(entry.filename, files)
                 files[entry.filename] = packed.read(entry)
-        project = tomllib.loads(files["pyproject.toml"].decode())["project"]
-        version = str(project["version"])
+        version = str(tomllib.loads(files[PROJECT].decode())["project"]["version"])
     except ConfigError:
         raise
     except UNREADABLE as error:
         raise ConfigError(f"expected a packed app (.fab) with a pyproject.toml, {error}") from None
+    return Release(digest_of(files), version, files)
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """sha256 over the names and contents of a release's files, in order.
+
+    Of pyproject.toml, over what it says: Flower writes it anew when it packs. Its listing of the
+    other files does not count.
+
+    Raises:
+        tomllib.TOMLDecodeError: if pyproject.toml is none.
+    """
     whole = hashlib.sha256()
-    for name in sorted(files):
-        whole.update(f"{name}\0{hashlib.sha256(files[name]).hexdigest()}\n".encode())
-    return Release(whole.hexdigest(), version, files)
+    for name in sorted(set(files) - {LISTING}):
+        content = files[name]
+        if name == PROJECT:
+            said = tomllib.loads(content.decode())
+            content = json.dumps(said, sort_keys=True, default=str).encode()
+        whole.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+    return whole.hexdigest()
 
 
 def _check_name(name: str, files: Mapping[str, bytes]) -> None:

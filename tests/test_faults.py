@@ -468,7 +468,7 @@ def test_the_disk_of_the_run_folder_is_full(there: Deployment, table: list[Row])
         filler = fill(disk)
         there.go("server.saving.2")
         there.wait_for(there.finished, 2 * SLACK_S, "the run ends")
-        assert "No space left" in there.log("superlink")
+        assert "No space left" in there.said()
         assert folder.checkpoints() == [1]
         filler.unlink()
         there.resume(folder)

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, Message
 from client.gate import OPEN, Decline, check_hours, check_size, check_update, permitted, supported
 from client.ledger import LedgerError
 from client.outgoing import OUTGOING, Sent, read_outgoing, write_down
-from client.release import own_release, release_of_fab, release_of_folder
+from client.release import own_release, release_of_folder
 from client.site import load, open_site
 from configs import wire
 from configs.run import ConfigError, RunConfig
@@ -342,22 +342,28 @@ def test_the_outgoing_log_shows_what_left_and_that_it_was_changed(
 
 
 def test_a_release_has_one_digest_wherever_it_lies(tmp_path: Path, cli) -> None:
+    """As ``flwr build`` packs it: tests/test_bundle.py has that itself."""
     fab = tmp_path / "app.fab"
     with zipfile.ZipFile(fab, "w") as packed:
         for room in ("client", "configs", "mtl_model", "server", "simulation"):
             for path in (ROOT / room).iterdir():
                 if path.suffix in (".py", ".toml"):
                     packed.write(path, f"{room}/{path.name}")
-        packed.write(ROOT / "apps.py", "apps.py")
-        packed.writestr("pyproject.toml", "something")
-    assert release_of_fab(fab) == release_of_folder(ROOT) == own_release()
-    assert cli("site", "release", fab)[1].strip() == own_release()
+        for name in ("LICENSE", "apps.py"):
+            packed.write(ROOT / name, name)
+        written_anew = "# by Flower\n" + (ROOT / "pyproject.toml").read_text()
+        packed.writestr("pyproject.toml", written_anew)
+        packed.writestr(".info/CONTENT", "sizes of all files")
+    assert cli("site", "release", fab)[1].strip() == own_release() == release_of_folder(ROOT)
     with zipfile.ZipFile(fab, "a") as packed:
-        packed.writestr("client/backdoor.py", "import os")
-    assert release_of_fab(fab) != own_release()
+        packed.writestr("backdoor.py", "import os")
+    assert cli("site", "release", fab)[1].strip() != own_release()
     (tmp_path / "not.fab").write_text("no")
-    with pytest.raises(ConfigError, match="expected a packed app"):
-        release_of_fab(tmp_path / "not.fab")
+    status, _, said = cli("site", "release", tmp_path / "not.fab")
+    assert status == 2
+    assert "expected a packed app" in said
+    with pytest.raises(ConfigError, match="expected a checkout or an unpacked app, found no"):
+        release_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

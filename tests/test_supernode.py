@@ -18,9 +18,11 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supernode import start_client_internal as internal
 
+from client import supernode
 from client.approval import Approvals
 from client.supernode import ASKED_FOR, PUTS_BACK, TAKES_IN, Gatekeeper, read_contact, same_minor
 from configs import VERSION, wire
+from configs.site import CoordinatorConfig, SiteConfig
 from tests.test_approval import app, packed
 
 
@@ -168,3 +170,26 @@ def test_the_coordinator_is_noted_when_it_is_heard(guard, monkeypatch) -> None:
     assert (contact.working, contact.release) == (False, digest)
     guard.contact.write_text(json.dumps({"no": "contact"}))
     assert read_contact(guard.contact) is None
+
+
+def test_why_flower_ends_is_said_and_its_threads_do_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ends() -> None:
+        raise SystemExit("Port in server address 127.0.0.1:9098 is already in use.")
+
+    def left(status: int) -> None:
+        raise KeyboardInterrupt(status)
+
+    monkeypatch.setattr(supernode, "flower_supernode", ends)
+    monkeypatch.setattr(supernode.os, "_exit", left)
+    monkeypatch.setattr(supernode.logging, "shutdown", lambda: None)
+    monkeypatch.setattr(supernode.sys, "argv", ["polyclinic"])
+    monkeypatch.setattr(internal, TAKES_IN, getattr(internal, TAKES_IN))
+    for name in ("FLWR_HOME", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "PATH"):
+        monkeypatch.setenv(name, str(tmp_path))
+    server = CoordinatorConfig(address="fl.example.org", port=9092)
+    site = SiteConfig(name="a", data_root=tmp_path, state=tmp_path, server=server)
+    with caplog.at_level("ERROR", "flwr"), pytest.raises(KeyboardInterrupt, match="1"):
+        supernode.start_supernode(tmp_path / "site.yaml", site, "127.0.0.1:9098")
+    assert "127.0.0.1:9098 is already in use" in caplog.text

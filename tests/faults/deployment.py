@@ -144,6 +144,7 @@ class Deployment:
         self.nodes: dict[str, psutil.Popen] = {}
         self.wires: dict[str, Wire] = {}
         self.started: list[psutil.Popen] = []
+        self.last_run = ""
         for part in ("faults", "home", "keys", "runs", "state", "logs"):
             (folder / part).mkdir()
         self.app = _app_with_faults(folder / "app")
@@ -245,8 +246,13 @@ class Deployment:
         }
         file = self.folder / f"{name}.toml"
         file.write_text(to_toml(RunConfig.from_flat(settings)))
-        self.flwr("run", str(self.app), self.connection, "-c", str(file))
+        told = self.flwr("run", str(self.app), self.connection, "-c", str(file))
+        self.last_run = told.split()[-1]
         return RunFolder(self.runs / name)
+
+    def said(self) -> str:
+        """What the server app of the last run that was submitted has said."""
+        return self.flwr("log", self.last_run, self.connection, "--show")
 
     def resume(self, folder: RunFolder) -> None:
         """Go on with a run, in the words of docs/reliability.md."""
