@@ -16,6 +16,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 
@@ -40,6 +41,7 @@ POLL_S = 0.2  # between two looks for replies
 PULL_S = 5.0  # for a reply that is there to be taken in, before others are looked at
 SETTLE_S = 1.0  # without a new site for so long, all are taken to be there
 SUPERLINK_S = 300.0  # longest wait for one answer of the SuperLink, which may be restarting
+AGAIN_S = 2.0  # before the SuperLink is asked again what it could not answer
 
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
@@ -221,13 +223,16 @@ class Federation:
         while waiting and not over:
             over = time.monotonic() >= ends  # what has arrived by then is taken in
             for reply in self._pull([*waiting, *self._greeted]):
-                identity = reply.metadata.reply_to_message_id
+                identity = answered(reply)
                 if identity in self._greeted:
                     self._introduce(number, [reply])
                 elif identity in waiting:
                     site = waiting.pop(identity)
                     seen.add(identity)
-                    self._take(found, reply, site, read)
+                    if isinstance(reply, Unreadable):
+                        found.refused[site] = reply.reason
+                    else:
+                        self._take(found, reply, site, read)
                     self.notify({"event": "answer", "round": number, "phase": phase, "site": site})
                 else:
                     again = "a second reply" if identity in seen else "a reply to no question"
@@ -343,14 +348,16 @@ class Federation:
             if identity:
                 self._greeted[identity] = node
 
-    def _introduce(self, number: int, replies: Iterable[Message]) -> dict[str, str]:
+    def _introduce(self, number: int, replies: Iterable[Message | Unreadable]) -> dict[str, str]:
         """Take descriptions in; by node, why one does not take part."""
         failed: dict[str, str] = {}
         for reply in replies:
-            node = self._greeted.pop(reply.metadata.reply_to_message_id, None)
+            node = self._greeted.pop(answered(reply), None)
             if node is None:
                 continue
             try:
+                if isinstance(reply, Unreadable):
+                    raise ReplyError(reply.reason)
                 self._admit(number, node, read_description(reply, self.data))
             except (Late, Unreachable) as error:  # it has not spoken, and is asked again
                 failed[f"node {node}"] = str(error)
@@ -404,9 +411,24 @@ class Federation:
         ids = list(self._bounded(lambda: self.grid.push_messages([message])))
         return ids[0] if ids else None
 
-    def _pull(self, ids: Iterable[str]) -> Iterator[Message]:
+    def _pull(self, ids: Iterable[str]) -> Iterator[Message | Unreadable]:
         """What has come, one reply at a time: several with a network each may be too many."""
         return self._pulls.take(ids)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A reply that Flower could make no message of."""
+
+    question: str  # the message that it answers
+    reason: str
+
+
+def answered(reply: Message | Unreadable) -> str:
+    """Which message a reply answers."""
+    if isinstance(reply, Unreadable):
+        return reply.question
+    return str(reply.metadata.reply_to_message_id)
 
 
 class Pulls:
@@ -421,11 +443,15 @@ class Pulls:
         self.grid = grid
         self._going: dict[str, Future[list[Message]]] = {}
 
-    def take(self, ids: Iterable[str]) -> Iterator[Message]:
+    def take(self, ids: Iterable[str]) -> Iterator[Message | Unreadable]:
         """What has come of some messages' replies.
 
         One that is not whole within ``PULL_S`` ends the look: the others have theirs next time,
-        and a look takes no longer, however many there are and whoever does not answer.
+        and a look takes no longer, however many there are and whoever does not answer. So does
+        one that the SuperLink cannot hand out at the moment.
+
+        Raises:
+            httpx.HTTPError: if the SuperLink does not answer this run any more.
         """
         for identity in ids:
             new = identity not in self._going
@@ -433,11 +459,23 @@ class Pulls:
                 self._start(identity)
             future = self._going[identity]
             wait((future,), PULL_S if new else 0.0)
-            if future.done():
-                del self._going[identity]
+            if not future.done():
+                if new:
+                    return
+                continue
+            del self._going[identity]
+            error = future.exception()
+            if error is None:
                 yield from future.result()
-            elif new:
+            elif passes(error):
+                log.warning(
+                    "the SuperLink could not hand a reply out, and is asked again: %s", error
+                )
                 return
+            elif isinstance(error, Exception) and not isinstance(error, (httpx.HTTPError, OSError)):
+                yield Unreadable(identity, f"expected a message, {type(error).__name__}: {error}")
+            else:
+                raise error
 
     def forget(self, ids: Iterable[str]) -> None:
         """Keep nothing of replies that come later: each may carry the whole network."""
@@ -469,11 +507,26 @@ class Bounded:
         threading.Thread(target=self._work, daemon=True).start()
 
     def __call__(self, call: Callable[[], Result]) -> Result:
-        """Make a call.
+        """Make a call; again, where the answer is that there can be none at the moment.
 
         Raises:
             RunFailed: if it has not returned in time.
         """
+        ends = time.monotonic() + self.seconds
+        while True:
+            try:
+                return self._once(call, ends - time.monotonic())
+            except httpx.HTTPStatusError as error:
+                if not passes(error):
+                    raise
+                if time.monotonic() + AGAIN_S > ends:
+                    raise RunFailed(
+                        f"{self.whom} could not answer in {self.seconds:g} s: {error}"
+                    ) from None
+                log.warning("%s could not answer, and is asked again: %s", self.whom, error)
+            time.sleep(AGAIN_S)
+
+    def _once(self, call: Callable[[], Result], seconds: float) -> Result:
         future: Future[Result] = Future()
 
         def make() -> None:
@@ -484,7 +537,7 @@ class Bounded:
 
         self._calls.put(make)
         try:
-            return future.result(self.seconds)
+            return future.result(seconds)
         except TimeoutError:
             if future.done():
                 raise  # the call's own
@@ -493,6 +546,11 @@ class Bounded:
     def _work(self) -> None:
         while True:
             self._calls.get()()
+
+
+def passes(error: BaseException) -> bool:
+    """Whether a SuperLink's error may be over soon, as when its database is locked for long."""
+    return isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error
 
 
 def sites_needed(min_sites: str, sites: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
@@ -298,6 +299,71 @@ def test_a_reply_that_never_becomes_whole_holds_up_no_other(tiny, grid, monkeypa
     assert lines(folder, "site-1")[-1].late["train"] == "no answer in 10 s (rounds.deadline-s)"
     assert lines(folder, "site-2")[-1].train is not None
     assert lines(folder, "site-1")[-1].metrics is not None  # evaluated, it answers again
+
+
+def answer(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "https://superlink/v1/runtime/pull-messages")
+    return httpx.HTTPStatusError(str(status), request=request, response=httpx.Response(status))
+
+
+@pytest.mark.parametrize("call", ["get_nodes", "push_messages", "pull_messages"])
+def test_a_superlink_that_cannot_answer_is_asked_again(tiny, grid, monkeypatch, call: str) -> None:
+    """As when its database was locked for too long by one huge reply."""
+    monkeypatch.setattr("server.federation.AGAIN_S", 0.01)
+    federation = grid(tiny(rounds__count=1))
+    calls = 0
+    ask: Callable = getattr(federation, call)
+
+    def ask_in_vain(*given) -> object:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            raise answer(500)
+        return ask(*given)
+
+    setattr(federation, call, ask_in_vain)
+    folder = run(federation, tiny(rounds__count=1))
+    assert all(line.lost == {} for line in lines(folder, "site-1"))
+    assert calls > 3
+
+
+def test_a_superlink_that_never_answers_again_or_knows_the_run_no_more_ends_it(
+    tiny, grid, monkeypatch
+) -> None:
+    monkeypatch.setattr("server.federation.AGAIN_S", 0.01)
+    bounded = Bounded(0.2, "the SuperLink")
+
+    def ask(status: int) -> object:
+        raise answer(status)
+
+    with pytest.raises(RunFailed, match=r"the SuperLink could not answer in 0\.2 s: 503"):
+        bounded(lambda: ask(503))
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        bounded(lambda: ask(401))
+    federation = grid(tiny(rounds__count=1))
+    federation.pull_messages = lambda ids: ask(401)
+    with pytest.raises(httpx.HTTPStatusError, match="401"):
+        run(federation, tiny(rounds__count=1))
+
+
+def test_a_reply_that_is_no_message_is_refused_and_hurts_no_other(tiny, grid) -> None:
+    """What Flower cannot make a message of: a site may send any bytes as a record."""
+    config = tiny(rounds__count=1, rounds__min_sites="2")
+    federation = grid(config)
+    pull: Callable = federation.pull_messages
+
+    def unpacks(ids: list[str]) -> list[Message]:
+        found = pull(ids)
+        for reply in found:
+            if reply.metadata.message_type == wire.TRAIN and reply.metadata.src_node_id == 1000:
+                raise ValueError("Expected 8 children")
+        return found
+
+    federation.pull_messages = unpacks
+    folder = run(federation, config)
+    (line,) = [x for x in lines(folder, "site-1") if x.split == "val"]
+    assert line.refused == {"train": "expected a message, ValueError: Expected 8 children"}
+    assert lines(folder, "site-2")[-1].train is not None
 
 
 def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) -> None:
