@@ -9,7 +9,7 @@ demo: $(VENV)/.installed  ## three phantom hospitals train together, about two m
 	$(BIN)/polyclinic simulate --config configs/demo.toml
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not long and not containers"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long and not containers"
 
 containers: $(VENV)/.test-installed  ## build the images and run a federation in them, as root; 8 minutes
 	POLYCLINIC_CONTAINERS=required $(BIN)/python -m pytest -m containers
@@ -25,7 +25,7 @@ faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; 
 	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/test_faults.py
 
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not long"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.2  # between two looks for replies
 PULL_S = 5.0  # for a reply that is there to be taken in, before others are looked at
+STUCK_S = 60.0  # and after which it is taken for one that never becomes whole
+MOST_PULLS = 3  # at a time, but for stuck ones: each may hold a whole network
 SETTLE_S = 1.0  # without a new site for so long, all are taken to be there
 SUPERLINK_S = 300.0  # longest wait for one answer of the SuperLink, which may be restarting
 AGAIN_S = 2.0  # before the SuperLink is asked again what it could not answer
@@ -436,12 +438,14 @@ class Pulls:
 
     Of a site that vanishes while it sends, Flower has a reply without all its parts, and
     ``pull_messages`` waits for them, for hours if need be. Such a pull goes on by itself, in a
-    thread that ends with the process, while others are looked at.
+    thread that ends with the process, while others are looked at; a few at a time, so that a slow
+    machine does not take all sites' networks in at once.
     """
 
     def __init__(self, grid: Door) -> None:
         self.grid = grid
         self._going: dict[str, Future[list[Message]]] = {}
+        self._since: dict[str, float] = {}
 
     def take(self, ids: Iterable[str]) -> Iterator[Message | Unreadable]:
         """What has come of some messages' replies.
@@ -455,6 +459,8 @@ class Pulls:
         """
         for identity in ids:
             new = identity not in self._going
+            if new and self._fresh() >= MOST_PULLS:
+                continue
             if new:
                 self._start(identity)
             future = self._going[identity]
@@ -463,7 +469,7 @@ class Pulls:
                 if new:
                     return
                 continue
-            del self._going[identity]
+            self.forget((identity,))
             error = future.exception()
             if error is None:
                 yield from future.result()
@@ -481,8 +487,14 @@ class Pulls:
         """Keep nothing of replies that come later: each may carry the whole network."""
         for identity in ids:
             self._going.pop(identity, None)
+            self._since.pop(identity, None)
+
+    def _fresh(self) -> int:
+        """How many are being taken in that may still become whole."""
+        return sum(time.monotonic() - since < STUCK_S for since in self._since.values())
 
     def _start(self, identity: str) -> None:
+        self._since[identity] = time.monotonic()
         self._going[identity] = future = Future[list[Message]]()
         threading.Thread(target=self._work, args=(identity, future), daemon=True).start()
 

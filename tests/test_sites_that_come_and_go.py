@@ -384,6 +384,9 @@ def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) ->
     for look in (1, 2, 3):
         assert list(pulls.take(ids)) == []
         assert asked == ids[:look]
+    assert list(pulls.take(ids)) == []
+    assert asked == ids[:3]  # no more at a time, as each may hold a whole network
+    monkeypatch.setattr("server.federation.STUCK_S", 0.0)
     assert list(pulls.take(["0", "1", "2", "here"])) == []
     assert asked[-1] == "here"  # those before it hold it up no more
 
