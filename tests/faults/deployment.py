@@ -205,13 +205,15 @@ class Deployment:
 
     def start_second(self, name: str) -> psutil.Popen:
         """Start another SuperNode with a site's own key and files."""
-        return self._start_node(name, f"{name}-again", None)
+        return self._start_node(name, f"{name}-again", None, rest_s=20)
 
     def start_site(self, name: str, environment: dict[str, str] | None = None) -> psutil.Popen:
         self.nodes[name] = self._start_node(name, name, environment)
         return self.nodes[name]
 
-    def _start_node(self, name: str, log: str, environment: dict[str, str] | None) -> psutil.Popen:
+    def _start_node(
+        self, name: str, log: str, environment: dict[str, str] | None, rest_s: int = 2
+    ) -> psutil.Popen:
         folder = self.folder
         site = folder / f"{name}.yaml"
         site.write_text(
@@ -220,7 +222,7 @@ class Deployment:
         )
         # started again and again, as a container is: the SuperLink takes a node back only when it
         # has missed its heartbeats, a minute after it was killed
-        again = ("-c", 'while :; do "$@"; sleep 2; done', "site")
+        again = ("-c", f'while :; do "$@"; sleep {rest_s}; done', "site")
         return self._spawn(
             log,
             "sh",
