@@ -63,7 +63,7 @@ class Consortium(Deployment):
             )
             assert status == 0, said
             self.start_site(name)
-        self.wait_for(lambda: self.online() == set(self.names), 90, "all sites are online")
+        self.wait_for(lambda: self.online() == set(self.names), 240, "all sites are online")
 
     def start_superlink(self) -> None:
         self.superlink = self._spawn(
@@ -73,7 +73,7 @@ class Consortium(Deployment):
             *("--host", "127.0.0.1", "--control", str(self.control)),
             *("--health", self.health["server"]),
         )
-        self.wait_for(lambda: self.well("server"), 90, "the coordinator is well")
+        self.wait_for(lambda: self.well("server"), 240, "the coordinator is well")
 
     def start_site(self, name: str, environment: dict[str, str] | None = None) -> psutil.Popen:
         again = ("-c", 'while :; do "$@"; sleep 2; done', "site")  # as a container is
@@ -128,7 +128,7 @@ class Consortium(Deployment):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         return done.returncode, done.stdout

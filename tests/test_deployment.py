@@ -38,7 +38,7 @@ from tests.consortium import Consortium
 from tests.faults.deployment import events
 from tests.test_front_door import signed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]
 
 def submit(place: Consortium, name: str, **changes: str) -> RunFolder:
     """Deadlines leave room for the attacks, and for a busy machine."""
-    return place.submit(name, rounds__count=1, rounds__deadline_s=180.0, **changes)
+    return place.submit(name, rounds__count=1, rounds__deadline_s=300.0, **changes)
 
 
 def url(place: Consortium, path: str) -> str:

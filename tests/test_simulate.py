@@ -50,7 +50,7 @@ def test_a_simulation_runs_through_ray_and_gives_its_results_as_json(tmp_path: P
         ),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -82,7 +82,7 @@ def test_a_stopped_simulation_leaves_no_process_behind(
         before = flower_processes(tmp_path)
         assert any(p.name().startswith("ray::") for p in before)
         process.send_signal(sign)
-        _, words = process.communicate(timeout=60)
+        _, words = process.communicate(timeout=120)
     finally:
         end(process)
     assert process.returncode == 130
@@ -102,7 +102,7 @@ def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path: Path) -> None:
         command(tmp_path, "--set", "train.learning-rate=1e30", "--set", "train.clip-norm=0"),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 1
@@ -125,7 +125,7 @@ def test_a_server_that_is_killed_ends_the_simulation_with_1_and_its_run_goes_on(
         servers = [p for p in before if p.name() == "flwr-simulation"]
         assert len(servers) == 1
         servers[0].kill()
-        _, words = process.communicate(timeout=150)
+        _, words = process.communicate(timeout=300)
     finally:
         end(process)
     assert process.returncode == 1
@@ -140,7 +140,7 @@ def test_a_server_that_is_killed_ends_the_simulation_with_1_and_its_run_goes_on(
         ],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert resumed.returncode == 0, resumed.stderr
@@ -159,7 +159,7 @@ def end(process: subprocess.Popen[str]) -> None:
             stream.close()
 
 
-def wait_for(happened, process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+def wait_for(happened, process: subprocess.Popen[str], seconds: float = 300.0) -> None:
     ends = time.monotonic() + seconds
     while not happened():
         assert process.poll() is None, process.stderr.read()
@@ -195,7 +195,7 @@ def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=500,
             check=False,
         )
         assert "INFO: round 2/2: pooled: Dice 0." in done.stdout, done.stdout

@@ -28,7 +28,7 @@ from server.rounds import Rounds
 from simulation.sites import ledger_folder, memory_folder, phantom_root
 
 FAULTS = Path(os.environ["POLYCLINIC_FAULTS"])
-WAIT_S = 150.0  # that a process waits for a test to let it go on
+WAIT_S = 250.0  # that a process waits for a test to let it go on
 
 
 def reached(point: str) -> str:

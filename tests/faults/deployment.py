@@ -195,7 +195,7 @@ class Deployment:
             *("--database", str(self.folder / "state.db"), "--host", "127.0.0.1"),
             *("--port", str(self.port), "--health-server-address", f"127.0.0.1:{health}"),
         )
-        self.wait_for(lambda: _listens(self.port), 60, "the SuperLink listens")
+        self.wait_for(lambda: _listens(self.port), 180, "the SuperLink listens")
 
     def start_wire(self, name: str) -> Wire:
         """A site's way to the SuperLink, which is the same as long as the deployment is there."""
@@ -265,7 +265,7 @@ class Deployment:
         runs = json.loads(self.flwr("ls", self.connection, "--format", "json"))["runs"]
         return all(str(run["status"]).startswith("finished") for run in runs)
 
-    def outcome(self, folder: RunFolder, seconds: float = 300.0) -> dict:
+    def outcome(self, folder: RunFolder, seconds: float = 600.0) -> dict:
         """How a run ended, once it has."""
         self.wait_for(folder.outcome.exists, seconds, f"{folder.name} ends")
         return folder.read_outcome()
@@ -273,7 +273,7 @@ class Deployment:
     def fault(self, point: str, action: str) -> None:
         (self.faults / point).write_text(action)
 
-    def reached(self, point: str, seconds: float = 200.0) -> int:
+    def reached(self, point: str, seconds: float = 400.0) -> int:
         """Wait until a process has come to a point; its process number."""
         file = self.faults / f"{point}.reached"
         self.wait_for(lambda: file.exists() and file.read_text(), seconds, f"{point} is reached")
@@ -288,7 +288,7 @@ class Deployment:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
