@@ -55,6 +55,7 @@ from configs import VERSION
 from configs.credentials import fingerprint, now_utc, public_line
 from configs.reach import ABOUT
 from server.registry import Registry
+from server.superexec import look_after_superexec
 
 log = logging.getLogger("flwr.polyclinic")
 
@@ -119,7 +120,7 @@ def start_superlink(doors: Doors, files: Credentials, state: Path) -> NoReturn:
         "flower-superlink",
         *("--ssl-certfile", str(files.certificate), "--ssl-keyfile", str(files.key)),
         *("--ssl-ca-certfile", str(files.authority), "--enable-supernode-auth"),
-        *("--database", str(state / "state.db")),
+        *("--database", str(state / "state.db"), "--isolation", "process"),
         *("--host", "127.0.0.1", "--port", str(doors.control)),
         *("--health-server-address", doors.health, "--disable-runtime-dependency-installation"),
         *("--log-file", str(state / "logs" / "superlink.log")),
@@ -129,6 +130,7 @@ def start_superlink(doors: Doors, files: Credentials, state: Path) -> NoReturn:
         Middleware(FrontDoor, registry=doors.registry, port=doors.port),
     )
     uvicorn.run = lambda app, **options: _serve(app, doors, options)
+    look_after_superexec(doors.control, files.authority)
     registrar = Registrar(doors.registry)
     threading.Thread(
         target=registrar.keep_in_step, args=(doors.control, files.authority), daemon=True

@@ -99,6 +99,7 @@ def test_a_run_ends_well_whoever_knocks_at_the_door(consortium: Consortium) -> N
     a_second_coordinator(place)
     a_copied_kit_with_another_name(place)
     connections_that_never_say_anything(place)
+    flowers_starter_of_server_apps_ends(place)
     place.go("site-1.train.1.received")
     outcome = place.outcome(folder)
     assert outcome["status"] == "completed", outcome
@@ -245,6 +246,14 @@ def connections_that_never_say_anything(place: Consortium) -> None:
             assert connection.recv(1) == b""
         connection.close()
     assert time.monotonic() - began < PATIENCE_S + 10
+
+
+def flowers_starter_of_server_apps_ends(place: Consortium) -> None:
+    """The run that is on does not notice; the next test's begins by the one that comes after it."""
+    (first,) = place.starters()
+    first.kill()
+    place.wait_for(lambda: place.starters() not in ([], [first]), 60, "another one is there")
+    assert "flower-superexec ended (signal 9); no run begins until" in place.log("superlink")
 
 
 def test_a_release_without_the_sites_gate_is_not_run(consortium: Consortium) -> None:

@@ -79,6 +79,8 @@ def there(place: Deployment) -> Deployment:
     """A deployment whose sites all run, and where nothing is about to break."""
     for file in place.faults.iterdir():
         file.unlink()
+    if place.superlink is not None and place.superlink.is_running() and not place.starters():
+        place.kill(place.superlink)  # polyclinic server start has another starter ready; Flower not
     if place.superlink is None or not place.superlink.is_running():
         place.start_superlink()
     for name in place.names:

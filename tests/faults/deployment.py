@@ -305,12 +305,22 @@ class Deployment:
 
     def server_app(self) -> psutil.Process:
         """The process that runs the server app."""
+        found = self._started_by_superlink("flwr-serverapp")
+        assert found, "no server app runs"
+        return found[0]
+
+    def starters(self) -> list[psutil.Process]:
+        """Flower's processes that start server apps; a SuperLink without one starts no run."""
+        return self._started_by_superlink("flower-superexec")
+
+    def _started_by_superlink(self, program: str) -> list[psutil.Process]:
         assert self.superlink is not None
+        found = []
         for process in psutil.Process(self.superlink.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "flwr-serverapp" in " ".join(process.cmdline()):
-                    return process
-        raise AssertionError("no server app runs")
+            with contextlib.suppress(psutil.NoSuchProcess):  # which a zombie is, for its command
+                if program in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def wait_for(self, happened: Callable[[], object], seconds: float, what: str) -> None:
         ends = time.monotonic() + seconds
