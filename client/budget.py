@@ -64,7 +64,7 @@ def train_within_budget(
             proximal=proximal,
         )
         ledger.settle(reservation, result.steps)
-        return result, Spending(before, ledger.spent(), delta)
+        return result, Spending(before, ledger.spent(), delta, cap)
 
 
 def mechanism_of(

@@ -167,6 +167,8 @@ def train_reply(
         sums[wire.LOSS_CLASSIFICATION] = result.loss_classification
     if spending is not None:
         sums[wire.EPSILON], sums[wire.DELTA] = spending.after, spending.delta
+        if spending.cap is not None:
+            sums[wire.BUDGET] = spending.cap
     reply = _reply(message, ConfigRecord({wire.NAME: site.site}), MetricRecord(sums))
     reply.content[wire.WEIGHTS] = ArrayRecord({k: Array(v) for k, v in weights.items()})
     return reply

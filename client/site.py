@@ -92,6 +92,7 @@ class Spending:
     before: float
     after: float
     delta: float
+    cap: float | None  # the most that may ever be spent; None of a site without a budget
 
 
 def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> Standing:

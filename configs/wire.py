@@ -49,6 +49,7 @@ LOSS_CLASSIFICATION = "loss-classification"
 # Spent by the site's cohort so far, this round included; absent without privacy
 EPSILON = "epsilon"
 DELTA = "delta"
+BUDGET = "budget"  # the most that the cohort may ever spend; absent of a site that has no such rule
 
 # Splits
 TRAIN_SPLIT = "train"

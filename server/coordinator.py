@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from configs.checks import failed, tell
 from configs.federation import read_federation
 from configs.ports import CONTROL, SERVER_HEALTH
 from configs.run import ConfigError
+
+if TYPE_CHECKING:
+    from server.status import SiteStatus  # brings Flower's client, seconds
 
 coordinator = typer.Typer(help="Look after a coordinator.", no_args_is_help=True)
 
@@ -158,7 +161,7 @@ def status(
     control: ControlOption = CONTROL,
     as_json: JsonOption = False,
 ) -> None:
-    """Show every site: connected or not, since when, its versions, and what it has spent.
+    """Show every site: connected or not, since when, its versions, its budget spent and left.
 
     Versions and budgets are as sites told them in the runs in STATE/runs.
     """
@@ -172,16 +175,31 @@ def status(
     from rich.table import Table
 
     table = Table()
-    for column in ("site", "status", "since (UTC)", "kit until", "versions", "device", "epsilon"):
+    for column in (
+        "site",
+        "status",
+        "since (UTC)",
+        "kit until",
+        "versions",
+        "device",
+        "epsilon spent",
+    ):
         table.add_column(column)
     for each in found:
         told: list[Any] = [
             each.versions and ", ".join(f"{k} {v}" for k, v in each.versions.items())
         ]
-        told += [each.device, each.epsilon_spent]
+        told += [each.device, _spent(each)]
         cells = [each.name, each.status, each.since[:19], each.kit_until, *told]
         table.add_row(*("-" if cell in (None, "") else str(cell) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(table)
+
+
+def _spent(site: SiteStatus) -> str | None:
+    if site.epsilon_spent is None:
+        return None
+    left = f", {site.epsilon_left:.2f} left" if site.epsilon_left is not None else ""
+    return f"{site.epsilon_spent:.2f}{left}"
 
 
 @coordinator.command()

@@ -68,6 +68,7 @@ class TrainReport:
     loss_classification: float | None
     epsilon: float | None = None  # spent by the site's cohort, this round and all before included
     delta: float | None = None
+    budget: float | None = None  # the epsilon that its cohort may ever spend
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contributi
         loss_classification=_optional(sums.get(wire.LOSS_CLASSIFICATION), wire.LOSS_CLASSIFICATION),
         epsilon=_optional(sums.get(wire.EPSILON), wire.EPSILON),
         delta=_optional(sums.get(wire.DELTA), wire.DELTA),
+        budget=_optional(sums.get(wire.BUDGET), wire.BUDGET),
     )
     return Contribution(site, weights, counts), report
 

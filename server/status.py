@@ -11,6 +11,7 @@ import httpx
 from configs.run import ConfigError
 from server.folder import read_lines
 from server.history import read_history
+from server.records import TrainReport
 from server.registry import Registry
 from server.superlink import control_client, list_nodes
 
@@ -26,6 +27,7 @@ class SiteStatus:
     versions: dict[str, str] | None
     device: str | None
     epsilon_spent: float | None  # by its cohort so far, as it told with its last private round
+    epsilon_left: float | None  # of its budget, by the same; None also of a site that has none
 
 
 def server_status(kit: Path, control: int, runs: Path) -> list[SiteStatus]:
@@ -43,12 +45,13 @@ def server_status(kit: Path, control: int, runs: Path) -> list[SiteStatus]:
             f"no coordinator answers on this machine's port {control} ({error}); in a container, "
             "call this inside it"
         ) from None
-    reports, spent = _last_told(runs)
+    reports, spent = last_told(runs)
     found = []
     for line, site in sorted(registry.sites().items(), key=lambda each: each[1].name):
         node = nodes.get(line)
         status = "expired" if site.problem() else node.status if node else "not yet registered"
         report = reports.get(site.name, {})
+        told = spent.get(site.name)
         found.append(
             SiteStatus(
                 site.name,
@@ -57,16 +60,24 @@ def server_status(kit: Path, control: int, runs: Path) -> list[SiteStatus]:
                 f"{site.validity.end:%Y-%m-%d}",
                 report.get("versions"),
                 report.get("device"),
-                spent.get(site.name),
+                told.epsilon if told else None,
+                budget_left(told) if told else None,
             )
         )
     return found
 
 
-def _last_told(runs: Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """Of every site, what it last said of itself and of its budget, over all runs' files."""
+def budget_left(report: TrainReport) -> float | None:
+    """Epsilon that a site's cohort may still spend; None of a site that has told no budget."""
+    if report.epsilon is None or report.budget is None:
+        return None
+    return max(report.budget - report.epsilon, 0.0)
+
+
+def last_told(runs: Path) -> tuple[dict[str, dict[str, Any]], dict[str, TrainReport]]:
+    """Of every site, what it last said of itself and of its last private round, over all runs."""
     reports: dict[str, dict[str, Any]] = {}
-    spent: dict[str, float] = {}
+    spent: dict[str, TrainReport] = {}
     folders = [path.parent for path in runs.glob("*/progress.jsonl")]
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
         for event in read_lines(folder / "progress.jsonl"):
@@ -75,5 +86,5 @@ def _last_told(runs: Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]
         history = folder / "history.jsonl"
         for entry in read_history(history) if history.is_file() else ():
             if entry.train is not None and entry.train.epsilon is not None:
-                spent[entry.site] = entry.train.epsilon
+                spent[entry.site] = entry.train
     return reports, spent

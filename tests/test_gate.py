@@ -27,6 +27,7 @@ from configs.site import PolicyConfig, read_site_config
 from server.app import run
 from server.federation import RunFailed
 from server.history import read_history
+from server.status import budget_left, last_told
 from simulation.phantom import write_phantoms
 from tests.memory_grid import MemoryGrid
 
@@ -154,7 +155,7 @@ def test_a_private_site_tells_declared_numbers_and_writes_down_what_it_spent(
     for entry in sent:
         assert set(entry["told"]) == {
             *(wire.NAME, wire.EXAMPLES, wire.WITH_MASK, wire.WITH_LABEL, wire.STEPS),
-            *(wire.EPSILON, wire.DELTA, wire.NUMBER, wire.RUN),
+            *(wire.EPSILON, wire.DELTA, wire.BUDGET, wire.NUMBER, wire.RUN),
         }
         assert [entry["told"][k] for k in (wire.EXAMPLES, wire.WITH_MASK, wire.WITH_LABEL)] == [
             20
@@ -162,6 +163,9 @@ def test_a_private_site_tells_declared_numbers_and_writes_down_what_it_spent(
         assert entry["bytes"] > 1000
         assert len(entry["sha256"]) == 64
         assert entry["release"] == own_release()
+    _, told = last_told(folder.path.parent)  # what `polyclinic server status` shows
+    assert told["north-1"].budget == 50
+    assert budget_left(told["north-1"]) == pytest.approx(50 - sent[1]["epsilon_after"])
 
 
 def test_too_little_noise_is_declined_before_anything_is_spent(deployed, tmp_path: Path) -> None:
