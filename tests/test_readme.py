@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+import polyclinic
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
@@ -96,16 +99,12 @@ def test_options_that_the_papers_use_exist(command: str) -> None:
         if words[1] in ("runs", "model", "bench", "site", "server") and len(words) > 2
         else words[1:2]
     )
-    help_ = subprocess.run(
-        [str(Path(sys.executable).parent / "polyclinic"), *group, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"COLUMNS": "200", "TERM": "dumb"},
-    ).stdout
+    wide = {"COLUMNS": "200", "TERM": "dumb"}
+    shown = CliRunner(env=wide).invoke(polyclinic.app, [*group, "--help"])
+    assert shown.exit_code == 0, shown.output
     for word in words:
         if word.startswith("--"):
-            assert word in help_, command
+            assert word in shown.output, command
 
 
 @pytest.mark.parametrize("page", PAGES)
