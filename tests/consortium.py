@@ -98,6 +98,7 @@ class Consortium(Deployment):
         content = yaml.safe_load(file.read_text())
         content["data-root"] = str(self.folder / "data" / name)
         content["state"] = str(self.folder / "state" / name)
+        content["server"]["port"] = self.start_wire(name).port
         content["policy"]["least-support"] = 1
         file.write_text(yaml.safe_dump(content | changes))
 
