@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+# pip compiles nothing (a minute and more for what nobody imports); Python does, once, when something
+# is first imported. Where this is set, every process would compile PyTorch anew, 7 s each.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test containers container-tools long faults quick lint install clean
 
 demo: $(VENV)/.installed  ## three phantom hospitals train together, about two minutes
@@ -37,6 +41,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt -e .
+	$(BIN)/python -c "import apps, polyclinic, opacus, flwr.simulation.run_simulation"
 	touch $@
 
 $(VENV)/.test-installed: $(VENV)/.installed
