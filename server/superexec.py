@@ -42,13 +42,20 @@ def keep_running(command: list[str]) -> NoReturn:
     rest = REST_S
     while True:
         began = time.monotonic()
-        process = subprocess.Popen(command, start_new_session=True)
-        result = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        ended.append(process)
+        try:
+            process = subprocess.Popen(command, start_new_session=True)
+        except OSError as error:  # as where memory for a process is wanting
+            how = f"cannot be started: {error}"
+        else:
+            how = f"ended ({_end_of(process)})"
+            ended.append(process)
         rest = min(2 * rest, MOST_REST_S) if time.monotonic() - began < MOST_REST_S else REST_S
-        how = "status" if result and result.si_code == os.CLD_EXITED else "signal"
-        log.error(
-            "%s ended (%s %s); no run begins until it is there again, in %g s",
-            *(command[0], how, result.si_status if result else "unknown", rest),
-        )
+        log.error("%s %s; no run begins until it is there again, in %g s", command[0], how, rest)
         time.sleep(rest)
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    """Wait for a process to end, and leave it in the table; how it ended."""
+    result = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert result is not None  # it is without WNOHANG
+    return f"{'status' if result.si_code == os.CLD_EXITED else 'signal'} {result.si_status}"
