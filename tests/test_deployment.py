@@ -26,6 +26,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.preflight import preflight
 from client.supernode import knock
+from configs import VERSION
 from configs.credentials import read_certificate, read_private_key
 from configs.federation import FederationConfig
 from configs.run import DataConfig
@@ -37,6 +38,7 @@ from server.superlink import MOST_BODY, PATIENCE_S
 from tests.consortium import Consortium
 from tests.faults.deployment import events
 from tests.test_front_door import signed
+from tests.test_gate import PRIVATE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -51,7 +53,7 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]
         made.stop()
 
 
-def submit(place: Consortium, name: str, **changes: str) -> RunFolder:
+def submit(place: Consortium, name: str, **changes: float | str) -> RunFolder:
     """Deadlines leave room for the attacks, and for a busy machine."""
     return place.submit(name, rounds__count=1, rounds__deadline_s=300.0, **changes)
 
@@ -330,3 +332,57 @@ def test_the_coordinators_state_can_be_saved_while_it_runs_and_laid_down_elsewhe
     assert (tmp_path / "new" / "state.db").is_file()
     assert place.polyclinic("server", "restore", archive, "--state", tmp_path / "new")[0] == 2
     assert place.polyclinic("server", "backup", archive, "--state", place.state)[0] == 2
+
+
+def test_within_a_minor_version_sides_are_upgraded_alone_and_no_further(
+    consortium: Consortium,
+) -> None:
+    """Newer releases at sites that stay as they are, which approve them.
+
+    The one that runs trains privately, and the coordinator sees what is left of the budgets.
+    """
+    place = consortium
+    major, minor, _ = VERSION.split(".")
+    newer, further = f"{major}.{minor}.99", f"{major}.{int(minor) + 1}.0"
+    private = {key: value for key, value in PRIVATE.items() if key != "rounds__count"}
+    for name in place.names:
+        place.fill_in(
+            name,
+            cohort={"examples": 20, "patients": 18},
+            budget={"epsilon": 50, "delta": 0.001, "unit": "patient"},
+        )
+    app = place.app
+    outcomes = {}
+    try:
+        for version in (further, newer):
+            place.app = of_version(version, app)
+            packed = place.pack(place.app)
+            for name in place.names:
+                where = place.site_file(name)
+                assert (
+                    place.polyclinic("site", "approve", where, packed, "--brief", "--yes")[0] == 0
+                )
+            folder = submit(place, f"release-{version}", **private)
+            outcomes[version] = place.outcome(folder)
+    finally:
+        place.app = app
+    assert outcomes[further]["status"] == "refused", outcomes[further]
+    told = f"it is of version {further}, what is installed here of {VERSION}; the coordinator and"
+    assert told in outcomes[further]["reason"]
+    assert outcomes[newer]["status"] == "completed", outcomes[newer]
+    lines = {x.site: x for x in read_history(folder.history) if x.split == "val"}
+    for name, site in place.status().items():
+        assert site["versions"]["polyclinic"] == newer
+        assert site["epsilon_spent"] == lines[name].train.epsilon > 0
+        assert site["epsilon_left"] == 50 - site["epsilon_spent"]
+
+
+def of_version(version: str, app: Path) -> Path:
+    """A copy of an app, as another version of Polyclinic would pack it."""
+    other = app.parent / f"app-{version}".replace(".", "-")
+    shutil.copytree(app, other)
+    for file in (other / "pyproject.toml", other / "configs" / "__init__.py"):
+        text = file.read_text()
+        assert text.count(f'"{VERSION}"') == 1
+        file.write_text(text.replace(f'"{VERSION}"', f'"{version}"'))
+    return other

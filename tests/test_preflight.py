@@ -248,13 +248,15 @@ def test_a_key_that_is_refused_says_by_whom_and_why(look, coordinator) -> None:
         ({"polyclinic": "9.0.0"}, "versions", "fail"),
         ({"flwr": "1.99.0"}, "versions", "fail"),
         ({"polyclinic": f"{'.'.join(VERSION.split('.')[:2])}.99"}, "versions", "OK"),
-        ({"time": (now_utc() + timedelta(seconds=400)).isoformat()}, "clock", "fail"),
-        ({"time": (now_utc() - timedelta(days=1)).isoformat()}, "clock", "fail"),
+        ({"time": timedelta(seconds=400)}, "clock", "fail"),
+        ({"time": timedelta(days=-1)}, "clock", "fail"),
         ({"strange": 1}, "versions", "fail"),
         ({"time": "noon"}, "versions", "fail"),
     ],
 )
 def test_clocks_and_versions_must_agree(look, coordinator, about, name, level) -> None:
+    if isinstance(ahead := about.get("time"), timedelta):
+        about = {"time": (now_utc() + ahead).isoformat()}
     coordinator.about |= about
     assert look()[name].level == level
 
