@@ -9,8 +9,9 @@ from client.dataset import ExampleDataset, Examples, to_batch
 from client.device import dtype_of
 from configs.run import DataConfig
 from mtl_model.inference import InferenceForm
+from mtl_model.measure import batch_sums
 from mtl_model.network import MultiTaskUNet
-from mtl_model.sums import Classes, MetricSums, batch_sums, empty_sums
+from mtl_model.sums import Classes, MetricSums, empty_sums
 
 
 class EvaluationError(RuntimeError):

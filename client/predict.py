@@ -24,8 +24,8 @@ from client.pixels import Picture, Unusable, read_picture
 from configs import VERSION
 from configs.passport import outputs
 from configs.run import ConfigError, DataConfig
+from mtl_model.measure import predicted_masks
 from mtl_model.saved import SavedModel
-from mtl_model.sums import predicted_masks
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 PREDICTIONS = "predictions.json"

@@ -1,7 +1,7 @@
-"""A batch to sums: what a site tells of its images, so that sites' sums can be added.
+"""What a site tells of its images: sums, which can be added to other sites'.
 
-A site turns its images into sums and sends only those; the server adds them up and turns them
-into values (metrics.py).
+A site turns its images into sums (measure.py) and sends only those; the server adds them up and
+turns them into values (metrics.py).
 
 Area under the curve comes from histograms of scores, which add up across sites as an exact rank
 statistic would not. Scores are binned by asinh(logit): 0.08 of a logit wide around 0, a twelfth of
@@ -17,14 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from configs.run import DataConfig
-from mtl_model.distance import hausdorff_95
-from mtl_model.losses import Targets
-from mtl_model.network import Prediction
 
 Floats = NDArray[np.float64]
 
@@ -142,96 +137,3 @@ def empty_sums(classes: Classes) -> MetricSums:
     return MetricSums(
         **{f.name: np.zeros(shapes.get(f.name, per_mask)) for f in fields(MetricSums)}
     )
-
-
-def batch_sums(
-    prediction: Prediction, targets: Targets, classes: Classes, hd95: bool = False
-) -> MetricSums:
-    """Count one batch. A task whose prediction is None counts nothing.
-
-    A pixel is of a mask class whose logit is above 0, or, under a softmax (M + 1 maps, background
-    first), of the one with the largest. An image is of the class with the largest logit, or, with
-    several labels, of every class whose logit is above 0.
-
-    Args:
-        hd95: measure distances too; see ``hausdorff_95``.
-    """
-    sums = empty_sums(classes)
-    sums.images[:] = len(targets.labels)
-    if prediction.mask_logits is not None:
-        predicted = predicted_masks(prediction.mask_logits, len(classes.masks))
-        _count_masks(sums, predicted, targets)
-        if hd95:
-            _measure_distances(sums, predicted, targets)
-    if prediction.class_logits is not None:
-        known = targets.has_label
-        logits = prediction.class_logits[known].float()
-        _count_classes(sums, logits, targets.labels[known] > 0.5, classes.multi_label)
-    return sums
-
-
-def predicted_masks(logits: Tensor, mask_classes: int) -> Tensor:
-    """(B, M, H, W) bool, of (B, M, H, W) logits each for itself, or of a softmax's M + 1."""
-    if logits.shape[1] == mask_classes:
-        return logits > 0
-    index = torch.arange(1, mask_classes + 1, device=logits.device)
-    return logits.argmax(dim=1, keepdim=True) == index[:, None, None]
-
-
-def _count_masks(sums: MetricSums, predicted: Tensor, targets: Targets) -> None:
-    actual = targets.masks > 0.5  # (B, M, H, W)
-    keep = targets.has_mask  # (B, M)
-    overlap = _numpy((predicted & actual).sum(dim=(2, 3)) * keep)
-    p = _numpy(predicted.sum(dim=(2, 3)) * keep)
-    a = _numpy(actual.sum(dim=(2, 3)) * keep)
-    has = a > 0
-    union = p + a - overlap
-    sums.lesions[:] = has.any(axis=1).sum()
-    sums.masked[:] = _numpy(keep).sum(0)
-    sums.with_class[:] = has.sum(0)
-    sums.dice[:] = np.where(has, 2 * overlap / np.maximum(p + a, 1), 0).sum(0)
-    sums.iou[:] = np.where(has, overlap / np.maximum(union, 1), 0).sum(0)
-    sums.false_alarms[:] = (~has & (p > 0)).sum(0)
-    sums.overlap[:] = overlap.sum(0)
-    sums.predicted[:] = p.sum(0)
-    sums.actual[:] = a.sum(0)
-
-
-def _measure_distances(sums: MetricSums, predicted: Tensor, targets: Targets) -> None:
-    actual = targets.masks > 0.5
-    both = predicted.any(-1).any(-1) & actual.any(-1).any(-1) & targets.has_mask  # (B, M)
-    for k in range(predicted.shape[1]):
-        chosen = both[:, k]
-        sums.hd95_images[k] = int(chosen.sum())
-        sums.hd95[k] = _numpy(hausdorff_95(predicted[chosen, k], actual[chosen, k])).sum()
-
-
-def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: bool) -> None:
-    """Count images with a label: logits (n, K), true (n, K) bool."""
-    sums.labelled[:] = len(logits)
-    if multi_label:
-        score = logits
-        sums.right[:] = int(((logits > 0) == true).all(1).sum())
-    else:
-        score = _log_odds(logits)
-        pair = _numpy(true.int().argmax(1)), _numpy(logits.argmax(1))
-        np.add.at(sums.confusion, tuple(index.astype(np.int64) for index in pair), 1)
-        sums.right[:] = np.trace(sums.confusion)
-    # upper edges belong to their bin: a logit of exactly 0 is not above 0
-    half = BINS // 2
-    place = (score.double().asinh() * (half / math.asinh(LARGEST_LOGIT))).ceil() + half - 1
-    bins = _numpy(place.clamp(0, BINS - 1)).astype(np.int64)  # (n, K)
-    is_of = _numpy(true).astype(np.int64)
-    for k in range(bins.shape[1]):
-        np.add.at(sums.scores[k], (is_of[:, k], bins[:, k]), 1)
-
-
-def _log_odds(logits: Tensor) -> Tensor:
-    """log(p / (1 - p)) of each class of a softmax: (n, K)."""
-    itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
-    others = logits[:, None, :].masked_fill(itself, float("-inf")).logsumexp(dim=2)
-    return logits - others
-
-
-def _numpy(tensor: Tensor) -> Floats:
-    return tensor.detach().cpu().numpy().astype(np.float64)

@@ -31,10 +31,11 @@ from server.folder import RunFolder, to_toml, write_atomically, write_json
 from server.history import Line
 from server.initial import initial_network
 from server.logs import log_to_stream
-from server.records import RunIdentity, SiteReport, question
+from server.records import RunIdentity, question
 from server.report import class_tables, metrics_table, withheld_text
 from server.resume import resumed_config
 from server.rounds import Evaluation, Rounds
+from server.site_reports import SiteReport
 from server.weights import Parts
 
 log = logging.getLogger(__name__)

@@ -51,7 +51,7 @@ from mtl_model.packing import Packed, group_of_key
 from mtl_model.tasks import Group
 from server.aggregate import Contribution, average_by_task
 from server.central_account import Release, central_epsilon, read_releases, write_releases
-from server.records import SiteReport
+from server.site_reports import SiteReport
 from server.strategies import AverageByTask, message_of, packed_of, record_of
 
 log = logging.getLogger(__name__)

@@ -29,10 +29,10 @@ from server.records import (
     Late,
     Refusal,
     ReplyError,
-    SiteReport,
     Unreachable,
     read_description,
 )
+from server.site_reports import SiteReport
 from server.sites import SiteBook, named
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 from mtl_model.metrics import Metrics
 from server.central_account import Release
 from server.folder import append_line, read_lines
-from server.records import TrainReport
+from server.site_reports import TrainReport
 
 POOLED = "pooled"  # stands for all sites together; no site may be called so
 

@@ -20,7 +20,8 @@ from configs import wire
 from configs.run import TrainConfig
 from mtl_model.packing import Packed
 from server.aggregate import Contribution
-from server.records import ReplyError, SiteReport, TrainReport
+from server.records import ReplyError
+from server.site_reports import SiteReport, TrainReport
 
 HELD = 8  # contributions in memory until their norms can be compared, in a run's first round
 FEWEST = 3  # of fewer sites it cannot be told which one is far from the others

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from configs.run import DataConfig, RunConfig
 from mtl_model.metrics import Metrics
-from mtl_model.summary import Summary
 from server.central_account import Release
 from server.history import POOLED
+
+if TYPE_CHECKING:  # it brings torch
+    from mtl_model.summary import Summary
 
 _VALUES = {
     "Dice": "dice",

@@ -23,13 +23,13 @@ from server.history import POOLED, Line, write_line
 from server.judge import Intake, check_counts
 from server.records import (
     RunIdentity,
-    TrainReport,
     check_origin,
     read_evaluation,
     read_training,
     task,
 )
 from server.report import central_text
+from server.site_reports import TrainReport
 from server.sites import NOT_DRAWN, sample
 from server.strategies import combination_of, optimiser_of
 from server.weights import Parts

@@ -11,8 +11,8 @@ import httpx
 from configs.run import ConfigError
 from server.folder import read_lines
 from server.history import read_history
-from server.records import TrainReport
 from server.registry import Registry
+from server.site_reports import TrainReport
 from server.superlink import control_client, list_nodes
 
 

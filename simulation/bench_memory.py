@@ -30,8 +30,9 @@ from server.checkpoint import ServerState
 from server.events import Events
 from server.federation import Federation
 from server.folder import RunFolder
-from server.records import RunIdentity, SiteReport
+from server.records import RunIdentity
 from server.rounds import Rounds
+from server.site_reports import SiteReport
 from server.weights import Parts
 from simulation.timing import memory_of, peak_of_process
 

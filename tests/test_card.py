@@ -15,8 +15,8 @@ from client.dataset import normalised
 from client.pixels import read_picture
 from client.predict import find
 from configs.run import DataConfig
+from mtl_model.measure import predicted_masks
 from mtl_model.saved import open_model, torchscript_deprecated
-from mtl_model.sums import predicted_masks
 from server.card import OWNER
 from server.snippet import snippet
 

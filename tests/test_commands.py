@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,7 +204,7 @@ def test_model_info_of_what_cannot_be_built_ends_with_2(cli, arguments, said) ->
 
 def test_a_comparison_trains_as_often_as_the_sites_did() -> None:
     from server.history import Line
-    from server.records import TrainReport
+    from server.site_reports import TrainReport
     from simulation.compare import rounds_trained
 
     report = TrainReport(3, 1.0, 0.5, 0.5)
@@ -213,3 +215,12 @@ def test_a_comparison_trains_as_often_as_the_sites_did() -> None:
         Line(2, "b", "val", train=report),
     ]
     assert rounds_trained(history) == {"a": [1, 2], "b": [2]}
+
+
+def test_what_a_coordinator_looks_at_does_not_wait_for_torch() -> None:
+    """Seconds, each time that ``polyclinic server status`` or ``runs show`` is called."""
+    code = (
+        "import sys, polyclinic, server.status, server.history, server.report, server.watch; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,16 +22,10 @@ from torchmetrics.functional.segmentation import dice_score, mean_iou
 
 from mtl_model.distance import DistanceError, hausdorff_95
 from mtl_model.losses import Targets
+from mtl_model.measure import batch_sums, predicted_masks
 from mtl_model.metrics import ImageClass, MaskClass, Metrics, area_under_curve, compute
 from mtl_model.network import Prediction
-from mtl_model.sums import (
-    BINS,
-    Classes,
-    MetricSums,
-    batch_sums,
-    empty_sums,
-    predicted_masks,
-)
+from mtl_model.sums import BINS, Classes, MetricSums, empty_sums
 
 THREE = Classes(("lesion",), ("a", "b", "c"), positive="b")
 TWO = Classes(("lesion",), ("a", "b"), positive="b")

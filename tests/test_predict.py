@@ -20,8 +20,8 @@ from client.predict import find, images_in, names_of, predict
 from configs.passport import ModelFileError, Passport
 from configs.run import RunConfig
 from mtl_model.backbone import BackboneError
+from mtl_model.measure import predicted_masks
 from mtl_model.saved import SavedModel, open_model, open_network
-from mtl_model.sums import predicted_masks
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from configs.run import TrainConfig
 from mtl_model.packing import Packed
 from server.aggregate import Contribution
 from server.judge import HELD, Intake, check_counts, check_norm, update_norm
-from server.records import ReplyError, SiteReport, TrainReport
+from server.records import ReplyError
+from server.site_reports import SiteReport, TrainReport
 from server.sites import SiteBook, sample
 
 KEY = "encoder/float32"
