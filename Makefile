@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+TESTS ?= not long and not containers
+# some wait for Flower, and leave a core to others: three on two cores
+PARALLEL = -n 3 --dist loadgroup --no-loadscope-reorder -rs
 
 # pip compiles nothing (a minute and more for what nobody imports); Python does, once, when something
 # is first imported. Where this is set, every process would compile PyTorch anew, 7 s each.
@@ -12,8 +15,8 @@ export PYTHONDONTWRITEBYTECODE =
 demo: $(VENV)/.installed  ## three phantom hospitals train together, about two minutes
 	$(BIN)/polyclinic simulate --config configs/demo.toml
 
-test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long and not containers"
+test: lint  ## everything that CI checks; with TESTS="not long" the containers too, as CI does
+	$(BIN)/python -m pytest $(PARALLEL) -m "$(TESTS)"
 
 containers: $(VENV)/.test-installed  ## build the images and run a federation in them, as root; 8 minutes
 	POLYCLINIC_CONTAINERS=required $(BIN)/python -m pytest -m containers
@@ -29,7 +32,7 @@ faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; 
 	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/test_faults.py
 
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not long"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .

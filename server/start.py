@@ -65,13 +65,20 @@ def preflight(
     yield see_proxy("127.0.0.1")
     if running:
         return
-    yield see_port("public port", host, federation.server.port)
-    if control == federation.server.port:
+    public = federation.server.port
+    yield see_port("public port", host, public)
+    if control == public:
         seen = f"{control} is the public port too"
         yield Check("control port", "fail", seen, "give another --control")
     else:
         yield see_port("control port", "127.0.0.1", control)
-    yield see_address("health port", health)
+    # Flower's health service shares a port that somebody listens on already, without a word
+    taken = {str(public): "the public port", str(control): "the control port"}
+    if of := taken.get(health.rpartition(":")[2]):
+        advice = "give another --health, or POLYCLINIC_HEALTH"
+        yield Check("health port", "fail", f"{health}: the number is {of}'s too", advice)
+    else:
+        yield see_address("health port", health)
 
 
 def _certificates(kit: Path, federation: FederationConfig) -> Iterator[Check]:

@@ -44,16 +44,28 @@ TINY: dict[str, bool | int | float | str] = {
 }
 
 
+# Tests that share what is dear to make, or processes with deadlines: each group in one process.
+GROUPS = ("faults", "containers", "real processes", "exported")  # those that last longest first
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist, which sends a group's tests to one process
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under several processes: two real federations at a time at most, and files exported once."""
+    """Under several processes: three federations of processes at a time at most, and first."""
+    place = {}
     for item in items:
-        if "exported" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("exported"))
-        elif item.path.stem == "test_faults":
-            item.add_marker(pytest.mark.xdist_group("faults"))
-        elif item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("real processes"))
+        group = _group_of(item)
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+        place[item] = GROUPS.index(group) if group else len(GROUPS)
+    items.sort(key=place.__getitem__)
+
+
+def _group_of(item: pytest.Item) -> str | None:
+    if "exported" in getattr(item, "fixturenames", ()):
+        return "exported"
+    if item.path.stem in ("test_faults", "test_containers"):
+        return item.path.stem.removeprefix("test_")
+    return "real processes" if item.get_closest_marker("slow") else None
 
 
 @pytest.fixture(autouse=True)

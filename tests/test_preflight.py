@@ -24,6 +24,7 @@ from client.preflight import preflight
 from configs import VERSION
 from configs.checks import Check, as_json, as_lines, failed
 from configs.credentials import now_utc
+from configs.federation import read_federation
 from configs.machine import (
     see_address,
     see_disk,
@@ -377,6 +378,19 @@ def test_a_coordinator_that_is_well_passes_everything(kits: Path, tmp_path: Path
     ]
     assert {check.level for check in checks.values()} == {"OK"}
     assert "public port" not in server_checks(kits, tmp_path / "state", running=True)
+
+
+def test_no_port_is_given_twice(kits: Path, tmp_path: Path) -> None:
+    public, control = read_federation(kits / "server" / "federation.yaml").server.port, free_port()
+    found = server_checks(kits, tmp_path, control=public)["control port"]
+    assert (found.level, found.seen) == ("fail", f"{public} is the public port too")
+    for port, of in ((public, "public"), (control, "control")):
+        address = f"127.0.0.1:{port}"
+        found = server_checks(kits, tmp_path, control=control, health=address)["health port"]
+        assert (found.level, found.seen) == (
+            "fail",
+            f"{address}: the number is the {of} port's too",
+        )
 
 
 def test_what_keeps_a_coordinator_from_working_is_told(

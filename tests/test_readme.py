@@ -70,7 +70,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
                 command = line.partition(" #")[0].strip()
                 if re.match(r"(make|polyclinic|flwr|tensorboard|export|git) ", command):

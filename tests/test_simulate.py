@@ -39,30 +39,6 @@ def running(processes: set[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_simulation_runs_through_ray_and_gives_its_results_as_json(tmp_path: Path) -> None:
-    """The README's way to data of one's own: written with `polyclinic phantom`, given as --data."""
-    data = tmp_path / "my-phantoms"
-    written = [PROGRAM, "phantom", "--out", str(data), "--sites", "3", "--examples", "12"]
-    subprocess.run([*written, "--size", "48"], check=True, stdout=subprocess.DEVNULL)
-    done = subprocess.run(
-        command(
-            *(tmp_path / "runs", "--json", "--data", str(data), "--sites", "site-1,site-3"),
-        ),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    assert set(results["sites"]) == {"site-1", "site-3"}
-    assert results["pooled"]["images"] == sum(s["images"] for s in results["sites"].values())
-    assert "round 2/2" in done.stderr
-    assert (Path(results["run"]) / "best.safetensors").is_file()
-    assert not flower_processes(tmp_path)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "sign",
     [
@@ -113,15 +89,19 @@ def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_ends_the_simulation_with_1_and_its_run_goes_on(
-    tmp_path: Path,
-) -> None:
+def test_a_killed_simulation_ends_with_1_and_goes_on_to_its_results_as_json(tmp_path: Path) -> None:
+    """On the README's data of one's own: written with `polyclinic phantom`, given as --data."""
+    data, out = tmp_path / "my-phantoms", tmp_path / "runs"
+    written = [PROGRAM, "phantom", "--out", str(data), "--sites", "3", "--examples", "12"]
+    subprocess.run([*written, "--size", "48"], check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen(
-        command(tmp_path, "--rounds", "1000"), stderr=subprocess.PIPE, text=True
+        command(*(out, "--data", str(data), "--sites", "site-1,site-3", "--rounds", "1000")),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
-        wait_for(lambda: list(tmp_path.glob("*/checkpoints/state-*.json")), process)
-        before = flower_processes(tmp_path)
+        wait_for(lambda: list(out.glob("*/checkpoints/state-*.json")), process)
+        before = flower_processes(out)
         servers = [p for p in before if p.name() == "flwr-simulation"]
         assert len(servers) == 1
         servers[0].kill()
@@ -130,12 +110,12 @@ def test_a_server_that_is_killed_ends_the_simulation_with_1_and_its_run_goes_on(
         end(process)
     assert process.returncode == 1
     assert "error: the run's server process ended" in words
-    assert not running(before | flower_processes(tmp_path))
-    (folder,) = (path.parent for path in tmp_path.glob("*/run.json"))
+    assert not running(before | flower_processes(out))
+    (folder,) = (path.parent for path in out.glob("*/run.json"))
     done = max(int(path.stem[-4:]) for path in folder.glob("checkpoints/state-*.json"))
     resumed = subprocess.run(
         [
-            *(PROGRAM, "simulate", "--resume", folder.name, "--out", str(tmp_path)),
+            *(PROGRAM, "simulate", "--resume", folder.name, "--out", str(out)),
             *("--rounds", str(done + 1), "--json"),
         ],
         capture_output=True,
@@ -145,9 +125,14 @@ def test_a_server_that_is_killed_ends_the_simulation_with_1_and_its_run_goes_on(
     )
     assert resumed.returncode == 0, resumed.stderr
     assert f"going on after round {done}" in resumed.stderr
+    assert f"round {done + 1}/{done + 1}" in resumed.stderr
     outcome = json.loads((folder / "outcome.json").read_text())
     assert (outcome["status"], outcome["rounds"]) == ("completed", done + 1)
-    assert len(json.loads(resumed.stdout)["sites"]) == 3
+    results = json.loads(resumed.stdout)
+    assert set(results["sites"]) == {"site-1", "site-3"}
+    assert results["pooled"]["images"] == sum(s["images"] for s in results["sites"].values())
+    assert (Path(results["run"]) / "best.safetensors").is_file()
+    assert not running(flower_processes(out))
 
 
 def end(process: subprocess.Popen[str]) -> None:

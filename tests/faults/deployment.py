@@ -205,7 +205,7 @@ class Deployment:
 
     def start_second(self, name: str) -> psutil.Popen:
         """Start another SuperNode with a site's own key and files."""
-        return self._start_node(name, f"{name}-again", None, rest_s=20)
+        return self._start_node(name, f"{name}-again", None, rest_s=60)
 
     def start_site(self, name: str, environment: dict[str, str] | None = None) -> psutil.Popen:
         self.nodes[name] = self._start_node(name, name, environment)
