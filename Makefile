@@ -28,7 +28,7 @@ container-tools:  ## what that needs, from Debian's packages
 long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
 	$(BIN)/python -m pytest -m "long" --ignore tests/test_faults.py
 
-faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; about an hour
+faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; well over an hour
 	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/test_faults.py
 
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
