@@ -37,8 +37,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
 def recomputed(module: nn.Module, x: Tensor) -> Tensor:
     """Call a module so that its activations are computed again in the backward pass, not kept.
 
-    Running statistics of batch norms count the batch once.
+    Running statistics of batch norms count the batch once, by a way that torch.compile refuses.
     """
+    if not any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
+        plain: Tensor = checkpoint(module, x, use_reentrant=False)
+        return plain
     contexts = partial(_first_and_again, module)  # of closures torch.compile takes none
     output: Tensor = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
     return output
