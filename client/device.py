@@ -60,7 +60,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def compiled(model: nn.Module) -> nn.Module:
     """A faster form of a model that shares its weights.
 
-    The first batch of each shape compiles for a minute or more.
+    The first batch compiles for a minute or more, and so do the first of another number of
+    examples and of one alone. As one graph: where PyTorch would cut it in two, recomputed batch
+    norms could count a batch twice (``mtl_model.blocks.recomputed``).
 
     Raises:
         DeviceError: if there is no compiler.
@@ -70,4 +72,4 @@ def compiled(model: nn.Module) -> nn.Module:
         raise DeviceError(
             f"train.compile: expected a C++ compiler ({compiler}; $CXX names another), found none"
         )
-    return cast(nn.Module, torch.compile(model, dynamic=False))
+    return cast(nn.Module, torch.compile(model, fullgraph=True))

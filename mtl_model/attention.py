@@ -194,27 +194,42 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, bias, out = ctx.saved_tensors  # type: ignore[attr-defined]
-        b, windows, heads, n, d = q.shape
-        scale = d**-0.5
-        slope = (grad.float() * out.float()).sum(-1, keepdim=True)  # of the softmax's denominator
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dbias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-        step = max(1, CHUNK // (heads * n * n))
-        for i in range(b):
-            for start in range(0, windows, step):
-                at = (i, slice(start, start + step))
-                scores = torch.matmul(q[at] * scale, k[at].transpose(-1, -2)) + bias[i]
-                weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-                rounded = weights.to(q.dtype)
-                torch.matmul(rounded.transpose(-1, -2), grad[at], out=dv[at])
-                dscores = torch.matmul(grad[at], v[at].transpose(-1, -2)).float()
-                dscores = dscores.sub_(slope[at]).mul_(weights)
-                dbias[i] += dscores.sum(0)
-                rounded = dscores.to(q.dtype).mul_(scale)
-                torch.matmul(rounded, k[at], out=dq[at])
-                torch.matmul(rounded.transpose(-1, -2), q[at], out=dk[at])
-        return dq, dk, dv, dbias.to(bias.dtype)
+        gradients: tuple[Tensor, ...] = _gradients(grad, *ctx.saved_tensors)  # type: ignore[attr-defined]
+        return gradients
+
+
+@torch.library.custom_op("polyclinic::window_attention_gradients", mutates_args=())
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and bias; one operation to torch.compile, which would stop inside."""
+    b, windows, heads, n, d = q.shape
+    scale = d**-0.5
+    slope = (grad.float() * out.float()).sum(-1, keepdim=True)  # of the softmax's denominator
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dbias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+    step = max(1, CHUNK // (heads * n * n))
+    for i in range(b):
+        for start in range(0, windows, step):
+            at = (i, slice(start, start + step))
+            scores = torch.matmul(q[at] * scale, k[at].transpose(-1, -2)) + bias[i]
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+            rounded = weights.to(q.dtype)
+            torch.matmul(rounded.transpose(-1, -2), grad[at], out=dv[at])
+            dscores = torch.matmul(grad[at], v[at].transpose(-1, -2)).float()
+            dscores = dscores.sub_(slope[at]).mul_(weights)
+            dbias[i] += dscores.sum(0)
+            rounded = dscores.to(q.dtype).mul_(scale)
+            torch.matmul(rounded, k[at], out=dq[at])
+            torch.matmul(rounded.transpose(-1, -2), q[at], out=dk[at])
+    return dq, dk, dv, dbias.to(bias.dtype)
+
+
+@_gradients.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(bias)
 
 
 class TokenMlp(nn.Module):

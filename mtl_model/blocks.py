@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial, reduce
+from contextlib import contextmanager, nullcontext
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -37,20 +37,19 @@ def group_norm(channels: int) -> nn.GroupNorm:
 def recomputed(module: nn.Module, x: Tensor) -> Tensor:
     """Call a module so that its activations are computed again in the backward pass, not kept.
 
-    Running statistics of batch norms count the batch once, by a way that torch.compile refuses.
+    Running statistics of batch norms count the batch once. torch.compile sees to that by itself:
+    writes to buffers stay in its forward graph.
     """
-    if not any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
-        plain: Tensor = checkpoint(module, x, use_reentrant=False)
-        return plain
-    contexts = partial(_first_and_again, module)  # of closures torch.compile takes none
-    output: Tensor = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = checkpoint(module, x, use_reentrant=False)
+        return compiled
+    output: Tensor = checkpoint(
+        module,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _uncounted(module)),
+    )
     return output
-
-
-def _first_and_again(
-    module: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _uncounted(module)
 
 
 @contextmanager

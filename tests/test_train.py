@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from configs.run import DataConfig, LossConfig, TrainConfig
 from mtl_model.metrics import compute
 from mtl_model.network import MultiTaskUNet
 from mtl_model.sums import Classes
+from mtl_model.tasks import TASKS
 from tests.test_network import small
 
 DATA = DataConfig(image_height=32, image_width=32)
@@ -224,6 +227,20 @@ def test_a_site_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(DeviceError, match=r"train.compile: expected a C\+\+ compiler \(no-such"):
         compiled(small(size=(32, 32)))
+
+
+def test_compiled_once_it_takes_sites_of_all_tasks_and_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where many share a process; with all of torch.compile but the C++ compiler."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for tasks in (TASKS, TASKS[:1], TASKS[1:]):
+        for batch in (4, 3, 2, 1):
+            model = small(size=(32, 32), dfe="none", swin_depth=0, depths="1,1,1,1")
+            prediction = compiled(model)(torch.rand(batch, 1, 32, 32), tasks)
+            assert (prediction.mask_logits is not None) == ("segmentation" in tasks)
+            assert (prediction.class_logits is not None) == ("classification" in tasks)
 
 
 @pytest.mark.parametrize(
