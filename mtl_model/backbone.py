@@ -15,6 +15,8 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -39,6 +41,44 @@ class _Own(nn.Module):
         if torch.compiler.is_compiling():
             return x
         return x.clone() if torch.is_grad_enabled() and x._is_view() else x
+
+
+class _SameConv(nn.Conv2d):
+    """TensorFlow's padding, of maps whose sides are multiples of the stride: the network pads its
+    images so that they are.
+
+    timm reckons it from the map's sides. Where these are symbols, as for ONNX, the expressions grow
+    from one such layer to the next until they are not simplified in ten minutes.
+
+    Shapes:
+        in:  (B, in_channels, H, W)
+        out: (B, out_channels, H / stride, W / stride)
+    """
+
+    margins: tuple[int, ...]  # left, right, above, below
+
+    @classmethod
+    def like(cls, conv: Conv2dSame) -> _SameConv:
+        """One of the same sizes, with the other's own parameters."""
+        same = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+        )
+        same.weight, same.bias = conv.weight, conv.bias
+        margins: list[int] = []
+        for k, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True):
+            both = max((k - 1) * dilation + 1 - stride, 0)
+            margins = [both // 2, both - both // 2, *margins]  # the last axis comes first
+        same.margins = tuple(margins)
+        return same
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.margins))
 
 
 class BackboneError(ValueError):
@@ -119,6 +159,7 @@ def build_conv_path(
         if norm is not None:
             _replace_batch_norms(part, norm)
         _keep_outputs(part)
+        _fix_padding(part)
     shapes = _tried(parts, in_channels, stride, name)
     channels = tuple(shape[0] for shape in shapes[1:])
     return ConvPath(stem, stages, channels, stride, stem_fits=shapes[0] == shapes[1])
@@ -268,6 +309,14 @@ def _keep_outputs(part: nn.Module) -> None:
             vars(module)["inplace"] = False
         if isinstance(module, BasicBlock | Bottleneck):
             module.drop_path = _Own()
+
+
+def _fix_padding(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, Conv2dSame):
+            setattr(module, name, _SameConv.like(child))
+        else:
+            _fix_padding(child)
 
 
 def _replace_batch_norms(module: nn.Module, norm: NormLayer) -> None:
