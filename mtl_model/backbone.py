@@ -60,21 +60,19 @@ class _SameConv(nn.Conv2d):
     @classmethod
     def like(cls, conv: Conv2dSame) -> _SameConv:
         """One of the same sizes, with the other's own parameters."""
+        (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
         same = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            dilation=conv.dilation,
+            (kh, kw),
+            (sh, sw),
+            dilation=(dh, dw),
             groups=conv.groups,
             bias=conv.bias is not None,
         )
         same.weight, same.bias = conv.weight, conv.bias
-        margins: list[int] = []
-        for k, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True):
-            both = max((k - 1) * dilation + 1 - stride, 0)
-            margins = [both // 2, both - both // 2, *margins]  # the last axis comes first
-        same.margins = tuple(margins)
+        down, across = max((kh - 1) * dh + 1 - sh, 0), max((kw - 1) * dw + 1 - sw, 0)
+        same.margins = (across // 2, across - across // 2, down // 2, down - down // 2)
         return same
 
     def forward(self, x: Tensor) -> Tensor:
