@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -72,4 +72,13 @@ def compiled(model: nn.Module) -> nn.Module:
         raise DeviceError(
             f"train.compile: expected a C++ compiler ({compiler}; $CXX names another), found none"
         )
-    return cast(nn.Module, torch.compile(model, fullgraph=True))
+    torch._dynamo.config.recompile_limit = 64  # networks that one process may come to
+    fast = cast(nn.Module, torch.compile(model, fullgraph=True))
+    fast.register_forward_pre_hook(_only_examples_vary)
+    return fast
+
+
+def _only_examples_vary(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Sides that vary too, as where one process has networks of several, compile to what fails."""
+    for dim in (1, 2, 3):
+        torch._dynamo.mark_static(inputs[0], dim)

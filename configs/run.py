@@ -233,7 +233,7 @@ class ModelConfig(Section):
     swin_depth: int = Field(2, ge=0, le=8, description="Transformer blocks a stage.")
     head_channels: int = Field(32, ge=4, description="Least channels of one attention head.")
     window: int = Field(0, ge=0, description="Window side, tokens; 0: the deepest map's side.")
-    mlp_ratio: float = Field(4.0, gt=0.0)
+    mlp_ratio: float = Field(4.0, ge=0.125)
     drop_path: float = Field(0.1, ge=0.0, lt=1.0, description="Of the last block; 0 at the first.")
     block_order: Literal["sequential", "parallel"] = "sequential"
     token_mixing: Literal["proper", "published"] = Field(
@@ -542,6 +542,7 @@ class RunConfig(Section):
                 "loss.classification: expected soft-margin, since with data.label-kind multi-label "
                 f"an image may have several classes or none, got {self.loss.classification!r}"
             )
+        self._check_sizes()
         if self.privacy.mode != "off":
             self._check_private()
         if self.central.mode != "off":
@@ -553,6 +554,22 @@ class RunConfig(Section):
                 "norms), since a server's steps can make batch norm's variances negative; got batch"
             )
         return self
+
+    def _check_sizes(self) -> None:
+        """Refuse what leaves a token nothing to attend to, or a convolution only padding."""
+        deepest = 8 * self.model.stride
+        side = min(self.data.image_height, self.data.image_width)
+        if side <= deepest:
+            raise ValueError(
+                f"data.image-height and data.image-width: expected more than {deepest} with "
+                f"model.stride {self.model.stride}, whose deepest map would be of one pixel, got "
+                f"{side}"
+            )
+        if self.model.window == 1:
+            raise ValueError(
+                "model.window: expected 0 or 2 tokens and more, since alone a token has none to "
+                "attend to, got 1"
+            )
 
     def _check_private(self) -> None:
         """Refuse what would let one unit act on another's gradient, and noise left open."""

@@ -20,6 +20,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtl_model.blocks import NormLayer, recomputed
 
@@ -156,6 +157,7 @@ def build_conv_path(
     for part in parts:
         if norm is not None:
             _replace_batch_norms(part, norm)
+            _refuse_other_batch_norms(part, name)
         _keep_outputs(part)
         _fix_padding(part)
     shapes = _tried(parts, in_channels, stride, name)
@@ -179,6 +181,8 @@ def _tried(
             x = part.eval()(x)
         except (AssertionError, RuntimeError) as error:  # sizes that it does not take
             raise _unusable(name, f"{error} for an image of {_PROBE} pixels") from None
+        if not isinstance(x, Tensor):
+            raise _unusable(name, f"a stage that gives a {type(x).__name__} of maps")
         part.train()
         shapes.append(tuple(x.shape[1:]))
     sides = [_PROBE // (stride * 2**k) for k in range(STAGES)]
@@ -206,6 +210,12 @@ def timm_model(
         raise BackboneError(
             f"model.width and model.depths: only ResNets come in other sizes, {name} does not"
         )
+    known = timm.get_pretrained_cfg(name)
+    if width and known is not None and known.first_conv != "conv1":
+        raise BackboneError(
+            f"model.width: expected a ResNet whose stem is one convolution, as resnet34's, got "
+            f"{name}, whose is not"
+        )
     if width:
         # timm fixes 64 channels between a plain stem and stage 1; a deep stem is as wide as told,
         # so the model is made with one and the plain convolution put in its place.
@@ -223,11 +233,16 @@ def timm_model(
 
 
 def _wake(model: nn.Module) -> None:
-    """Let no residual branch start at zero: its inner layers would get no gradient at first."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+    """Let no residual branch start at zero: its inner layers would get no gradient at first.
+
+    Such a branch ends in a gain of 0 (a norm's weight, NFNet's gain), or, in a few models, in a
+    weight of 0, which is left.
+    """
+    for name, parameter in model.named_parameters():
+        is_gain = max(parameter.shape[1:], default=1) == 1 and not name.endswith("bias")
+        if is_gain:
             with torch.no_grad():
-                module.weight.masked_fill_(module.weight == 0, 1.0)
+                parameter.masked_fill_(parameter == 0, 1.0)
 
 
 def names_of_path(model: nn.Module, name: str) -> list[str]:
@@ -298,6 +313,16 @@ def _halve_stride(stem: nn.Module, name: str) -> None:
                 module.padding = tuple(math.ceil((k - stride) / 2) for k in module.kernel_size)
             return
     raise _unusable(name, "no convolution with a stride in its stem")
+
+
+def _refuse_other_batch_norms(part: nn.Module, name: str) -> None:
+    for at, module in part.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise BackboneError(
+                f"model.backbone: {name}: expected no batch norms but of maps, which model.norm = "
+                f"'group' replaces, found {type(module).__name__} ({at}), which would let one "
+                "image act on others; choose another backbone"
+            )
 
 
 def _keep_outputs(part: nn.Module) -> None:

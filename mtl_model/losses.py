@@ -29,6 +29,29 @@ class Targets(NamedTuple):
     has_label: Tensor  # (B,), bool
 
 
+def check_shapes(prediction: Prediction, targets: Targets) -> None:
+    """Whether a prediction is of these targets.
+
+    Raises:
+        ValueError: naming what was expected and what came.
+    """
+    b, m, h, w = targets.masks.shape
+    k = targets.labels.shape[1]
+    wanted: list[tuple[str, Tensor | None, set[tuple[int, ...]]]] = [
+        ("has_mask", targets.has_mask, {(b, m)}),
+        ("labels", targets.labels, {(b, k)}),
+        ("has_label", targets.has_label, {(b,)}),
+        ("mask logits", prediction.mask_logits, {(b, m, h, w), (b, m + 1, h, w)}),
+        ("class logits", prediction.class_logits, {(b, k)}),
+    ]
+    for name, found, shapes in wanted:
+        if found is not None and tuple(found.shape) not in shapes:
+            raise ValueError(
+                f"{name}: expected {' or '.join(map(str, sorted(shapes)))} beside masks of "
+                f"{(b, m, h, w)}, got {tuple(found.shape)}"
+            )
+
+
 class Losses(NamedTuple):
     """A batch's losses, each (B,)."""
 
@@ -95,6 +118,7 @@ def segmentation_loss(
         has_mask:      (B, M)
         out:           (B,)
     """
+    masks = torch.where(has_mask[:, :, None, None], masks, torch.zeros_like(masks))
     each = soft_dice_loss(logits, masks)
     if config.segmentation == "dice+ce":
         each = each + focal_loss(logits, masks, gamma=0.0)
@@ -144,8 +168,10 @@ def multi_task_loss(
         class_weights: (K,), or None for 1 each.
 
     Raises:
-        ValueError: if the weights are to be learned and the network has none.
+        ValueError: if shapes do not belong together, or the weights are to be learned and the
+            network has none.
     """
+    check_shapes(prediction, targets)
     zero = torch.zeros(len(targets.labels), device=targets.labels.device)
     segmentation = classification = zero
     has_mask = has_label = torch.zeros_like(targets.has_label)
@@ -156,7 +182,8 @@ def multi_task_loss(
     if prediction.class_logits is not None:
         has_label = targets.has_label
         logits = prediction.class_logits.float()
-        each = classification_loss(logits, targets.labels, config, class_weights)
+        labels = torch.where(has_label[:, None], targets.labels, torch.zeros_like(targets.labels))
+        each = classification_loss(logits, labels, config, class_weights)
         classification = torch.where(has_label, each, zero)
     if config.weighting == "uncertainty":
         if prediction.log_variances is None:

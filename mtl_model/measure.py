@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from mtl_model.distance import hausdorff_95
-from mtl_model.losses import Targets
+from mtl_model.losses import Targets, check_shapes
 from mtl_model.network import Prediction
-from mtl_model.sums import BINS, LARGEST_LOGIT, Classes, Floats, MetricSums, empty_sums
+from mtl_model.sums import (
+    BINS,
+    LARGEST_LOGIT,
+    SMALL_LOGIT,
+    Classes,
+    Floats,
+    MetricSums,
+    empty_sums,
+)
 
 
 def batch_sums(
@@ -25,7 +33,11 @@ def batch_sums(
 
     Args:
         hd95: measure distances too; see ``hausdorff_95``.
+
+    Raises:
+        ValueError: if shapes do not belong together, or a logit is not finite.
     """
+    _check(prediction, targets, classes)
     sums = empty_sums(classes)
     sums.images[:] = len(targets.labels)
     if prediction.mask_logits is not None:
@@ -38,6 +50,19 @@ def batch_sums(
         logits = prediction.class_logits[known].float()
         _count_classes(sums, logits, targets.labels[known] > 0.5, classes.multi_label)
     return sums
+
+
+def _check(prediction: Prediction, targets: Targets, classes: Classes) -> None:
+    check_shapes(prediction, targets)
+    found = targets.masks.shape[1], targets.labels.shape[1]
+    if found != (len(classes.masks), len(classes.images)):
+        raise ValueError(
+            f"expected targets of {len(classes.masks)} mask and {len(classes.images)} image "
+            f"classes, got {found[0]} and {found[1]}"
+        )
+    for name, logits in (("mask", prediction.mask_logits), ("class", prediction.class_logits)):
+        if logits is not None and not logits.isfinite().all():
+            raise ValueError(f"expected finite {name} logits, got others")
 
 
 def predicted_masks(logits: Tensor, mask_classes: int) -> Tensor:
@@ -89,7 +114,8 @@ def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: 
         sums.right[:] = np.trace(sums.confusion)
     # upper edges belong to their bin: a logit of exactly 0 is not above 0
     half = BINS // 2
-    place = (score.double().asinh() * (half / math.asinh(LARGEST_LOGIT))).ceil() + half - 1
+    scale = half / math.asinh(LARGEST_LOGIT / SMALL_LOGIT)
+    place = ((score.double() / SMALL_LOGIT).asinh() * scale).ceil() + half - 1
     bins = _numpy(place.clamp(0, BINS - 1)).astype(np.int64)  # (n, K)
     is_of = _numpy(true).astype(np.int64)
     for k in range(bins.shape[1]):
@@ -97,10 +123,10 @@ def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: 
 
 
 def _log_odds(logits: Tensor) -> Tensor:
-    """log(p / (1 - p)) of each class of a softmax: (n, K)."""
+    """log(p / (1 - p)) of each class of a softmax, 0 where all are as likely: (n, K)."""
     itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
     others = logits[:, None, :].masked_fill(itself, float("-inf")).logsumexp(dim=2)
-    return logits - others
+    return logits - others + math.log(max(logits.shape[1] - 1, 1))
 
 
 def _numpy(tensor: Tensor) -> Floats:

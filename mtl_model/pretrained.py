@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import timm
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -36,10 +37,11 @@ def load_pretrained(
             running_mean, ...) and shapes in timm's order.
 
     Raises:
-        PretrainedError: if a tensor that the path needs is missing or of another shape.
+        PretrainedError: if a tensor that the path needs is missing, of another shape or not finite,
+            if there are more than it has, or if it cannot be told how their network padded.
     """
     model = timm_model(config.backbone, PRETRAINED_CHANNELS, config.width, config.depths)
-    state = _in_timms_names(state, model)
+    state = _in_timms_names(state, model, config.backbone)
     state = _adapted(state, _first_conv(model), in_channels)
     model = timm_model(config.backbone, in_channels, config.width, config.depths)
     needed = [
@@ -49,7 +51,7 @@ def load_pretrained(
         and not (config.norm == "group" and name.endswith(("running_mean", "running_var")))
     ]
     own = model.state_dict()
-    _check(state, own, needed, config.backbone)
+    _check(state, own, needed, _beyond(state, model, config.backbone), config.backbone)
     path = build_conv_path(
         config.backbone,
         in_channels,
@@ -62,13 +64,22 @@ def load_pretrained(
     network.encoder.cnn.load_state_dict(path.state_dict())
 
 
-def _in_timms_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _in_timms_names(
+    state: Mapping[str, Tensor], model: nn.Module, backbone: str
+) -> dict[str, Tensor]:
     """Without the prefix of a parallel training; or in timm's names, if only the names differ."""
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     own = model.state_dict()
-    if not set(state) & set(own) and _kinds(state) == _kinds(own):
-        return dict(zip(own, state.values(), strict=True))
-    return state
+    if set(state) & set(own) or _kinds(state) != _kinds(own):
+        return state
+    if timm.is_model(f"tf_{backbone}"):
+        raise PretrainedError(
+            f"model.pretrained: expected names as timm's {backbone} has them "
+            f"({next(iter(own))}, ...), got another implementation's ({next(iter(state))}, ...), "
+            f"from which it cannot be told whether it padded as TensorFlow does; if so, choose "
+            f"model.backbone tf_{backbone}, for which such weights are made"
+        )
+    return dict(zip(own, state.values(), strict=True))
 
 
 def _kinds(state: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
@@ -89,10 +100,33 @@ def _adapted(state: dict[str, Tensor], name: str, in_channels: int) -> dict[str,
     return {**state, name: adapt_input_conv(in_channels, weight)}
 
 
+def _beyond(state: Mapping[str, Tensor], model: nn.Module, backbone: str) -> list[str]:
+    """Names of a path's parts that this one does not have: of a deeper network, say."""
+    known = set(model.state_dict())
+    roots = {name.partition(".")[0] for name in names_of_path(model, backbone)}
+    return [
+        name
+        for name in state
+        if name not in known
+        and name.partition(".")[0] in roots
+        and not name.endswith("num_batches_tracked")
+    ]
+
+
 def _check(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: Sequence[str], backbone: str
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    needed: Sequence[str],
+    beyond: Sequence[str],
+    backbone: str,
 ) -> None:
-    problems = [
+    problems = [f"{name}: expected nothing, got {tuple(state[name].shape)}" for name in beyond]
+    problems += [
+        f"{name}: expected finite numbers, got others"
+        for name in needed
+        if name in state and not state[name].isfinite().all()
+    ]
+    problems += [
         f"{name}: expected {tuple(own[name].shape)}, "
         f"got {tuple(state[name].shape) if name in state else 'nothing'}"
         for name in needed
@@ -103,7 +137,7 @@ def _check(
     more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     unknown = [f"{name} {tuple(t.shape)}" for name, t in state.items() if name not in own]
     raise PretrainedError(
-        f"model.pretrained: {len(problems)} of {len(needed)} tensors of {backbone} do not fit: "
+        f"model.pretrained: {len(problems)} tensors do not fit the {len(needed)} of {backbone}: "
         f"{'; '.join(problems[:_SHOWN])}{more}. Names that {backbone} does not have: "
         f"{', '.join(unknown[:_SHOWN]) or 'none'}"
     )

@@ -4,10 +4,11 @@ A site turns its images into sums (measure.py) and sends only those; the server 
 turns them into values (metrics.py).
 
 Area under the curve comes from histograms of scores, which add up across sites as an exact rank
-statistic would not. Scores are binned by asinh(logit): 0.08 of a logit wide around 0, a twelfth of
-the logit further out, up to 80, so that a confident model's are told apart too; within a bin they
-count as ties. One edge is at logit 0, so that a histogram's upper half is what is predicted to be
-of the class.
+statistic would not. Scores are binned by asinh(logit / 0.01): 1e-4 of a logit wide around 0, an
+84th of the logit further out, up to 1000, so that a network's are told apart that has only begun to
+learn, and one's that is very sure; within a bin they count as ties. A softmax's logits are counted
+from where all classes are as likely. One edge is at logit 0, so that, where labels are several, a
+histogram's upper half is what is predicted to be of the class.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from configs.run import DataConfig
 
 Floats = NDArray[np.float64]
 
-BINS = 128
-LARGEST_LOGIT = 80.0
+BINS = 2048
+SMALL_LOGIT = 1e-2  # about which bins change from equal widths to equal ratios
+LARGEST_LOGIT = 1e3
 
 
 @dataclass(frozen=True)

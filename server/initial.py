@@ -10,7 +10,6 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -72,11 +71,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a file of tensors, got a pickle of more than that, which could run "
             "code of its own; save its state_dict() as .safetensors"
         ) from None
-    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        raise PretrainedError(f"{path}: expected .safetensors or .pth, {error}") from None
+    except Exception as error:  # noqa: BLE001 of a file that was hurt, any that a pickle can raise
+        raise PretrainedError(
+            f"{path}: expected .safetensors or .pth, got {type(error).__name__}: {error}"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
         raise PretrainedError(f"{path}: expected a state dict of tensors, got something else")
     return dict(content)

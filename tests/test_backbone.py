@@ -98,11 +98,29 @@ def test_no_module_writes_into_the_output_of_another() -> None:
         ("inception_v3", 4, "image of 64 pixels"),
         ("swin_tiny_patch4_window7_224", 4, "image of 64 pixels"),
         ("vgg11", 2, "no convolution with a stride in its stem"),
+        ("selecsls42", 4, "a stage that gives a list of maps"),
     ],
 )
 def test_a_model_without_such_stages_is_refused(name: str, stride: int, said: str) -> None:
     with pytest.raises(BackboneError, match=said):
         build_conv_path(name, 3, stride, None)
+
+
+def test_a_batch_norm_that_cannot_be_replaced_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"found BatchNorm1d .* one image act on others"):
+        build_conv_path("nextvit_small", 3, 4, group_norm)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50_gn", "nfnet_l0"])
+def test_no_branch_starts_at_nothing(name: str) -> None:
+    path = build_conv_path(name, 1, 4, group_norm)
+    maps_of(path, torch.randn(1, 1, 64, 64))[-1].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in path.parameters())
+
+
+def test_only_a_plain_stem_is_made_narrower() -> None:
+    with pytest.raises(BackboneError, match=r"stem is one convolution.*resnet34d"):
+        build_conv_path("resnet34d", 3, 2, None, width=32)
 
 
 def test_only_resnets_come_in_other_sizes() -> None:

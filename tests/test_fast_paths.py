@@ -155,6 +155,8 @@ BACKBONES = (
 FOLDED = [
     *VARIANTS,
     {"norm": "batch", "dfe": "sum"},
+    # whose norms take sums of convolutions
+    {"norm": "batch", "stride": 4, "backbone": "repvit_m0_9", "width": 0, "depths": ()},
     {"norm": "batch", "upsample": "bilinear", "block_order": "parallel"},
     *(
         pytest.param(

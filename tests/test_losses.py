@@ -166,6 +166,37 @@ def test_losses_are_zero_where_the_annotation_is_absent_and_so_is_their_gradient
     assert prediction.class_logits.grad[2:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("segmentation", ["dice", "dice+ce", "dice+focal"])
+@pytest.mark.parametrize("classification", ["cross-entropy", "soft-margin"])
+@pytest.mark.parametrize("maps", [1, 2])
+def test_what_is_not_annotated_may_hold_anything(
+    segmentation: str, classification: str, maps: int
+) -> None:
+    prediction, targets = batch()
+    logits = prediction.mask_logits.repeat(1, maps, 1, 1).requires_grad_()
+    scores = prediction.class_logits.requires_grad_()
+    config = LossConfig(segmentation=segmentation, classification=classification)
+    given = []
+    for junk in (0.0, float("nan")):
+        masks = torch.where(targets.has_mask[..., None, None], targets.masks, junk)
+        labels = torch.where(targets.has_label[:, None], targets.labels, junk)
+        hurt = targets._replace(masks=masks, labels=labels)
+        total = multi_task_loss(Prediction(logits, scores), hurt, config).total
+        given.append((total, *torch.autograd.grad(total.sum(), (logits, scores))))
+    for found, expected in zip(*reversed(given), strict=True):
+        assert found.isfinite().all()
+        assert torch.equal(found, expected)
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    prediction, targets = batch()
+    five = prediction._replace(mask_logits=torch.zeros(4, 5, 8, 8))
+    with pytest.raises(ValueError, match=r"mask logits: expected .*got \(4, 5, 8, 8\)"):
+        multi_task_loss(five, targets, LossConfig())
+    with pytest.raises(ValueError, match=r"has_mask: expected \(4, 1\)"):
+        multi_task_loss(prediction, targets._replace(has_mask=torch.ones(4) > 0), LossConfig())
+
+
 def test_the_total_weighs_the_two_tasks() -> None:
     prediction, targets = batch()
     losses = multi_task_loss(prediction, targets, LossConfig(classification_weight=0.25))

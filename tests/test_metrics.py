@@ -68,15 +68,24 @@ def part(prediction: Prediction, targets: Targets, s: slice) -> tuple[Prediction
     )
 
 
-@pytest.mark.parametrize("confidence", [1, 10])
-def test_classification_agrees_with_scikit_learn(confidence: int) -> None:
+@pytest.mark.parametrize(
+    ("confidence", "lean"),
+    [(1, 0), (10, 0), (30, 0), (0.1, 0), (0.001, 0), (0.3, 6), (0.1, -0.5)],
+)
+def test_classification_agrees_with_scikit_learn(confidence: float, lean: float) -> None:
+    """Of networks that are sure, that have hardly begun, or that lean to one class."""
     prediction, targets = random_batch(0, n=400)
-    prediction = prediction._replace(class_logits=prediction.class_logits.double() * confidence)
+    logits = prediction.class_logits.double() * confidence + lean * torch.eye(3)[1]
+    prediction = prediction._replace(class_logits=logits)
     ours = compute(batch_sums(prediction, targets, THREE), THREE)
     known = targets.has_label
     true = targets.labels[known].argmax(1).numpy()
     guess = prediction.class_logits[known].argmax(1).numpy()
-    score = torch.softmax(prediction.class_logits[known], 1).numpy()
+    # log odds: shares of 1 that differ are told apart
+    others = torch.stack(
+        [logits[:, [j for j in range(3) if j != k]].logsumexp(1) for k in range(3)], 1
+    )
+    score = (logits - others)[known].numpy()
     assert ours.labelled == len(true)
     assert ours.accuracy == pytest.approx(reference.accuracy_score(true, guess))
     assert ours.balanced_accuracy == pytest.approx(reference.balanced_accuracy_score(true, guess))
@@ -310,6 +319,24 @@ def test_the_histograms_middle_is_the_threshold(logit: float) -> None:
     assert sums.scores[0, 1, BINS // 2 :].sum() == (logit > 0)
     assert sums.right[0] == (logit > 0)
     assert compute(sums, one).sensitivity == float(logit > 0)
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    prediction, targets = random_batch(0, n=4, classes=EXCLUSIVE)
+    masks, classes = prediction.mask_logits, prediction.class_logits
+    wrong = [
+        (Prediction(masks[:, :2], classes), r"mask logits: expected \(4, 3, 8, 8\) or \(4, 4"),
+        (Prediction(masks[..., :4], classes), "mask logits: expected"),
+        (Prediction(masks, classes[:, :2]), r"class logits: expected \(4, 3\)"),
+        (Prediction(masks[:3], classes[:3]), "mask logits: expected"),
+        (Prediction(masks * torch.nan, classes), "expected finite mask logits"),
+        (Prediction(masks, classes / 0), "expected finite class logits"),
+    ]
+    for found, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            batch_sums(found, targets, EXCLUSIVE)
+    with pytest.raises(ValueError, match="expected targets of 1 mask and 3 image classes, got 3"):
+        batch_sums(prediction, targets, THREE)
 
 
 def test_the_score_is_the_mean_of_what_is_defined() -> None:

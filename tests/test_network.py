@@ -53,9 +53,11 @@ def without_chance(variants: list[dict]) -> list:
     ]
 
 
-def small(size: tuple[int, int] = (64, 64), **changes: object) -> MultiTaskUNet:
+def small(size: tuple[int, int] = (64, 64), mask_maps: int = 1, **changes: object) -> MultiTaskUNet:
     config = ModelConfig(**{**SMALL, **changes})
-    return build_model(config, size=size, in_channels=1, image_classes=2, seed=0)
+    return build_model(
+        config, size=size, in_channels=1, image_classes=2, mask_channels=mask_maps, seed=0
+    )
 
 
 def some_targets(batch: int, size: tuple[int, int] = (64, 64)) -> Targets:

@@ -39,11 +39,13 @@ def one_at_a_time(
     return dict(zip(names, (torch.stack(g) for g in zip(*rows, strict=True)), strict=True))
 
 
-def compare(model: MultiTaskUNet, loss: LossConfig | None = None) -> None:
+def compare(
+    model: MultiTaskUNet, loss: LossConfig | None = None, targets: Targets | None = None
+) -> None:
     model.double().train()  # in float32 a batch's rounding flips a ReLU here and there
     loss = loss or LossConfig()
     images = torch.randn(3, 1, *SIZE, generator=torch.Generator().manual_seed(0)).double()
-    targets = some_targets(3, SIZE)
+    targets = targets or some_targets(3, SIZE)
     expected = one_at_a_time(model, images, targets, loss)
     hooked = GradSampleModule(model, loss_reduction="sum")
     loss_of(hooked, images, targets, loss).backward()
@@ -67,6 +69,27 @@ def test_so_are_those_of_learned_task_weights() -> None:
     model = small()
     model.uncertainty = Uncertainty(1.0, 0.25)
     compare(model, LossConfig(weighting="uncertainty"))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize(
+    ("maps", "loss"),
+    [
+        (4, LossConfig(segmentation="dice+focal", label_smoothing=0.1)),  # a softmax
+        (3, LossConfig(segmentation="dice+ce", classification="soft-margin")),
+    ],
+    ids=["exclusive", "overlapping"],
+)
+def test_so_are_those_of_other_losses_where_not_all_is_annotated(
+    maps: int, loss: LossConfig
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(4, (3, *SIZE), generator=generator)
+    masks = nn.functional.one_hot(index, 4).movedim(3, 1)[:, 1:].double()
+    some = torch.tensor([[True] * 3, [True, maps == 4, maps == 4], [False] * 3])
+    labels = torch.eye(2)[[0, 1, 1]].double()
+    targets = Targets(masks, some, labels, torch.tensor([True, False, True]))
+    compare(small(mask_maps=maps), loss, targets)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")

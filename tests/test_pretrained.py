@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,10 +173,29 @@ def test_a_mismatch_says_which_names_and_shapes(file: Callable[..., str]) -> Non
     with pytest.raises(PretrainedError) as refused:
         built(backbone="resnet18", pretrained=file(state))
     said = str(refused.value)
-    assert "weights.safetensors: model.pretrained: 2 of 60 tensors of resnet18 do not fit" in said
+    assert "weights.safetensors: model.pretrained: 2 tensors do not fit the 60 of resnet18" in said
     assert "layer1.0.conv1.weight: expected (64, 64, 3, 3), got (64, 32, 3, 3)" in said
     assert "layer1.0.bn1.weight: expected (64,), got nothing" in said
     assert "layer9.weight (64,)" in said
+
+
+def test_weights_of_a_deeper_network_are_refused(file: Callable[..., str]) -> None:
+    state = timm.create_model("resnet34").state_dict()
+    with pytest.raises(PretrainedError, match=r"layer1.2.bn1.bias: expected nothing, got"):
+        built(backbone="resnet18", pretrained=file(state))
+
+
+def test_weights_that_are_no_numbers_are_refused(file: Callable[..., str]) -> None:
+    state = resnet()
+    state["layer2.0.bn1.weight"][3] = torch.nan
+    with pytest.raises(PretrainedError, match=r"layer2.0.bn1.weight: expected finite numbers"):
+        built(backbone="resnet18", pretrained=file(state))
+
+
+def test_weights_made_for_another_padding_are_refused(imagenet: Path) -> None:
+    """They would be taken by their shapes, and say nothing of any image."""
+    with pytest.raises(PretrainedError, match=r"model.backbone tf_efficientnet_lite0"):
+        built(backbone="efficientnet_lite0", pretrained=str(imagenet))
 
 
 class Surprise:
@@ -196,6 +216,30 @@ def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
     refused("code.pth", "a pickle of more than that, which could run")
     torch.save([1, 2], tmp_path / "list.pth")
     refused("list.pth", "expected a state dict of tensors")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pth")
+    refused("numbered.pth", "expected a state dict of tensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_was_hurt_is_refused_or_read_whatever_was_hurt(
+    tmp_path: Path, zipped: bool
+) -> None:
+    torch.save(
+        {"a.weight": torch.ones(3)}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped
+    )
+    whole = (tmp_path / "w.pth").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        hurt = bytearray(whole)
+        for at in rng.integers(0, len(hurt), 3):
+            hurt[at] = rng.integers(0, 256)
+        (tmp_path / "hurt.pth").write_bytes(hurt)
+        with contextlib.suppress(PretrainedError):
+            read_weights(tmp_path / "hurt.pth")
+            refused -= 1
+        refused += 1
+    assert refused > 50
 
 
 def test_a_run_is_refused_before_any_site_is_asked(

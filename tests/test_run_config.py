@@ -68,6 +68,8 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("model.depths", "1,2,x,4", "model.depths"),
         ("model.backbone", "ResNet 34", "model.backbone"),
         ("model.stride", 8, "model.stride: .*2 or 4"),
+        ("model.window", 1, "model.window: expected 0 or 2 tokens"),
+        ("model.mlp-ratio", 0.01, "model.mlp-ratio"),
         ("model.head-stages", "5", "stages from 1 to 4"),
         ("model.dfe-rates", "6", "model.dfe-rates: expected 3"),
         ("loss.class-weights", "1,2,3", "loss.class-weights: expected 2 numbers"),
@@ -83,6 +85,15 @@ def test_every_preset_is_valid(preset: Path) -> None:
 def test_a_setting_that_does_not_fit_is_refused_by_name(key: str, value, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RunConfig.from_flat({key: value})
+
+
+def test_a_deepest_map_of_one_pixel_is_refused() -> None:
+    small = {"data.image-height": 64, "data.image-width": 32}
+    assert RunConfig.from_flat(small).data.image_width == 32
+    with pytest.raises(
+        ConfigError, match=r"image-width: expected more than 32 with model.stride 4"
+    ):
+        RunConfig.from_flat({**small, "model.stride": 4})
 
 
 MULTI_LABEL = {"data.label-kind": "multi-label", "loss.classification": "soft-margin"}
