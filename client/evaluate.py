@@ -9,7 +9,7 @@ from client.dataset import ExampleDataset, Examples, to_batch
 from client.device import dtype_of
 from configs.run import DataConfig
 from mtl_model.inference import InferenceForm
-from mtl_model.measure import batch_sums
+from mtl_model.measure import NotFiniteError, batch_sums
 from mtl_model.network import MultiTaskUNet
 from mtl_model.sums import Classes, MetricSums, empty_sums
 
@@ -45,11 +45,11 @@ def evaluate(
     for batch in loader:
         images, targets = to_batch(batch, data.normalise, device)
         prediction = ready(images, examples.tasks)
-        logits = (prediction.mask_logits, prediction.class_logits)
-        if not all(found is None or found.isfinite().all() for found in logits):
+        try:
+            sums = sums + batch_sums(prediction, targets, classes, hd95)
+        except NotFiniteError:
             raise EvaluationError(
                 "the model's output is not finite; try a smaller train.learning-rate or "
                 "train.precision = 'fp32'"
-            )
-        sums = sums + batch_sums(prediction, targets, classes, hd95)
+            ) from None
     return sums

@@ -22,6 +22,10 @@ from mtl_model.sums import (
 )
 
 
+class NotFiniteError(ValueError):
+    """A prediction holds what is no number, and cannot be counted."""
+
+
 def batch_sums(
     prediction: Prediction, targets: Targets, classes: Classes, hd95: bool = False
 ) -> MetricSums:
@@ -35,7 +39,8 @@ def batch_sums(
         hd95: measure distances too; see ``hausdorff_95``.
 
     Raises:
-        ValueError: if shapes do not belong together, or a logit is not finite.
+        NotFiniteError: if a logit is not finite.
+        ValueError: if shapes do not belong together.
     """
     _check(prediction, targets, classes)
     sums = empty_sums(classes)
@@ -62,7 +67,7 @@ def _check(prediction: Prediction, targets: Targets, classes: Classes) -> None:
         )
     for name, logits in (("mask", prediction.mask_logits), ("class", prediction.class_logits)):
         if logits is not None and not logits.isfinite().all():
-            raise ValueError(f"expected finite {name} logits, got others")
+            raise NotFiniteError(f"expected finite {name} logits, got others")
 
 
 def predicted_masks(logits: Tensor, mask_classes: int) -> Tensor:
