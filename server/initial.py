@@ -68,8 +68,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise PretrainedError(f"{path.absolute()}: no such file (model.pretrained)") from None
     except pickle.UnpicklingError:
         raise PretrainedError(
-            f"{path}: expected a file of tensors, got a pickle of more than that, which could run "
-            "code of its own; save its state_dict() as .safetensors"
+            f"{path}: expected a file of tensors, got something else, or a pickle of more than "
+            "that, which could run code of its own; save a state_dict() as .safetensors"
         ) from None
     except Exception as error:  # noqa: BLE001 of a file that was hurt, any that a pickle can raise
         raise PretrainedError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.fx import GraphModule
 
 from client.dataset import Examples
 from client.device import DeviceError, compiled, dtype_of, find_device
@@ -229,18 +231,30 @@ def test_a_site_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         compiled(small(size=(32, 32)))
 
 
-def test_compiled_once_it_takes_sites_of_all_tasks_and_sizes(
+def test_few_graphs_are_compiled_for_sites_of_all_tasks_and_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As where many share a process; with all of torch.compile but the C++ compiler."""
+    """As where many share a process, which had images of another size before.
+
+    With all of torch.compile but the C++ compiler, which fails on sides that are symbols.
+    """
+    symbols = []  # of each graph
+
+    def backend(graph: GraphModule, inputs: list[object]) -> Callable[..., object]:
+        symbols.append(sum(isinstance(x, torch.SymInt) for x in inputs))
+        return graph.forward
+
     torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    for tasks in (TASKS, TASKS[:1], TASKS[1:]):
-        for batch in (4, 3, 2, 1):
-            model = small(size=(32, 32), dfe="none", swin_depth=0, depths="1,1,1,1")
-            prediction = compiled(model)(torch.rand(batch, 1, 32, 32), tasks)
-            assert (prediction.mask_logits is not None) == ("segmentation" in tasks)
-            assert (prediction.class_logits is not None) == ("classification" in tasks)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for side in (64, 32):
+        for tasks in (TASKS, TASKS[:1], TASKS[1:]):
+            for batch in (4, 3, 2, 1):
+                model = small(size=(side, side), dfe="none", swin_depth=0)
+                prediction = compiled(model)(torch.rand(batch, 1, side, side), tasks)
+                assert (prediction.mask_logits is not None) == ("segmentation" in tasks)
+                assert (prediction.class_logits is not None) == ("classification" in tasks)
+    assert set(symbols) == {0, 1}  # the number of examples at most
+    assert len(symbols) <= 2 * 3 * 3  # each size: some examples, any other number, one alone
 
 
 @pytest.mark.parametrize(
