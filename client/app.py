@@ -30,10 +30,10 @@ from client.gate import (
     Decline,
     check_evaluation,
     check_hours,
+    check_private_site,
     check_release,
     check_size,
     check_steps,
-    check_training,
     check_update,
     supported,
     told_reason,
@@ -68,6 +68,7 @@ from client.site import (
     open_site,
     standing,
 )
+from client.split_key import SplitKeyError
 from client.train import Proximal, Round, TrainingError, train_one_round
 from configs import VERSION, wire
 from configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
@@ -141,7 +142,7 @@ REASONS = (
     ProtocolError,
     TrainingError,
 )
-REASONS_OF_FILES = (DataError, OSError)  # their messages may name images
+REASONS_OF_FILES = (DataError, OSError, SplitKeyError)  # their messages name files
 
 
 def _answer(handle: Handler, message: Message, context: Context, simulated: Simulated) -> Message:
@@ -174,6 +175,8 @@ def _answer_of(
     kind = message.metadata.message_type
     try:
         check_release(site.policy, own_release())
+        if site.config is not None:
+            check_private_site(site.config, config)
         data = load(site, config.data)
         private = config.privacy.mode != "off"
         declared = standing(site, data, run, simulated.ledgers()) if private else None
@@ -207,7 +210,6 @@ def _describe(asked: Asked) -> Answer:
 def _train(asked: Asked) -> Answer:
     config, policy, declared = asked.config, asked.site.policy, asked.standing
     examples = asked.data.splits[wire.TRAIN_SPLIT]
-    check_training(asked.site.budget, config)
     check_hours(policy, datetime.now())
     if declared is None:
         check_size(policy, len(examples), len(set(examples.group.tolist())))

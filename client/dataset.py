@@ -71,8 +71,11 @@ class SiteData:
     fingerprint: str  # sha256 over pixels, masks and labels of every split
 
 
-def load_site(manifest: Manifest, config: DataConfig) -> SiteData:
+def load_site(manifest: Manifest, config: DataConfig, key: bytes | None = None) -> SiteData:
     """Read, check, split and resize a site's images.
+
+    Args:
+        key: of a private site, which divides its patients by it; None divides in public.
 
     Raises:
         DataError: for an unknown label, too few images to split, or, if ``on_error`` is
@@ -97,7 +100,7 @@ def load_site(manifest: Manifest, config: DataConfig) -> SiteData:
     usable = [row for row in rows if row.line in pixels]
     splits = {
         name: _examples([(row, pixels[row.line]) for row in members], config)
-        for name, members in split_rows(manifest, usable, config).items()
+        for name, members in split_rows(manifest, usable, config, key).items()
     }
     return SiteData(manifest.site, splits, skipped, _fingerprint(splits))
 

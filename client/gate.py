@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from client.dataset import Examples, SiteData
 from configs.run import DataConfig, PrivacyConfig, RunConfig
-from configs.site import BudgetConfig, PolicyConfig, opening_hours
+from configs.site import BudgetConfig, PolicyConfig, SiteConfig, opening_hours
 from mtl_model.packing import Packed
 from mtl_model.sums import MetricSums
 
@@ -57,16 +57,23 @@ def check_evaluation(policy: PolicyConfig) -> None:
         raise Decline("policy.evaluation: this site evaluates no models")
 
 
-def check_training(budget: BudgetConfig | None, config: RunConfig) -> None:
-    """Whether a round of these settings may be trained at all."""
-    if budget is not None and config.privacy.mode == "off":
+def check_private_site(site: SiteConfig, config: RunConfig) -> None:
+    """Decline a run that a site with a cohort or a budget must not answer, whatever it asks.
+
+    Called for every kind of message, before any row or image is read: with ``privacy.mode`` off,
+    or with the right to divide the site's patients, descriptions and evaluations alone would
+    reveal who is among the training patients.
+    """
+    if not site.private:
+        return
+    if config.privacy.mode == "off":
+        key = "budget" if site.budget is not None else "cohort"
         raise Decline(
-            f"budget: this site trains with differential privacy alone (epsilon "
-            f"{budget.epsilon:g}, delta {budget.delta:g}, by {budget.unit}), the run has "
-            "privacy.mode off"
+            f"{key}: this site only answers runs with differential privacy (its site.yaml has a "
+            f"{key}), the run has privacy.mode off"
         )
-    if budget is not None:
-        check_unit(budget, config.privacy)
+    if site.data is not None and (found := site.data.differences(config.data)):
+        raise Decline("; ".join(found))
 
 
 def check_unit(budget: BudgetConfig, privacy: PrivacyConfig) -> None:

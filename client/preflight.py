@@ -15,6 +15,7 @@ from client.approval import Approvals
 from client.chain import LedgerError
 from client.ledger import LEDGER, read_accounts
 from client.manifest import DataError, read_site
+from client.split_key import SPLIT_KEY, split_key
 from configs import VERSION
 from configs.checks import Check, ok, see_validity
 from configs.credentials import (
@@ -43,7 +44,7 @@ def preflight(
     """Look at everything, one after the other; what another check needs comes first.
 
     Args:
-        data: by which every image is read.
+        data: settings to read every image with; a private site's own take precedence.
         knock: asks the coordinator whether it takes the site's key (``client.supernode.knock``);
             only while the site itself is not connected.
         health: where the health service is to listen; None if the site runs already.
@@ -55,7 +56,10 @@ def preflight(
         return
     yield ok("site.yaml", f"{site_file}: site {site.name}")
     yield from _machine(site, health)
-    yield from _images(site, data)
+    own = site.data.model_dump() if site.data is not None else {}
+    yield from _images(site, data.model_copy(update=own))
+    if site.private:
+        yield _split(site)
     yield _ledger(site)
     yield _releases(site)
     if site.server is None:
@@ -143,6 +147,18 @@ def _images(site: SiteConfig, data: DataConfig) -> Iterator[Check]:
 def _trouble(read: object) -> str:
     """Only why a row cannot be used, so that pixels are let go at once."""
     return read if isinstance(read, str) else ""
+
+
+def _split(site: SiteConfig) -> Check:
+    """Check the secret that divides a private site's patients, without creating it."""
+    path = site.state / SPLIT_KEY
+    if not path.exists():
+        return ok("split", f"{path} will be created when the first message arrives")
+    try:
+        split_key(site.state)
+    except ConfigError as error:
+        return Check("split", "fail", str(error), "restore the state folder from a backup")
+    return ok("split", f"patients are divided by {path}; keep it in the backup")
 
 
 def _ledger(site: SiteConfig) -> Check:

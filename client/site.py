@@ -16,9 +16,10 @@ from client.dataset import SiteData, load_site
 from client.gate import OPEN, permitted
 from client.ledger import LEDGER
 from client.manifest import DataError, Manifest, chosen_sites, read_site, read_sites
+from client.split_key import split_key
 from configs import wire
 from configs.run import ConfigError, DataConfig, PhantomConfig, RunConfig
-from configs.site import BudgetConfig, PolicyConfig, SiteConfig, read_site_config
+from configs.site import BudgetConfig, CohortConfig, PolicyConfig, SiteConfig, read_site_config
 
 SITE_CONFIG = "site-config"
 PARTITION = "partition-id"
@@ -35,10 +36,6 @@ class Site:
     manifest: Manifest
     policy: PolicyConfig
     config: SiteConfig | None  # None: simulated
-
-    @property
-    def budget(self) -> BudgetConfig | None:
-        return self.config.budget if self.config else None
 
 
 def open_site(node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot) -> Site:
@@ -60,10 +57,11 @@ def load(site: Site, data: DataConfig) -> SiteData:
 
     Raises:
         DataError: if they cannot be used.
+        ConfigError: if a private site's split key cannot be used.
     """
-    return permitted(
-        site.policy, _loaded(site.manifest, data, site.manifest.path.stat().st_mtime_ns)
-    )
+    key = split_key(site.config.state) if site.config and site.config.private else None
+    edited = site.manifest.path.stat().st_mtime_ns
+    return permitted(site.policy, _loaded(site.manifest, data, edited, key))
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> Standing:
         ConfigError: if a deployed site's site.yaml does not declare its cohort.
     """
     if site.config is not None:
-        own, cohort = site.config, site.config.cohort
+        own, cohort = site.config, site.config.cohort or CohortConfig()
         if cohort.examples is None or cohort.patients is None or own.budget is None:
             raise ConfigError(
                 f"site {own.name}: expected cohort (examples, patients) and budget (epsilon, "
@@ -154,5 +152,5 @@ def _simulated(
 
 
 @lru_cache(maxsize=16)
-def _loaded(manifest: Manifest, data: DataConfig, _edited: int) -> SiteData:
-    return load_site(manifest, data)
+def _loaded(manifest: Manifest, data: DataConfig, _edited: int, key: bytes | None) -> SiteData:
+    return load_site(manifest, data, key)

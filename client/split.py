@@ -1,9 +1,10 @@
-"""Which of a site's examples train, which choose the model, which test it."""
+"""Divide a site's examples into training, validation and test."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import hmac
+from collections.abc import Callable, Sequence
 
 from client.manifest import DataError, Manifest, Row
 from configs import wire
@@ -11,13 +12,18 @@ from configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig, LabelKind
 
 Splits = dict[str, list[Row]]
 Groups = dict[str, list[Row]]
+Rank = Callable[[str], str]  # of a group: 64 hexadecimal digits, uniform; their order divides
 
 
-def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> Splits:
+def split_rows(
+    manifest: Manifest, rows: Sequence[Row], config: DataConfig, key: bytes | None = None
+) -> Splits:
     """Divide a site's rows into train, val and test.
 
     A group (patient) is never divided. Rows that name their split keep it. The others are placed
-    by a hash of seed, site and group, so that the same data give the same split on every machine:
+    by a hash of seed, site and group, so that the same data give the same split on every machine;
+    with a key, by HMAC-SHA256 of the group, so that nobody without the key can compute or choose
+    a group's place:
 
     - ``stratified`` by label (multi-label: by the set of labels) and ordered by the hash. Where a
       label has too few groups for its share, what is left over is passed on to the next label, so
@@ -25,6 +31,9 @@ def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> S
     - ``independent``: by its own hash alone, so that no group's place depends on another's. One
       patient more or less then changes the training images by that patient's and no others, which
       differential privacy takes for granted; shares hold on average.
+
+    Args:
+        key: secret of a private site (``client.split_key``); None hashes in public.
 
     Raises:
         DataError: if a group's rows name different splits, or a split that was asked for is empty.
@@ -47,24 +56,28 @@ def split_rows(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> S
         else:
             free[group] = members
     share = {wire.TEST_SPLIT: config.test_fraction, wire.VAL_SPLIT: config.val_fraction}
-    place = _independent if config.split == "independent" else _stratified
-    for group, name in place(manifest.site, free, config, share).items():
+    rank = _public_rank(config.split_seed, manifest.site) if key is None else _keyed_rank(key)
+    if config.split == "independent":
+        places = _independent(rank, free, share)
+    else:
+        places = _stratified(rank, free, config.label_kind, share)
+    for group, name in places.items():
         splits[name] += free[group]
     _check(manifest, splits, len(groups), share)
     return {name: sorted(members, key=lambda row: row.line) for name, members in splits.items()}
 
 
 def _stratified(
-    site: str, groups: Groups, config: DataConfig, share: dict[str, float]
+    rank: Rank, groups: Groups, kind: LabelKind, share: dict[str, float]
 ) -> dict[str, str]:
     strata: dict[str, list[str]] = {}
     for group, members in groups.items():
-        labels = sorted({_stratum(row, config.label_kind) for row in members})
+        labels = sorted({_stratum(row, kind) for row in members})
         strata.setdefault("+".join(labels), []).append(group)
     places: dict[str, str] = {}
     owed = dict.fromkeys(share, 0.0)
     for stratum in sorted(strata):
-        order = sorted(strata[stratum], key=lambda g: _rank(config.split_seed, site, g))
+        order = sorted(strata[stratum], key=rank)
         images = sum(len(groups[group]) for group in order)
         for name, fraction in share.items():
             owed[name] += fraction * images
@@ -77,11 +90,9 @@ def _stratified(
     return places
 
 
-def _independent(
-    site: str, groups: Groups, config: DataConfig, share: dict[str, float]
-) -> dict[str, str]:
+def _independent(rank: Rank, groups: Groups, share: dict[str, float]) -> dict[str, str]:
     def of(group: str) -> str:
-        place = int(_rank(config.split_seed, site, group), 16) / 16**64  # even in 0 to 1
+        place = int(rank(group), 16) / 16**64  # even in 0 to 1
         for name, fraction in share.items():
             if place < fraction:
                 return name
@@ -98,8 +109,12 @@ def _stratum(row: Row, kind: LabelKind) -> str:
     return LABEL_SEPARATOR.join(sorted(labels)) or NO_LABEL
 
 
-def _rank(seed: int, site: str, group: str) -> str:
-    return hashlib.sha256(f"{seed}\0{site}\0{group}".encode()).hexdigest()
+def _public_rank(seed: int, site: str) -> Rank:
+    return lambda group: hashlib.sha256(f"{seed}\0{site}\0{group}".encode()).hexdigest()
+
+
+def _keyed_rank(key: bytes) -> Rank:
+    return lambda group: hmac.new(key, group.encode(), hashlib.sha256).hexdigest()
 
 
 def _check(manifest: Manifest, splits: Splits, groups: int, share: dict[str, float]) -> None:

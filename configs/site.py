@@ -12,9 +12,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from configs.ports import PUBLIC
-from configs.run import ConfigError, Section, kebab
+from configs.run import ConfigError, DataConfig, LabelKind, Names, Section, kebab
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+DATA_MISSING = (
+    "data: expected a section with classes, mask-classes, val-fraction and test-fraction (and "
+    "drop-labels, if rows are dropped), because this site has a cohort or a budget, got none. It "
+    "fixes which patients train, validate and test, so that no run can choose them. Copy the "
+    "values from the run's settings (polyclinic's docs/privacy.md, \"The site's split\")"
+)
 
 
 class CohortConfig(Section):
@@ -31,6 +39,41 @@ class BudgetConfig(Section):
     epsilon: float = Field(gt=0, description="Over all runs together.")
     delta: float = Field(gt=0, lt=1, description="Below 1 / units of the cohort.")
     unit: Literal["example", "patient"] = Field(description="What one unit is.")
+
+
+class SiteDataConfig(Section):
+    """How a private site reads and divides its rows. Runs must ask for the same and change nothing.
+
+    Every key has the name and the meaning that it has in a run's ``data`` section.
+    """
+
+    classes: Names = Field(description="Image classes, in the run's order.")
+    mask_classes: Names = Field(description="What masks outline, in the run's order.")
+    val_fraction: float = Field(ge=0, lt=1, description="Share of patients that choose a model.")
+    test_fraction: float = Field(ge=0, lt=1, description="Share of patients that test a model.")
+    drop_labels: Names = Field((), description="Labels whose rows are not used.")
+    label_kind: LabelKind = "exclusive"
+    mask_kind: Literal["exclusive", "overlapping"] = "exclusive"
+    on_error: Literal["skip", "refuse"] = "skip"
+    split: Literal["independent"] = Field(
+        "independent", description="A patient's place depends on no other patient."
+    )
+    split_seed: int = Field(
+        0, ge=0, description="Has no effect: the site's secret places patients."
+    )
+
+    def differences(self, data: DataConfig) -> list[str]:
+        """Describe each setting of a run that is not this site's, by its name in the run."""
+        return [
+            f"data.{kebab(name)}: this site allows {_shown(own)}, "
+            f"the run has {_shown(getattr(data, name))}"
+            for name in type(self).model_fields
+            if (own := getattr(self, name)) != getattr(data, name)
+        ]
+
+
+def _shown(value: object) -> str:
+    return (",".join(value) or "none") if isinstance(value, tuple) else str(value)
 
 
 class PolicyConfig(Section):
@@ -129,11 +172,22 @@ class SiteConfig(Section):
     release_signer: str = Field(
         "", description="Ed25519 public key; with one, releases are approved if it signed them."
     )
-    cohort: CohortConfig = CohortConfig()
+    cohort: CohortConfig | None = Field(
+        None, description="Declared numbers of the patients that a budget protects."
+    )
     budget: BudgetConfig | None = Field(
-        None, description="With one, the site trains with privacy alone, and within it."
+        None, description="With a budget, the site only takes part in private runs, within it."
+    )
+    data: SiteDataConfig | None = Field(
+        None, description="Needed with a cohort or a budget: how the site's rows are divided."
     )
     policy: PolicyConfig = PolicyConfig()
+
+    @model_validator(mode="after")
+    def _private_site_owns_its_split(self) -> Self:
+        if self.private and self.data is None:
+            raise ValueError(DATA_MISSING)
+        return self
 
     @model_validator(mode="after")
     def _budget_fits_the_cohort(self) -> Self:
@@ -153,11 +207,18 @@ class SiteConfig(Section):
         return self
 
     @property
+    def private(self) -> bool:
+        """Whether this site only answers runs with differential privacy."""
+        return self.cohort is not None or self.budget is not None
+
+    @property
     def cohort_name(self) -> str:
-        return self.cohort.name or self.name
+        return (self.cohort.name if self.cohort else "") or self.name
 
     def units(self, unit: Literal["example", "patient"]) -> int | None:
         """How many of a unit the cohort has, as declared."""
+        if self.cohort is None:
+            return None
         return self.cohort.examples if unit == "example" else self.cohort.patients
 
 

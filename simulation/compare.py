@@ -142,7 +142,7 @@ def _trained_and_tested(
     device = find_device(train.device)
     network = initial_network(config.model, config.data, config.loss, config.run.seed)
     classes = Classes.of(config.data)
-    best, best_state = float("-inf"), copy.deepcopy(network.state_dict())
+    best, best_state = float("-inf"), None
     for number in track(
         numbers, name, console=Console(stderr=True, markup=False, highlight=False), transient=True
     ):
@@ -159,7 +159,8 @@ def _trained_and_tested(
         value = on_val.value(config.evaluate.select_by)
         if value is not None and value > best:
             best, best_state = value, copy.deepcopy(network.state_dict())
-    network.load_state_dict(best_state)
+    if best_state is not None:  # without a value to choose by, the last round's, as the server
+        network.load_state_dict(best_state)
     tested = {
         site: _sums(config, network, data.splits[wire.TEST_SPLIT]) for site, data in sites.items()
     }

@@ -350,6 +350,12 @@ def test_within_a_minor_version_sides_are_upgraded_alone_and_no_further(
             name,
             cohort={"examples": 20, "patients": 18},
             budget={"epsilon": 50, "delta": 0.001, "unit": "patient"},
+            data={
+                "classes": ["benign", "malignant"],
+                "mask-classes": ["lesion"],
+                "val-fraction": PRIVATE["data__val_fraction"],
+                "test-fraction": 0.2,
+            },
         )
     app = place.app
     outcomes = {}

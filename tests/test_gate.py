@@ -114,15 +114,15 @@ def test_an_approved_release_may_train(deployed) -> None:
     assert line_of(run(grid, config), "north-1").train is not None
 
 
-def test_a_site_with_a_budget_declines_to_train_without_privacy(deployed) -> None:
-    grid, config = deployed(
-        "cohort: {examples: 30, patients: 30}\nbudget: {epsilon: 3, delta: 0.001, unit: patient}\n"
-    )
-    line = line_of(run(grid, config), "north-1")
-    assert (
-        "trains with differential privacy alone (epsilon 3, delta 0.001" in line.declined["train"]
-    )
-    assert line.train is None
+def test_a_site_with_a_budget_takes_no_part_in_a_run_without_privacy(
+    deployed, tmp_path: Path
+) -> None:
+    grid, config = deployed(BUDGET.replace("LEAST", "0"), rounds__min_sites="1")
+    folder = run(grid, config)
+    assert set(json.loads(folder.environment.read_text())["sites"]) == {"north-2"}
+    (entry,) = read_outgoing(tmp_path / "state-1")
+    assert (entry["message"], entry["outcome"]) == (wire.DESCRIBE, "declined")
+    assert "only answers runs with differential privacy" in entry["told"][wire.DECLINED]
 
 
 PRIVATE = {
@@ -138,6 +138,7 @@ PRIVATE = {
 BUDGET = """
 cohort: {examples: 20, patients: 18}
 budget: {epsilon: 50, delta: 0.001, unit: patient}
+data: {classes: [benign, malignant], mask-classes: [lesion], val-fraction: 0.3, test-fraction: 0.2}
 policy: {least-support: 1, least-noise: LEAST}
 """
 

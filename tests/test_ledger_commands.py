@@ -22,6 +22,7 @@ name: clinic
 data-root: images
 cohort: {{name: north, patients: {patients}, examples: 900}}
 budget: {{epsilon: 8, delta: {delta}, unit: patient}}
+data: {{classes: [a, b], mask-classes: [c], val-fraction: 0.1, test-fraction: 0.1}}
 """
 
 

@@ -21,6 +21,7 @@ import configs.reach
 from client.approval import Approvals
 from client.ledger import LEDGER, Cohort, Ledger
 from client.preflight import preflight
+from client.split_key import SPLIT_KEY, split_key
 from configs import VERSION
 from configs.checks import Check, as_json, as_lines, failed
 from configs.credentials import now_utc
@@ -171,7 +172,14 @@ def test_a_ledger_that_was_changed_and_one_that_is_spent_are_told(
 ) -> None:
     text = "cohort: {examples: 100, patients: 50}\n"
     budget = "budget: {epsilon: 1.0, delta: 1.0e-4, unit: patient}\n"
-    site_file.write_text(site_file.read_text() + text + budget)
+    own = "data: {classes: [benign, malignant], mask-classes: [lesion], val-fraction: 0.15, "
+    site_file.write_text(site_file.read_text() + text + budget + own + "test-fraction: 0.2}\n")
+    assert look()["split"].level == "OK"
+    assert not (tmp_path / "state" / SPLIT_KEY).exists()
+    split_key(tmp_path / "state")
+    assert look()["split"].level == "OK"
+    (tmp_path / "state" / SPLIT_KEY).write_text("rubbish")
+    assert look()["split"].level == "fail"
     assert look()["ledger"].seen == "nothing spent yet of epsilon 1"
     path = tmp_path / "state" / LEDGER
     path.write_bytes(b"rubbish" * 1000)
