@@ -2,13 +2,15 @@
 
 Each site's model trained alone takes as many optimiser steps as that site took in the run; the
 model trained on all sites' images pooled takes their mean. Each is chosen, as in the run, by its
-best round on the validation images it may see, and tested on every site.
+best round on the validation images it may see (the last round where there are none to choose by),
+and tested on every site.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -32,6 +34,8 @@ from server.folder import RunFolder, write_json
 from server.history import POOLED, Line, read_history
 from server.initial import initial_network
 from simulation.sites import simulated_sites
+
+log = logging.getLogger(__name__)
 
 FEDERATED = "federated"
 _SHOWN = {"Dice": "dice", "balanced accuracy": "balanced_accuracy", "AUC": "auc"}
@@ -62,6 +66,13 @@ def compare_run(run: Path, as_json: bool) -> int:
     trained = rounds_trained(read_history(folder.history))
     comparison: Comparison = {}
     for name, site in sites.items():
+        if not trained.get(name):
+            log.warning(
+                "%s alone: no values, because the site trained in no round of the run", name
+            )
+            nothing = compute(empty_sums(Classes.of(config.data)), Classes.of(config.data))
+            comparison[f"{name} alone"] = dict.fromkeys([*sites, POOLED], nothing)
+            continue
         steps = config.train.steps(len(site.splits[wire.TRAIN_SPLIT]))
         comparison[f"{name} alone"] = _trained_and_tested(
             config, name, site.splits, sites, steps, trained[name]

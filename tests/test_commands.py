@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.app import run
 from simulation.compare import compare_run
@@ -165,6 +166,57 @@ def test_a_run_is_compared_with_training_alone_and_pooled(
     assert set(map(tuple, tested.values())) == {("site-1", "site-2", "site-3", "pooled")}
     images = {m: [s["images"] for s in sites.values()] for m, sites in comparison.items()}
     assert len(set(map(tuple, images.values()))) == 1  # the same images for every model
+
+
+def test_comparison_without_validation_images_tests_the_last_round(
+    tiny, grid, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import simulation.compare as module
+    from simulation.sites import simulated_sites
+
+    base = tiny()
+    root, _ = simulated_sites(base.data, base.phantom)
+    config = tiny(rounds__count=2, data__root=str(root), data__val_fraction=0.0)
+    folder = run(grid(config), config)
+    trained: list[dict[str, torch.Tensor]] = []
+    tested: list[bool] = []  # whether each evaluation saw the weights of the last training round
+
+    def train_and_record(network, *args, **kwargs):
+        result = train_one_round(network, *args, **kwargs)
+        trained.append({k: v.clone() for k, v in network.state_dict().items()})
+        return result
+
+    def sums_and_record(config, network, examples):
+        if len(examples):
+            state = network.state_dict()
+            tested.append(all(torch.equal(state[k], v) for k, v in trained[-1].items()))
+        return sums(config, network, examples)
+
+    train_one_round, sums = module.train_one_round, module._sums
+    monkeypatch.setattr(module, "train_one_round", train_and_record)
+    monkeypatch.setattr(module, "_sums", sums_and_record)
+    assert compare_run(folder.path, as_json=True) == 0
+    assert len(trained) == 2 * 4  # two rounds of three sites and of all pooled
+    assert tested == [True] * 3 * 4
+
+
+def test_comparison_of_a_site_that_never_trained_has_no_values(
+    tiny, grid, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog
+) -> None:
+    import simulation.compare as module
+    from simulation.sites import simulated_sites
+
+    base = tiny()
+    root, _ = simulated_sites(base.data, base.phantom)
+    config = tiny(rounds__count=1, data__root=str(root))
+    folder = run(grid(config), config)
+    found = module.rounds_trained
+    monkeypatch.setattr(module, "rounds_trained", lambda h: {**found(h), "site-2": []})
+    capsys.readouterr()
+    assert compare_run(folder.path, as_json=True) == 0
+    row = json.loads(capsys.readouterr().out)["site-2 alone"]
+    assert {values["dice"] for values in row.values()} == {None}
+    assert "site-2 alone: no values, because the site trained in no round" in caplog.text
 
 
 def test_version_is_printed(cli) -> None:
