@@ -126,7 +126,8 @@ def ledger(
 ) -> None:
     """Show what training has spent of the site's privacy budget, by run and round.
 
-    May be called while the site trains. Exit status: 1 if the ledger was changed or is damaged.
+    May be called while the site trains. Exit status: 1 if an entry was changed, removed or added, or if
+    the file is damaged. A ledger that was replaced together with its head is not noticed.
     """
     from rich.console import Console
 
@@ -196,7 +197,8 @@ def outgoing(
 ) -> None:
     """Show what has left the site: every reply, its size, and what it did to the budget.
 
-    The log is checked on the way; exit status 1 if it was changed or is damaged.
+    The log is checked on the way; exit status 1 if an entry was changed,
+    removed or added. A log that was replaced together with its head is not noticed.
     """
     from rich.console import Console
     from rich.table import Table

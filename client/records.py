@@ -177,7 +177,10 @@ def train_reply(
 def evaluate_reply(
     message: Message, site: SiteData, sums: MetricSums, withheld: Sequence[str], seconds: float
 ) -> Message:
-    """Send an evaluation's sums home; nothing about a single image is among them.
+    """Reply with an evaluation's sums over images, without noise.
+
+    Sums over few images, and differences of sums over almost the same images, reveal single
+    images: docs/privacy.md, "Known open findings".
 
     Args:
         withheld: what the site's policy keeps out of them.
