@@ -126,8 +126,8 @@ def ledger(
 ) -> None:
     """Show what training has spent of the site's privacy budget, by run and round.
 
-    May be called while the site trains. Exit status: 1 if an entry was changed, removed or added, or
-    if the file is damaged. A ledger that was replaced together with its head is not noticed.
+    May be called while the site trains. Exit status: 1 if an entry was changed, removed or added,
+    or if the file is damaged. A ledger that was replaced together with its head is not noticed.
     """
     from rich.console import Console
 

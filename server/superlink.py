@@ -19,10 +19,10 @@ import binascii
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import httptools
 import httpx
 import uvicorn
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -49,7 +50,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, verify_sig
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from configs import VERSION
 from configs.credentials import fingerprint, now_utc, public_line
@@ -61,6 +62,9 @@ log = logging.getLogger("flwr.polyclinic")
 
 FLEET = "/v1/fleet/"
 MOST_BODY = 64_000_000  # bytes; Flower cuts arrays into pieces of 5 MB
+MOST_HEAD = 64_000  # bytes of a request that are not its body: its head, chunk sizes, trailers
+PIECE = 8192  # bytes that the HTTP parser gets at once
+HEAD_S = 30.0  # for a request's whole head
 PATIENCE_S = 30.0  # for a request's first and for its next bytes
 MOST_CONNECTIONS = 1000
 MOST_CONNECTIONS_EACH = 200  # of one address; behind a proxy all sites have the same
@@ -141,12 +145,22 @@ def start_superlink(doors: Doors, files: Credentials, state: Path) -> NoReturn:
 
 def _serve(app: Any, doors: Doors, options: dict[str, Any]) -> None:  # noqa: ANN401
     """Flower's ``uvicorn.run``, on two ports."""
-    options |= {"proxy_headers": False, "http": partial(Patient, public=doors.port)}
+    server, sockets = _server(app, doors, options)
+    log.info("sites come in at %s:%d", doors.host, doors.port)
+    server.run(sockets=sockets)
+
+
+def _server(
+    app: Any,  # noqa: ANN401
+    doors: Doors,
+    options: dict[str, Any],
+) -> tuple[uvicorn.Server, list[socket.socket]]:
+    """Bind the private and the public port, and make the one server of both."""
+    http = partial(Patient, public=doors.port)
+    options = {**options, "proxy_headers": False, "http": http, "ws": "none"}
     private = uvicorn.Config(app, **options)
     public = uvicorn.Config(app, **{**options, "host": doors.host, "port": doors.port})
-    sockets = [private.bind_socket(), public.bind_socket()]
-    log.info("sites come in at %s:%d", doors.host, doors.port)
-    uvicorn.Server(private).run(sockets=sockets)
+    return uvicorn.Server(private), [private.bind_socket(), public.bind_socket()]
 
 
 class FrontDoor:
@@ -263,48 +277,123 @@ async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """On the public port, connections that are silent for too long are closed, and nobody has too
-    many; the coordinator's own, on loopback, are left alone whatever strangers do.
+class Patient(HttpToolsProtocol):
+    """Close connections to the public port that are too many, too slow or have too large a head.
+
+    The loopback port has none of these limits, so that strangers cannot keep the coordinator from
+    it. Neither port changes the protocol (WebSocket, h2c, CONNECT).
 
     Args:
-        public: the port's number; the others are uvicorn's.
+        public: number of the public port; the other arguments are uvicorn's.
     """
 
-    _by_address: ClassVar[Counter[str]] = Counter()
-    _told: ClassVar[float] = float("-inf")
+    _open: ClassVar[set[Patient]] = set()  # connections to the public port
+    _logged: ClassVar[dict[str, float]] = {}  # by kind of message: when it was last logged
 
     def __init__(self, *args: Any, public: int, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
         self._public = public
         self._address = ""
+        self._limited = False
         self._watch: asyncio.TimerHandle | None = None
         self._heard = self.loop.time()
+        self._head_began: float | None = self._heard  # None: no head is being received
+        self._in_body = False  # between a request's head and its end
+        self._overhead = 0  # bytes of the current request that are not its body
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(  # type: ignore[override]  # as uvicorn does
+        self, transport: asyncio.Transport
+    ) -> None:
         super().connection_made(transport)
-        if transport.get_extra_info("sockname")[1] != self._public:
-            return
         self._address = str((transport.get_extra_info("peername") or ("?",))[0])
-        mine = self._by_address
-        mine[self._address] += 1
-        if mine.total() > MOST_CONNECTIONS or mine[self._address] > MOST_CONNECTIONS_EACH:
-            if self.loop.time() - Patient._told > QUIET_S:
-                Patient._told = self.loop.time()
-                log.warning("too many connections, %d of %s", mine[self._address], self._address)
+        self._limited = transport.get_extra_info("sockname")[1] == self._public
+        if not self._limited:
+            return
+        if self._too_many():
+            self._warn("too many connections, the last from %s")
             transport.abort()
             return
-        self._watch = self.loop.call_later(PATIENCE_S, self._look)
+        self._open.add(self)
+        self._watch = self.loop.call_later(min(PATIENCE_S, HEAD_S), self._look)
+
+    def _too_many(self) -> bool:
+        of_address = {c for c in self._open if c._address == self._address}
+        return self._full(of_address, MOST_CONNECTIONS_EACH) or self._full(
+            self._open, MOST_CONNECTIONS
+        )
+
+    def _full(self, connections: set[Patient], most: int) -> bool:
+        """Count open connections; where they seem too many, drop those that are closing first."""
+        if len(connections) < most:
+            return False
+        closing = {c for c in connections if c.transport.is_closing()}
+        for connection in closing:
+            connection.transport.abort()
+        left = connections - closing
+        self._open.difference_update(closing)
+        return len(left) >= most
 
     def data_received(self, data: bytes) -> None:
+        """Parse what came in small pieces, and stop at the first that breaks a limit.
+
+        Replaces uvicorn's method, which parses all at once and logs each malformed request.
+        """
+        self._unset_keepalive_if_required()
         self._heard = self.loop.time()
-        super().data_received(data)
+        if self._head_began is None and not self._in_body:
+            self._head_began = self._heard
+        rest = memoryview(data)
+        while rest and not self.transport.is_closing():
+            size = self._next_size()
+            if size <= 0:
+                self._warn(f"closed a connection of %s: a head of more than {MOST_HEAD} bytes")
+                self.transport.abort()
+                return
+            piece, rest = rest[:size], rest[size:]
+            self._overhead += len(piece)
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserError:
+                self._warn("a malformed request, or one that changes the protocol, from %s")
+                self.send_400_response("Invalid HTTP request received.")
+                return
+            self._overhead = max(self._overhead, 0)  # a request may have ended in this piece
+
+    def _next_size(self) -> int:
+        """How many bytes to parse next; none if the request has all that is allowed."""
+        left = MOST_HEAD - self._overhead
+        if not self._limited or (self._in_body and left >= 0):
+            return PIECE
+        return min(PIECE, left)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head_began is None:  # in the piece in which the last request ended
+            self._head_began = self._heard
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            raise ValueError("the protocol is not changed")  # httptools' HttpParserError
+        super().on_headers_complete()
+        self._head_began = None
+        self._in_body = True
+
+    def on_body(self, body: bytes) -> None:
+        self._overhead -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_body = False
+        self._overhead = 0
+
+    def on_response_complete(self) -> None:
+        if self._head_began is not None:  # of the next request, which had to wait
+            self._head_began = self.loop.time()
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._address:
-            self._by_address[self._address] -= 1
-            if not self._by_address[self._address]:
-                del self._by_address[self._address]
+        self._open.discard(self)
         if self._watch is not None:
             self._watch.cancel()
         super().connection_lost(exc)
@@ -314,11 +403,22 @@ class Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         answering = self.cycle is not None and not (
             self.cycle.more_body or self.cycle.response_complete
         )
-        silent = self.loop.time() - self._heard
-        if not answering and silent >= PATIENCE_S:
+        now = self.loop.time()
+        silent = now - self._heard
+        head = 0.0 if self._head_began is None else now - self._head_began
+        if not answering and (silent >= PATIENCE_S or head >= HEAD_S):
+            self._warn("closed a connection of %s: too slow")
             self.transport.abort()
             return
-        self._watch = self.loop.call_later(max(PATIENCE_S - silent, 1.0), self._look)
+        left = min(PATIENCE_S - silent, HEAD_S - head)
+        self._watch = self.loop.call_later(max(left, 1.0), self._look)
+
+    def _warn(self, message: str) -> None:
+        """Log a message about this connection's address, each kind once in a while."""
+        now = time.monotonic()
+        if now - self._logged.get(message, float("-inf")) >= QUIET_S:
+            self._logged[message] = now
+            log.warning(message, self._address)
 
 
 def write_connection(home: Path, control: int, authority: Path) -> None:

@@ -12,8 +12,10 @@ import re
 import shutil
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -34,10 +36,10 @@ from server.authority import Authority, new_key, pem, private_openssh
 from server.folder import RunFolder
 from server.history import read_history
 from server.provision import provision
-from server.superlink import MOST_BODY, PATIENCE_S
+from server.superlink import MOST_BODY, MOST_CONNECTIONS, PATIENCE_S
 from tests.consortium import Consortium
 from tests.faults.deployment import events
-from tests.test_front_door import signed
+from tests.test_front_door import ABOUT_REQUEST, ENDLESS_HEAD, UPGRADE, read_all, send, signed
 from tests.test_gate import PRIVATE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -256,6 +258,48 @@ def flowers_starter_of_server_apps_ends(place: Consortium) -> None:
     first.kill()
     place.wait_for(lambda: place.starters() not in ([], [first]), 60, "another one is there")
     assert "flower-superexec ended (signal 9); no run begins until" in place.log("superlink")
+
+
+def test_coordinator_under_endless_heads_and_upgrades_serves_its_sites(
+    consortium: Consortium,
+) -> None:
+    """Two attacks that need no key and once stalled or locked the port for everybody."""
+    place = consortium
+    began = threading.Barrier(5)
+
+    def send_endless_head() -> bool:
+        """Whether the coordinator closed the connection before it had 50 MB."""
+        with tls(place) as connection:
+            connection.sendall(ENDLESS_HEAD)
+            began.wait(60)
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                for _ in range(50):
+                    connection.sendall(b"a" * 1_000_000)
+                return False
+        return True
+
+    def seconds_to_answer() -> float:
+        asked = time.monotonic()
+        with tls(place) as connection:
+            connection.sendall(ABOUT_REQUEST)
+            assert read_all(connection).startswith(b"HTTP/1.1 200")
+        return time.monotonic() - asked
+
+    with ThreadPoolExecutor(4) as attackers:
+        attacks = [attackers.submit(send_endless_head) for _ in range(4)]
+        began.wait(60)
+        slowest = seconds_to_answer()
+        while not all(attack.done() for attack in attacks):
+            slowest = max(slowest, seconds_to_answer())
+    assert all(attack.result() for attack in attacks)
+    assert slowest < 1
+
+    for _ in range(MOST_CONNECTIONS + 1):
+        with tls(place) as connection:
+            send(connection, UPGRADE % b"websocket")
+            assert read_all(connection).startswith(b"HTTP/1.1 400")
+    assert seconds_to_answer() < 1
+    assert place.online() == set(place.names)
 
 
 def test_a_release_without_the_sites_gate_is_not_run(consortium: Consortium) -> None:

@@ -10,8 +10,20 @@ import base64
 import inspect
 import json
 import logging
+import os
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -28,7 +40,18 @@ from configs.credentials import Validity, read_private_key
 from configs.reach import ABOUT
 from server.provision import provision
 from server.registry import Registry
-from server.superlink import MOST_BODY, FrontDoor, Node, Registrar, write_connection
+from server.superlink import (
+    MOST_BODY,
+    MOST_CONNECTIONS,
+    MOST_HEAD,
+    Doors,
+    FrontDoor,
+    Node,
+    Patient,
+    Registrar,
+    write_connection,
+)
+from tests.conftest import free_port
 from tests.test_provision import federation
 
 PUBLIC, PRIVATE = 9092, 9093
@@ -310,3 +333,297 @@ def test_the_coordinators_own_connection_is_on_loopback_and_checked(tmp_path: Pa
     assert 'address = "127.0.0.1:9093"' in text
     assert f'root-certificates = "{tmp_path / "ca.crt"}"' in text
     assert "insecure" not in text
+
+
+class Connections(set[Patient]):
+    """The server's open connections, with a wait for their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = 0
+        self._changed = threading.Condition()
+
+    def add(self, connection: Patient) -> None:
+        with self._changed:
+            super().add(connection)
+            self.added += 1
+            self._changed.notify_all()
+
+    def discard(self, connection: Patient) -> None:
+        with self._changed:
+            super().discard(connection)
+            self._changed.notify_all()
+
+    def all_ended(self, added: int) -> bool:
+        """Wait until so many connections were counted, and none is any more."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.added >= added and not self, 10)
+
+
+@dataclass(frozen=True)
+class Served:
+    """uvicorn with both ports over TLS, in a thread, before the application ``inside``."""
+
+    public: int
+    private: int
+    authority: Path
+    inside: Inside
+    connections: Connections
+
+    def connect(self, port: int | None = None, seconds: float = 10.0) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=str(self.authority))
+        context.check_hostname = False
+        raw = socket.create_connection(("127.0.0.1", port or self.public), seconds)
+        return context.wrap_socket(raw)
+
+    def exchange(self, data: bytes, port: int | None = None) -> bytes:
+        """Send, and read until the server closes the connection."""
+        with self.connect(port) as connection:
+            send(connection, data)
+            return read_all(connection)
+
+
+@pytest.fixture
+def served(kits: Path, registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    connections, inside, kit = Connections(), Inside(), kits / "server"
+    monkeypatch.setattr(Patient, "_open", connections)
+    monkeypatch.setattr(Patient, "_logged", {})
+    doors = Doors("127.0.0.1", free_port(), free_port(), "", registry)
+    options = {
+        **{"host": "127.0.0.1", "port": doors.control, "lifespan": "off", "log_config": None},
+        **{"ssl_keyfile": kit / "server.key", "ssl_certfile": kit / "server.crt"},
+        "timeout_graceful_shutdown": 5,
+    }
+    app = FrontDoor(inside, registry, doors.port)
+    running, sockets = server.superlink._server(app, doors, options)
+    running.config.load()  # here, so that an error of it is the test's
+    for each in sockets:
+        each.listen()  # so that nobody needs to wait for the thread
+    thread = threading.Thread(target=running.run, kwargs={"sockets": sockets})
+    thread.start()
+    yield Served(doors.port, doors.control, kit / "ca.crt", inside, connections)
+    running.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def send(connection: ssl.SSLSocket, data: bytes) -> None:
+    """Send what the other end accepts before it closes."""
+    with suppress(ConnectionError, ssl.SSLError):
+        connection.sendall(data)
+
+
+def read_all(connection: ssl.SSLSocket) -> bytes:
+    """Read until the other end closes; a timeout is an error."""
+    read = b""
+    with suppress(ConnectionError, ssl.SSLError):
+        while part := connection.recv(65536):
+            read += part
+    return read
+
+
+ABOUT_REQUEST = f"GET {ABOUT} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+UPGRADE = ABOUT_REQUEST[:-2] + (
+    b"Connection: Upgrade\r\nUpgrade: %s\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+ENDLESS_HEAD = ABOUT_REQUEST[:-2] + b"X: "
+
+
+def about_request_of(size: int) -> bytes:
+    return ENDLESS_HEAD + b"a" * (size - len(ENDLESS_HEAD) - 4) + b"\r\n\r\n"
+
+
+def signed_request(kits: Path, *lines: bytes) -> bytes:
+    """The head of a site's request."""
+    headers = [
+        name.encode() + b": " + value for name, value in signed(key_of(kits, "site-a")).items()
+    ]
+    first = b"POST /v1/fleet/push-object HTTP/1.1"
+    return b"\r\n".join([first, b"Host: x", *headers, *lines, b"", b""])
+
+
+def test_request_head_at_the_limit_is_served(served: Served) -> None:
+    request = about_request_of(MOST_HEAD)
+    assert len(request) == MOST_HEAD
+    assert served.exchange(request).startswith(b"HTTP/1.1 200")
+
+
+def test_request_head_over_the_limit_is_closed(served: Served, caplog) -> None:
+    assert served.exchange(about_request_of(MOST_HEAD + 1)) == b""
+    assert served.exchange(b"\r\n" * MOST_HEAD) == b""
+    assert caplog.text.count("closed a connection of 127.0.0.1: a head of more than") == 1
+
+
+def test_request_head_over_the_limit_is_served_on_loopback(served: Served) -> None:
+    request = about_request_of(3 * MOST_HEAD)
+    answer = served.exchange(request[:-2] + b"Connection: close\r\n\r\n", served.private)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert served.connections.added == 0
+
+
+@pytest.mark.parametrize("earlier_requests", [0, 1])
+def test_request_head_trickled_too_long_is_closed(
+    served: Served, kits: Path, monkeypatch, earlier_requests: int
+) -> None:
+    monkeypatch.setattr("server.superlink.HEAD_S", 1.0)
+    with served.connect() as connection:
+        for _ in range(earlier_requests):
+            connection.sendall(signed_request(kits, b"Content-Length: 0"))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            while not connection.recv(65536).endswith(b"0\r\n\r\n"):
+                pass
+        began = time.monotonic()
+        connection.sendall(ENDLESS_HEAD)
+        while not select.select([connection], [], [], 0.2)[0]:
+            assert time.monotonic() - began < 6
+            send(connection, b"a")
+        assert read_all(connection) == b""
+    assert time.monotonic() - began > 0.5
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        pytest.param(b"1;" + b"x" * MOST_HEAD * 2, id="one-extension"),
+        pytest.param((b"1;" + b"x" * 1000 + b"\r\na\r\n") * 200, id="many-extensions"),
+        pytest.param(b"1\r\na\r\n" * 40_000, id="tiny-chunks"),
+        pytest.param(b"0\r\nX: " + b"x" * MOST_HEAD * 2, id="one-trailer"),
+        pytest.param(b"0\r\n" + b"X: x\r\n" * 40_000, id="many-trailers"),
+    ],
+)
+def test_chunk_overhead_over_the_limit_is_closed(served: Served, kits: Path, flood: bytes) -> None:
+    head = signed_request(kits, b"Transfer-Encoding: chunked")
+    assert served.exchange(head + flood) == b""
+    assert served.connections.all_ended(1)
+
+
+def test_about_during_endless_heads_answers_within_a_second(served: Served) -> None:
+    began = threading.Barrier(5)
+
+    def attack() -> bool:
+        """Whether the server closed the connection, before 50 MB and 20 s."""
+        ends = time.monotonic() + 20
+        with served.connect() as connection:
+            connection.sendall(ENDLESS_HEAD)
+            began.wait()
+            with suppress(ConnectionError, ssl.SSLError):
+                for _ in range(50):
+                    connection.sendall(b"a" * 1_000_000)
+                    if time.monotonic() > ends:
+                        break
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as attackers:
+        attacks = [attackers.submit(attack) for _ in range(4)]
+        began.wait()
+        slowest = 0.0
+        while True:
+            asked = time.monotonic()
+            assert served.exchange(ABOUT_REQUEST).startswith(b"HTTP/1.1 200")
+            slowest = max(slowest, time.monotonic() - asked)
+            if all(each.done() for each in attacks):
+                break
+    assert all(each.result() for each in attacks)
+    assert slowest < 1
+
+
+def reset(connection: ssl.SSLSocket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def break_tls(connection: ssl.SSLSocket) -> None:
+    os.write(connection.fileno(), b"not a TLS record, and longer than the head of one")
+    read_all(connection)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(lambda connection: None, id="closed"),
+        pytest.param(lambda connection: connection.unwrap(), id="closed-in-order"),
+        pytest.param(reset, id="reset"),
+        pytest.param(break_tls, id="not-tls"),
+        *(
+            pytest.param(
+                lambda connection, data=data: (send(connection, data), read_all(connection)),
+                id=name,
+            )
+            for name, data in {
+                "answered": ABOUT_REQUEST,
+                "websocket": UPGRADE % b"websocket",
+                "h2c": UPGRADE % b"h2c",
+                "connect": b"CONNECT localhost:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+                "malformed": b"not HTTP\r\n\r\n",
+                "large-head": ENDLESS_HEAD + b"a" * MOST_HEAD,
+            }.items()
+        ),
+    ],
+)
+def test_connection_count_after_any_end_is_zero(served: Served, end) -> None:
+    with served.connect() as connection:
+        end(connection)
+    assert served.connections.all_ended(1)
+
+
+def test_websocket_upgrades_by_the_thousand_leave_no_trace(served: Served, caplog) -> None:
+    for _ in range(MOST_CONNECTIONS + 1):
+        answer = served.exchange(UPGRADE % b"websocket")
+        assert answer.startswith(b"HTTP/1.1 400"), answer
+    assert served.exchange(ABOUT_REQUEST).startswith(b"HTTP/1.1 200")
+    assert served.connections.all_ended(MOST_CONNECTIONS + 2)
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert "one that changes the protocol, from 127.0.0.1" in caplog.text
+
+
+def test_malformed_requests_are_answered_and_logged_once(served: Served, caplog) -> None:
+    for request in (b"not HTTP\r\n\r\n", b"GET \xff HTTP/1.1\r\n\r\n", b"GET / HTTP/9\r\n\r\n"):
+        assert served.exchange(request).startswith(b"HTTP/1.1 400")
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+
+
+def test_upgrade_on_loopback_is_refused(served: Served) -> None:
+    answer = served.exchange(UPGRADE % b"websocket", served.private)
+    assert answer.startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("limit", ["MOST_CONNECTIONS", "MOST_CONNECTIONS_EACH"])
+@pytest.mark.parametrize("closing", [True, False])
+def test_connections_that_are_closing_do_not_count_at_the_limit(
+    served: Served, monkeypatch, limit: str, closing: bool
+) -> None:
+    monkeypatch.setattr(f"server.superlink.{limit}", 2)
+    aborted: list[int] = []
+    for number in range(2):
+        transport = SimpleNamespace(
+            is_closing=lambda: closing, abort=lambda number=number: aborted.append(number)
+        )
+        other = type("Other", (), {"_address": "127.0.0.1", "transport": transport})()
+        served.connections.add(other)
+    answer = served.exchange(ABOUT_REQUEST)
+    assert answer.startswith(b"HTTP/1.1 200") == closing
+    assert sorted(aborted) == ([0, 1] if closing else [])
+
+
+def test_pipelined_requests_are_all_served(served: Served, kits: Path) -> None:
+    request = signed_request(kits, b"Content-Length: 3") + b"abc"
+    last = signed_request(kits, b"Content-Length: 3", b"Connection: close") + b"abc"
+    count = 3 * MOST_HEAD // len(request)  # more than one head may have
+    answer = served.exchange(request * count + last)
+    assert answer.count(b"HTTP/1.1 200") == count + 1
+    assert served.inside.got == 3 * (count + 1)
+
+
+@pytest.mark.parametrize("chunk", [None, 4096])
+def test_signed_body_of_5_mb_is_received(served: Served, kits: Path, chunk: int | None) -> None:
+    body = os.urandom(5_000_000)
+    if chunk is None:
+        data = signed_request(kits, b"Connection: close", b"Content-Length: 5000000") + body
+    else:
+        parts = [body[at : at + chunk] for at in range(0, len(body), chunk)]
+        data = signed_request(kits, b"Connection: close", b"Transfer-Encoding: chunked")
+        data += b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    answer = served.exchange(data)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert served.inside.got == len(body)
