@@ -5,9 +5,9 @@ site's code knows no simulation; that a simulated site without data is a phantom
 arranged here.
 """
 
-from client.app import Simulated, client_app
-from server.app import server_app
-from simulation.sites import ledger_folder, memory_folder, phantom_root
+from polyclinic.client.app import Simulated, client_app
+from polyclinic.server.app import server_app
+from polyclinic.simulation.sites import ledger_folder, memory_folder, phantom_root
 
 server = server_app()
 client = client_app(Simulated(phantom_root, ledger_folder, memory_folder))

@@ -22,10 +22,10 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.dataset import SiteData
-from client.device import DeviceError, find_device
-from client.evaluate import EvaluationError, evaluate
-from client.gate import (
+from polyclinic.client.dataset import SiteData
+from polyclinic.client.device import DeviceError, find_device
+from polyclinic.client.evaluate import EvaluationError, evaluate
+from polyclinic.client.gate import (
     UNNAMED,
     Decline,
     check_evaluation,
@@ -39,11 +39,11 @@ from client.gate import (
     told_reason,
     told_sums,
 )
-from client.ledger import LedgerError
-from client.manifest import DataError
-from client.memory import SiteMemory
-from client.outgoing import write_down
-from client.records import (
+from polyclinic.client.ledger import LedgerError
+from polyclinic.client.manifest import DataError
+from polyclinic.client.memory import SiteMemory
+from polyclinic.client.outgoing import write_down
+from polyclinic.client.records import (
     ProtocolError,
     Request,
     declined,
@@ -56,8 +56,8 @@ from client.records import (
     sent,
     train_reply,
 )
-from client.release import own_release
-from client.site import (
+from polyclinic.client.release import own_release
+from polyclinic.client.site import (
     SITE_CONFIG,
     PhantomRoot,
     Site,
@@ -68,15 +68,15 @@ from client.site import (
     open_site,
     standing,
 )
-from client.split_key import SplitKeyError
-from client.train import Proximal, Round, TrainingError, train_one_round
-from configs import VERSION, wire
-from configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
-from mtl_model.backbone import BackboneError
-from mtl_model.distance import DistanceError, check_distances
-from mtl_model.network import MultiTaskUNet, network_of
-from mtl_model.packing import Layout
-from mtl_model.personal import personal_names
+from polyclinic.client.split_key import SplitKeyError
+from polyclinic.client.train import Proximal, Round, TrainingError, train_one_round
+from polyclinic.configs import VERSION, wire
+from polyclinic.configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
+from polyclinic.mtl_model.backbone import BackboneError
+from polyclinic.mtl_model.distance import DistanceError, check_distances
+from polyclinic.mtl_model.network import MultiTaskUNet, network_of
+from polyclinic.mtl_model.packing import Layout
+from polyclinic.mtl_model.personal import personal_names
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _train(asked: Asked) -> Answer:
             proximal=proximal,
         )
     else:
-        from client.budget import train_within_budget  # Opacus takes a second to import
+        from polyclinic.client.budget import train_within_budget  # Opacus takes a second to import
 
         result, spending = train_within_budget(
             model, examples, where, declared, config, policy, device, proximal

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from configs.credentials import now_utc
-from configs.release import Release, open_release
-from configs.run import ConfigError
+from polyclinic.configs.credentials import now_utc
+from polyclinic.configs.release import Release, open_release
+from polyclinic.configs.run import ConfigError
 
 FOLDER = "releases"
 

@@ -6,16 +6,16 @@ from functools import lru_cache
 
 import torch
 
-from client.accounting import Spent, noise_for
-from client.dataset import Examples
-from client.gate import Decline, check_noise, check_steps, check_unit
-from client.ledger import BudgetExceeded, Cohort, Ledger
-from client.privacy import Adaptation, Mechanism, sampling, train_one_round_privately
-from client.site import Spending, Standing
-from client.train import NO_PULL, Proximal, Round, TrainResult
-from configs.run import PrivacyConfig, RunConfig, TrainConfig
-from configs.site import PolicyConfig
-from mtl_model.network import MultiTaskUNet
+from polyclinic.client.accounting import Spent, noise_for
+from polyclinic.client.dataset import Examples
+from polyclinic.client.gate import Decline, check_noise, check_steps, check_unit
+from polyclinic.client.ledger import BudgetExceeded, Cohort, Ledger
+from polyclinic.client.privacy import Adaptation, Mechanism, sampling, train_one_round_privately
+from polyclinic.client.site import Spending, Standing
+from polyclinic.client.train import NO_PULL, Proximal, Round, TrainResult
+from polyclinic.configs.run import PrivacyConfig, RunConfig, TrainConfig
+from polyclinic.configs.site import PolicyConfig
+from polyclinic.mtl_model.network import MultiTaskUNet
 
 
 def train_within_budget(

@@ -12,14 +12,21 @@ from typing import Annotated, Any
 
 import typer
 
-from client.chain import Entry
-from client.ledger import LEDGER, Account, Round, lower_delta, read_accounts, verify_ledger
-from client.outgoing import OUTGOING, read_outgoing
-from client.release import own_release
-from configs.ports import SITE_HEALTH
-from configs.release import check_signature, read_release
-from configs.run import ConfigError
-from configs.site import read_site_config
+from polyclinic.client.chain import Entry
+from polyclinic.client.ledger import (
+    LEDGER,
+    Account,
+    Round,
+    lower_delta,
+    read_accounts,
+    verify_ledger,
+)
+from polyclinic.client.outgoing import OUTGOING, read_outgoing
+from polyclinic.client.release import own_release
+from polyclinic.configs.ports import SITE_HEALTH
+from polyclinic.configs.release import check_signature, read_release
+from polyclinic.configs.run import ConfigError
+from polyclinic.configs.site import read_site_config
 
 app = typer.Typer()
 site = typer.Typer(help="Look after a site.", no_args_is_help=True)
@@ -59,9 +66,9 @@ def predict(
     from rich.console import Console
     from rich.progress import track
 
-    from client.predict import images_in, write_predictions
-    from client.predict import predict as predict_each
-    from mtl_model.saved import open_model
+    from polyclinic.client.predict import images_in, write_predictions
+    from polyclinic.client.predict import predict as predict_each
+    from polyclinic.mtl_model.saved import open_model
 
     found = images_in(images)
     opened = open_model(path)
@@ -258,7 +265,7 @@ def keygen(
 
     The private key never leaves the site. Copy it beside the kit's site.yaml as site.key.
     """
-    from client.keys import make_key
+    from polyclinic.client.keys import make_key
 
     path, line = make_key(out)
     typer.echo(f"private key: {path}", err=True)
@@ -283,7 +290,7 @@ def approve(
     Without a file: list what is approved. Where site.yaml has a release-signer, RELEASE.fab.sig
     must lie beside the file. Exit status: 1 if you say no.
     """
-    from client.approval import Approvals, changes, visible
+    from polyclinic.client.approval import Approvals, changes, visible
 
     config = read_site_config(site_file)
     approvals = Approvals(config.state)
@@ -337,10 +344,10 @@ def preflight_command(
     Not while the site is connected: the coordinator is asked with the site's own key. Exit status:
     1 if anything fails.
     """
-    from client.preflight import preflight
-    from client.supernode import knock
-    from configs.checks import failed, tell
-    from configs.run import load_run_config
+    from polyclinic.client.preflight import preflight
+    from polyclinic.client.supernode import knock
+    from polyclinic.configs.checks import failed, tell
+    from polyclinic.configs.run import load_run_config
 
     looks = preflight(site_file, load_run_config(preset, ()).data, knock)
     if failed(tell(looks, typer.echo, as_json)):
@@ -356,8 +363,8 @@ def start(
     Looks at everything first, as preflight does. Only approved releases run. Ends with a status
     that is not 0 when the connection is lost for good; have it started again (compose, systemd).
     """
-    from client.start import start_site
-    from configs.run import load_run_config
+    from polyclinic.client.start import start_site
+    from polyclinic.configs.run import load_run_config
 
     start_site(site_file, load_run_config(preset, ()).data, health, typer.echo)
 
@@ -365,7 +372,7 @@ def start(
 @site.command("health")
 def health_command(site_file: SiteFile, health: HealthOption = SITE_HEALTH) -> None:
     """Whether this site runs and hears its coordinator. Exit status: 1 if not."""
-    from client.start import site_health
+    from polyclinic.client.start import site_health
 
     trouble = site_health(read_site_config(site_file), health)
     typer.echo(trouble or "well")
@@ -376,7 +383,7 @@ def health_command(site_file: SiteFile, health: HealthOption = SITE_HEALTH) -> N
 @site.command()
 def status(site_file: SiteFile, as_json: JsonOption = False) -> None:
     """Show what this site is doing, what it allows, and what is left of its budget."""
-    from client.status import site_status
+    from polyclinic.client.status import site_status
 
     found = site_status(read_site_config(site_file))
     if as_json:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from client.augment import Augmentation
-from client.manifest import MASK_OF, DataError, Manifest, Row
-from client.pixels import Pixels, Unusable, read_pixels
-from client.split import split_rows
-from configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig
-from mtl_model.losses import Targets
-from mtl_model.tasks import Task
+from polyclinic.client.augment import Augmentation
+from polyclinic.client.manifest import MASK_OF, DataError, Manifest, Row
+from polyclinic.client.pixels import Pixels, Unusable, read_pixels
+from polyclinic.client.split import split_rows
+from polyclinic.configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig
+from polyclinic.mtl_model.losses import Targets
+from polyclinic.mtl_model.tasks import Task
 
 
 @dataclass(frozen=True)

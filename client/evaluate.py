@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader
 
-from client.dataset import ExampleDataset, Examples, to_batch
-from client.device import dtype_of
-from configs.run import DataConfig
-from mtl_model.inference import InferenceForm
-from mtl_model.measure import NotFiniteError, batch_sums
-from mtl_model.network import MultiTaskUNet
-from mtl_model.sums import Classes, MetricSums, empty_sums
+from polyclinic.client.dataset import ExampleDataset, Examples, to_batch
+from polyclinic.client.device import dtype_of
+from polyclinic.configs.run import DataConfig
+from polyclinic.mtl_model.inference import InferenceForm
+from polyclinic.mtl_model.measure import NotFiniteError, batch_sums
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.sums import Classes, MetricSums, empty_sums
 
 
 class EvaluationError(RuntimeError):

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client.dataset import Examples, SiteData
-from configs.run import DataConfig, PrivacyConfig, RunConfig
-from configs.site import BudgetConfig, PolicyConfig, SiteConfig, opening_hours
-from mtl_model.packing import Packed
-from mtl_model.sums import MetricSums
+from polyclinic.client.dataset import Examples, SiteData
+from polyclinic.configs.run import DataConfig, PrivacyConfig, RunConfig
+from polyclinic.configs.site import BudgetConfig, PolicyConfig, SiteConfig, opening_hours
+from polyclinic.mtl_model.packing import Packed
+from polyclinic.mtl_model.sums import MetricSums
 
 
 class Decline(Exception):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from opacus.grad_sample.utils import register_grad_sampler
 from torch import Tensor, nn
 
-from mtl_model.attention import RelativePositionBias
-from mtl_model.uncertainty import LogVariance
+from polyclinic.mtl_model.attention import RelativePositionBias
+from polyclinic.mtl_model.uncertainty import LogVariance
 
 GradSamples = dict[Tensor, Tensor]
 

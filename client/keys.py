@@ -8,8 +8,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from configs.credentials import public_line
-from configs.run import ConfigError
+from polyclinic.configs.credentials import public_line
+from polyclinic.configs.run import ConfigError
 
 FILE = "site.key"
 

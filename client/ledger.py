@@ -26,9 +26,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-from client import accounting
-from client.accounting import Spent
-from client.chain import Chain, Entry, Head, LedgerError, LedgerTampered
+from polyclinic.client import accounting
+from polyclinic.client.accounting import Spent
+from polyclinic.client.chain import Chain, Entry, Head, LedgerError, LedgerTampered
 
 LEDGER = "ledger.db"  # in a site's state folder
 ACCOUNTANTS_DIFFER = 0.01  # relative, between what was computed then and what is computed now

@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mtl_model.packing import Layout, Packed
+from polyclinic.mtl_model.packing import Layout, Packed
 
 log = logging.getLogger(__name__)
 

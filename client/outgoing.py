@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.chain import Chain
+from polyclinic.client.chain import Chain
 
 OUTGOING = "outgoing.db"  # in a site's state folder
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.manifest import Row
-from configs.run import DataConfig
+from polyclinic.client.manifest import Row
+from polyclinic.configs.run import DataConfig
 
 # A corrupt file shows as any of these, depending on where Pillow meets it.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)

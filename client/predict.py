@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from client.dataset import normalised
-from client.pixels import Picture, Unusable, read_picture
-from configs import VERSION
-from configs.passport import outputs
-from configs.run import ConfigError, DataConfig
-from mtl_model.measure import predicted_masks
-from mtl_model.saved import SavedModel
+from polyclinic.client.dataset import normalised
+from polyclinic.client.pixels import Picture, Unusable, read_picture
+from polyclinic.configs import VERSION
+from polyclinic.configs.passport import outputs
+from polyclinic.configs.run import ConfigError, DataConfig
+from polyclinic.mtl_model.measure import predicted_masks
+from polyclinic.mtl_model.saved import SavedModel
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 PREDICTIONS = "predictions.json"

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from client.approval import Approvals
-from client.chain import LedgerError
-from client.ledger import LEDGER, read_accounts
-from client.manifest import DataError, read_site
-from client.split_key import SPLIT_KEY, split_key
-from configs import VERSION
-from configs.checks import Check, ok, see_validity
-from configs.credentials import (
+from polyclinic.client.approval import Approvals
+from polyclinic.client.chain import LedgerError
+from polyclinic.client.ledger import LEDGER, read_accounts
+from polyclinic.client.manifest import DataError, read_site
+from polyclinic.client.split_key import SPLIT_KEY, split_key
+from polyclinic.configs import VERSION
+from polyclinic.configs.checks import Check, ok, see_validity
+from polyclinic.configs.credentials import (
     key_of,
     name_of,
     now_utc,
@@ -28,10 +28,23 @@ from configs.credentials import (
     validity_of,
     vouched_for,
 )
-from configs.machine import see_address, see_disk, see_memory, see_shared_memory, see_writable
-from configs.reach import ask_about, compare_clocks, connect, resolve, see_proxy, shake_hands
-from configs.run import ConfigError, DataConfig
-from configs.site import CoordinatorConfig, SiteConfig, read_site_config
+from polyclinic.configs.machine import (
+    see_address,
+    see_disk,
+    see_memory,
+    see_shared_memory,
+    see_writable,
+)
+from polyclinic.configs.reach import (
+    ask_about,
+    compare_clocks,
+    connect,
+    resolve,
+    see_proxy,
+    shake_hands,
+)
+from polyclinic.configs.run import ConfigError, DataConfig
+from polyclinic.configs.site import CoordinatorConfig, SiteConfig, read_site_config
 
 Knock = Callable[[CoordinatorConfig], str]
 RENEW = "ask the coordinator for a new kit"
@@ -111,7 +124,7 @@ def _gpu() -> Check:
 
 def _images(site: SiteConfig, data: DataConfig) -> Iterator[Check]:
     """Every image and mask, read as training reads them."""
-    from client.dataset import read_or_reason  # brings torch
+    from polyclinic.client.dataset import read_or_reason  # brings torch
 
     try:
         manifest = read_site(site.data_root, site.name)

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from client.augment import Augmentation
-from client.dataset import ExampleDataset, Examples, to_batch
-from client.device import autocast
-from client.train import (
+from polyclinic.client.augment import Augmentation
+from polyclinic.client.dataset import ExampleDataset, Examples, to_batch
+from polyclinic.client.device import autocast
+from polyclinic.client.train import (
     NO_PULL,
     Proximal,
     Round,
@@ -35,11 +35,11 @@ from client.train import (
     class_weights_of,
     learning_rate,
 )
-from client.unit_gradients import units_of_network
-from configs.run import DataConfig, LossConfig, PrivacyConfig, TrainConfig
-from mtl_model.losses import multi_task_loss
-from mtl_model.network import MultiTaskUNet
-from mtl_model.tasks import Task, group_of
+from polyclinic.client.unit_gradients import units_of_network
+from polyclinic.configs.run import DataConfig, LossConfig, PrivacyConfig, TrainConfig
+from polyclinic.mtl_model.losses import multi_task_loss
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.tasks import Task, group_of
 
 Places = NDArray[np.int64]  # of examples, in their split
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from client.dataset import Examples, SiteData
-from client.gate import told_counts, told_skipped
-from client.outgoing import Sent
-from client.site import Spending, Standing
-from client.train import TrainResult
-from configs import wire
-from configs.site import PolicyConfig
-from mtl_model.packing import Layout, Packed
-from mtl_model.sums import MetricSums
-from mtl_model.tasks import TASKS
+from polyclinic.client.dataset import Examples, SiteData
+from polyclinic.client.gate import told_counts, told_skipped
+from polyclinic.client.outgoing import Sent
+from polyclinic.client.site import Spending, Standing
+from polyclinic.client.train import TrainResult
+from polyclinic.configs import wire
+from polyclinic.configs.site import PolicyConfig
+from polyclinic.mtl_model.packing import Layout, Packed
+from polyclinic.mtl_model.sums import MetricSums
+from polyclinic.mtl_model.tasks import TASKS
 
 MetricRecordValues = int | float | list[int] | list[float]
 

@@ -11,11 +11,16 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from configs.release import PROJECT, digest_of
-from configs.run import ConfigError
+from polyclinic.configs.release import PROJECT, digest_of
+from polyclinic.configs.run import ConfigError
 
 ROOMS = ("client", "configs", "mtl_model", "server", "simulation")
-BESIDE = ("LICENSE", "apps.py", PROJECT)  # of a folder's other files, what a packed app holds
+BESIDE = (
+    "LICENSE",
+    "apps.py",
+    "polyclinic.py",
+    PROJECT,
+)  # of a folder's other files, what a packed app holds
 
 
 @lru_cache(maxsize=1)
@@ -32,7 +37,7 @@ def release_of_folder(root: Path) -> str:
     """
     paths = [root / name for name in BESIDE]
     for room in ROOMS:
-        paths += [p for p in (root / room).glob("*") if p.suffix in (".py", ".toml")]
+        paths += [p for p in (root / room).rglob("*") if p.suffix in (".py", ".toml")]
     try:
         return digest_of({p.relative_to(root).as_posix(): p.read_bytes() for p in paths})
     except FileNotFoundError as error:

@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from client.dataset import SiteData, load_site
-from client.gate import OPEN, permitted
-from client.ledger import LEDGER
-from client.manifest import DataError, Manifest, chosen_sites, read_site, read_sites
-from client.split_key import split_key
-from configs import wire
-from configs.run import ConfigError, DataConfig, PhantomConfig, RunConfig
-from configs.site import BudgetConfig, CohortConfig, PolicyConfig, SiteConfig, read_site_config
+from polyclinic.client.dataset import SiteData, load_site
+from polyclinic.client.gate import OPEN, permitted
+from polyclinic.client.ledger import LEDGER
+from polyclinic.client.manifest import DataError, Manifest, chosen_sites, read_site, read_sites
+from polyclinic.client.split_key import split_key
+from polyclinic.configs import wire
+from polyclinic.configs.run import ConfigError, DataConfig, PhantomConfig, RunConfig
+from polyclinic.configs.site import (
+    BudgetConfig,
+    CohortConfig,
+    PolicyConfig,
+    SiteConfig,
+    read_site_config,
+)
 
 SITE_CONFIG = "site-config"
 PARTITION = "partition-id"

@@ -6,9 +6,9 @@ import hashlib
 import hmac
 from collections.abc import Callable, Sequence
 
-from client.manifest import DataError, Manifest, Row
-from configs import wire
-from configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig, LabelKind
+from polyclinic.client.manifest import DataError, Manifest, Row
+from polyclinic.configs import wire
+from polyclinic.configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig, LabelKind
 
 Splits = dict[str, list[Row]]
 Groups = dict[str, list[Row]]

@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from client.preflight import preflight
-from configs.checks import failures, tell
-from configs.credentials import now_utc
-from configs.health import ask_health
-from configs.run import ConfigError, DataConfig
-from configs.site import SiteConfig, read_site_config
+from polyclinic.client.preflight import preflight
+from polyclinic.configs.checks import failures, tell
+from polyclinic.configs.credentials import now_utc
+from polyclinic.configs.health import ask_health
+from polyclinic.configs.run import ConfigError, DataConfig
+from polyclinic.configs.site import SiteConfig, read_site_config
 
 SILENCE_S = 180.0  # without a word from the coordinator, while nothing is worked on
 
@@ -29,7 +29,7 @@ def start_site(
     Raises:
         ConfigError: if something fails that would keep the site from working.
     """
-    from client.supernode import knock, start_supernode  # Flower's; seconds to import
+    from polyclinic.client.supernode import knock, start_supernode  # Flower's; seconds to import
 
     wrong = failures(tell(preflight(site_file, data, knock, health), say))
     if wrong:
@@ -43,7 +43,7 @@ def site_health(site: SiteConfig, health: str) -> str:
     A process that lives is not enough: the coordinator must have been heard lately, or the site be
     at work for it.
     """
-    from client.supernode import CONTACT, read_contact
+    from polyclinic.client.supernode import CONTACT, read_contact
 
     trouble = ask_health(health)
     if trouble:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from client.approval import Approvals
-from client.ledger import LEDGER, read_accounts
-from client.outgoing import OUTGOING, read_outgoing
-from client.supernode import CONTACT, read_contact
-from configs import VERSION
-from configs.credentials import now_utc, read_certificate, validity_of
-from configs.site import SiteConfig
+from polyclinic.client.approval import Approvals
+from polyclinic.client.ledger import LEDGER, read_accounts
+from polyclinic.client.outgoing import OUTGOING, read_outgoing
+from polyclinic.client.supernode import CONTACT, read_contact
+from polyclinic.configs import VERSION
+from polyclinic.configs.credentials import now_utc, read_certificate, validity_of
+from polyclinic.configs.site import SiteConfig
 
 
 def site_status(site: SiteConfig) -> dict[str, Any]:

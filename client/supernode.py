@@ -34,12 +34,12 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.approval import Approvals
-from configs import VERSION, wire
-from configs.credentials import now_utc, read_private_key
-from configs.release import open_release
-from configs.run import ConfigError
-from configs.site import CoordinatorConfig, SiteConfig
+from polyclinic.client.approval import Approvals
+from polyclinic.configs import VERSION, wire
+from polyclinic.configs.credentials import now_utc, read_private_key
+from polyclinic.configs.release import open_release
+from polyclinic.configs.run import ConfigError
+from polyclinic.configs.site import CoordinatorConfig, SiteConfig
 
 log = logging.getLogger("flwr.polyclinic")  # beside Flower's own lines
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from client.augment import Augmentation
-from client.dataset import ExampleDataset, Examples, to_batch
-from client.device import autocast, compiled
-from configs.run import DataConfig, LossConfig, TrainConfig
-from mtl_model.losses import Targets, balanced_class_weights, multi_task_loss
-from mtl_model.network import MultiTaskUNet
-from mtl_model.uncertainty import LogVariance
+from polyclinic.client.augment import Augmentation
+from polyclinic.client.dataset import ExampleDataset, Examples, to_batch
+from polyclinic.client.device import autocast, compiled
+from polyclinic.configs.run import DataConfig, LossConfig, TrainConfig
+from polyclinic.mtl_model.losses import Targets, balanced_class_weights, multi_task_loss
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.uncertainty import LogVariance
 
 
 class TrainingError(RuntimeError):

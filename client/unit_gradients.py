@@ -34,7 +34,7 @@ from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-import client.grad_samplers  # noqa: F401 registers the rules that Opacus lacks
+import polyclinic.client.grad_samplers  # noqa: F401 registers the rules that Opacus lacks
 
 Sums = Mapping[nn.Parameter, Tensor]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from configs.credentials import WARN, Validity
+from polyclinic.configs.credentials import WARN, Validity
 
 Level = Literal["OK", "warn", "fail"]
 

@@ -8,9 +8,9 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.ports import PUBLIC
-from configs.run import Section
-from configs.site import NAME, read_yaml
+from polyclinic.configs.ports import PUBLIC
+from polyclinic.configs.run import Section
+from polyclinic.configs.site import NAME, read_yaml
 
 FEDERATION = "federation.yaml"
 RESERVED = ("authority", "pooled", "server")  # stand for something else beside sites' names

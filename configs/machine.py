@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from configs.checks import Check, ok
+from polyclinic.configs.checks import Check, ok
 
 GB = 1e9
 DISK_FAIL, DISK_WARN = 1.0, 10.0  # GB

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs import VERSION
-from configs.run import ConfigError, DataConfig, Flat, RunConfig
+from polyclinic.configs import VERSION
+from polyclinic.configs.run import ConfigError, DataConfig, Flat, RunConfig
 
 EDITION = "1"  # of these entries; a reader refuses one that it does not know
 KEYS = (

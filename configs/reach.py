@@ -12,10 +12,10 @@ from urllib.request import getproxies, proxy_bypass
 
 from cryptography import x509
 
-from configs.checks import Check, ok
-from configs.credentials import WARN, now_utc, validity_of
+from polyclinic.configs.checks import Check, ok
+from polyclinic.configs.credentials import WARN, now_utc, validity_of
 
-ABOUT = "/v1/polyclinic/about"  # answered by server.superlink to whoever asks
+ABOUT = "/v1/polyclinic/about"  # answered by polyclinic.server.superlink to whoever asks
 WAIT_S = 10.0
 CLOCK_WARN_S = 5.0
 CLOCK_FAIL_S = 250.0  # Flower refuses signatures of 300 s or older

@@ -24,7 +24,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from configs.run import ConfigError
+from polyclinic.configs.run import ConfigError
 
 # What reading a file that somebody made up may raise; encrypted entries are RuntimeErrors
 UNREADABLE = (

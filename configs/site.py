@@ -11,8 +11,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from configs.ports import PUBLIC
-from configs.run import ConfigError, DataConfig, LabelKind, Names, Section, kebab
+from polyclinic.configs.ports import PUBLIC
+from polyclinic.configs.run import ConfigError, DataConfig, LabelKind, Names, Section, kebab
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 

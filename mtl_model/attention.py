@@ -19,7 +19,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from mtl_model.blocks import ChannelAttention, recomputed
+from polyclinic.mtl_model.blocks import ChannelAttention, recomputed
 
 TokenMixing = Literal["proper", "published"]
 

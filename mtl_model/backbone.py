@@ -22,7 +22,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtl_model.blocks import NormLayer, recomputed
+from polyclinic.mtl_model.blocks import NormLayer, recomputed
 
 STAGES = 4
 RECOMPUTED_STAGES = 3  # whose activations are large for what it costs to compute them again

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtl_model.blocks import JoinedConv, NormLayer
+from polyclinic.mtl_model.blocks import JoinedConv, NormLayer
 
 
 class DecoderStage(nn.Module):

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mtl_model.blocks import ConvNorm, JoinedConv, NormLayer, SpatialAttention
+from polyclinic.mtl_model.blocks import ConvNorm, JoinedConv, NormLayer, SpatialAttention
 
 
 def build_dfe(

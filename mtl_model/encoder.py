@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mtl_model.attention import SwinLayer, TokenMixing
-from mtl_model.backbone import STAGES, ConvPath
-from mtl_model.blocks import ChannelAttention
+from polyclinic.mtl_model.attention import SwinLayer, TokenMixing
+from polyclinic.mtl_model.backbone import STAGES, ConvPath
+from polyclinic.mtl_model.blocks import ChannelAttention
 
 
 class PatchEmbed(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtl_model.blocks import NormLayer
+from polyclinic.mtl_model.blocks import NormLayer
 
 
 class MultiScaleHead(nn.Module):

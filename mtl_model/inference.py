@@ -11,9 +11,9 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mtl_model.blocks import JoinedConv
-from mtl_model.network import MultiTaskUNet, Prediction
-from mtl_model.tasks import TASKS, Task
+from polyclinic.mtl_model.blocks import JoinedConv
+from polyclinic.mtl_model.network import MultiTaskUNet, Prediction
+from polyclinic.mtl_model.tasks import TASKS, Task
 
 
 class InferenceForm(nn.Module):
@@ -63,7 +63,7 @@ def _fold(parent: nn.Module) -> None:
     answers) and of some of timm's. Others' norms stay: RepViT's, say, takes a sum of convolutions.
     """
     in_sequence = type(parent).forward is nn.Sequential.forward
-    own = type(parent).__module__.startswith("mtl_model.")
+    own = type(parent).__module__.startswith("polyclinic.mtl_model.")
     if not (in_sequence or own or type(parent) in _IN_ORDER):
         return
     before: tuple[str, nn.Conv2d | JoinedConv] | None = None

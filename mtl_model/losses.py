@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.run import LossConfig
-from mtl_model.network import Prediction
+from polyclinic.configs.run import LossConfig
+from polyclinic.mtl_model.network import Prediction
 
 
 class Targets(NamedTuple):

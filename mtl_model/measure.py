@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_model.distance import hausdorff_95
-from mtl_model.losses import Targets, check_shapes
-from mtl_model.network import Prediction
-from mtl_model.sums import (
+from polyclinic.mtl_model.distance import hausdorff_95
+from polyclinic.mtl_model.losses import Targets, check_shapes
+from polyclinic.mtl_model.network import Prediction
+from polyclinic.mtl_model.sums import (
     BINS,
     LARGEST_LOGIT,
     SMALL_LOGIT,

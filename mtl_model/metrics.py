@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mtl_model.sums import BINS, Classes, Floats, MetricSums
+from polyclinic.mtl_model.sums import BINS, Classes, Floats, MetricSums
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.run import DataConfig, LossConfig, ModelConfig
-from mtl_model.backbone import STAGES, build_conv_path
-from mtl_model.blocks import norm_layer
-from mtl_model.decoder import Decoder
-from mtl_model.dfe import build_dfe
-from mtl_model.encoder import ResFormer
-from mtl_model.head import MultiScaleHead
-from mtl_model.tasks import TASKS, Task
-from mtl_model.uncertainty import Uncertainty
+from polyclinic.configs.run import DataConfig, LossConfig, ModelConfig
+from polyclinic.mtl_model.backbone import STAGES, build_conv_path
+from polyclinic.mtl_model.blocks import norm_layer
+from polyclinic.mtl_model.decoder import Decoder
+from polyclinic.mtl_model.dfe import build_dfe
+from polyclinic.mtl_model.encoder import ResFormer
+from polyclinic.mtl_model.head import MultiScaleHead
+from polyclinic.mtl_model.tasks import TASKS, Task
+from polyclinic.mtl_model.uncertainty import Uncertainty
 
 
 class Prediction(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mtl_model.tasks import GROUPS, Group, group_of
+from polyclinic.mtl_model.tasks import GROUPS, Group, group_of
 
 Packed = dict[str, NDArray[Any]]
 

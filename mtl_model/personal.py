@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtl_model.tasks import group_of
+from polyclinic.mtl_model.tasks import group_of
 
 Personal = Literal["none", "norms", "heads"]
 

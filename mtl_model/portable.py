@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtl_model.attention import WindowAttention, offset_index
-from mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.attention import WindowAttention, offset_index
+from polyclinic.mtl_model.network import MultiTaskUNet
 
 
 def portable_form(network: MultiTaskUNet) -> PortableNetwork:

@@ -8,10 +8,10 @@ import timm
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from configs.run import ModelConfig
-from mtl_model.backbone import build_conv_path, names_of_path, timm_model
-from mtl_model.blocks import norm_layer
-from mtl_model.network import MultiTaskUNet
+from polyclinic.configs.run import ModelConfig
+from polyclinic.mtl_model.backbone import build_conv_path, names_of_path, timm_model
+from polyclinic.mtl_model.blocks import norm_layer
+from polyclinic.mtl_model.network import MultiTaskUNet
 
 PRETRAINED_CHANNELS = 3  # of the images that published weights were learned from
 _SHOWN = 5  # names in a message

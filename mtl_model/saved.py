@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from configs.passport import KEYS, ModelFileError, Passport
-from mtl_model.backbone import BackboneError
-from mtl_model.network import MultiTaskUNet, network_of
-from mtl_model.packing import Layout
+from polyclinic.configs.passport import KEYS, ModelFileError, Passport
+from polyclinic.mtl_model.backbone import BackboneError
+from polyclinic.mtl_model.network import MultiTaskUNet, network_of
+from polyclinic.mtl_model.packing import Layout
 
 Format = Literal["safetensors", "onnx", "torchscript"]
 SUFFIXES: dict[str, Format] = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.run import DataConfig, LossConfig, ModelConfig
-from mtl_model.network import MultiTaskUNet, network_of
+from polyclinic.configs.run import DataConfig, LossConfig, ModelConfig
+from polyclinic.mtl_model.network import MultiTaskUNet, network_of
 
 Shape = tuple[int, ...]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.run import DataConfig
+from polyclinic.configs.run import DataConfig
 
 Floats = NDArray[np.float64]
 

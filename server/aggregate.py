@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mtl_model.packing import Packed, group_of_key
-from mtl_model.tasks import Group
+from polyclinic.mtl_model.packing import Packed, group_of_key
+from polyclinic.mtl_model.tasks import Group
 
 _CHUNK = 1 << 16  # values at once, so that what is in between stays in a core's cache
 

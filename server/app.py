@@ -17,26 +17,31 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from configs import VERSION
-from configs.run import RoundsConfig, RunConfig
-from mtl_model.backbone import BackboneError
-from mtl_model.metrics import Metrics
-from mtl_model.network import MultiTaskUNet
-from mtl_model.pretrained import PretrainedError
-from server.central import CentralPrivacy, noise_to_update, refuse_integers, sites_by_group
-from server.checkpoint import ResumeError, ServerState, load_latest
-from server.events import Events
-from server.federation import Door, Federation, RunRefused
-from server.folder import RunFolder, to_toml, write_atomically, write_json
-from server.history import Line
-from server.initial import initial_network
-from server.logs import log_to_stream
-from server.records import RunIdentity, question
-from server.report import class_tables, metrics_table, withheld_text
-from server.resume import resumed_config
-from server.rounds import Evaluation, Rounds
-from server.site_reports import SiteReport
-from server.weights import Parts
+from polyclinic.configs import VERSION
+from polyclinic.configs.run import RoundsConfig, RunConfig
+from polyclinic.mtl_model.backbone import BackboneError
+from polyclinic.mtl_model.metrics import Metrics
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.pretrained import PretrainedError
+from polyclinic.server.central import (
+    CentralPrivacy,
+    noise_to_update,
+    refuse_integers,
+    sites_by_group,
+)
+from polyclinic.server.checkpoint import ResumeError, ServerState, load_latest
+from polyclinic.server.events import Events
+from polyclinic.server.federation import Door, Federation, RunRefused
+from polyclinic.server.folder import RunFolder, to_toml, write_atomically, write_json
+from polyclinic.server.history import Line
+from polyclinic.server.initial import initial_network
+from polyclinic.server.logs import log_to_stream
+from polyclinic.server.records import RunIdentity, question
+from polyclinic.server.report import class_tables, metrics_table, withheld_text
+from polyclinic.server.resume import resumed_config
+from polyclinic.server.rounds import Evaluation, Rounds
+from polyclinic.server.site_reports import SiteReport
+from polyclinic.server.weights import Parts
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from configs.credentials import now_utc
-from configs.federation import is_ip
+from polyclinic.configs.credentials import now_utc
+from polyclinic.configs.federation import is_ip
 
 AUTHORITY_DAYS = 3650
 BACKDATED = timedelta(hours=1)  # clocks of sites may be a little behind

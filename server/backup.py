@@ -11,8 +11,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from configs.run import ConfigError
-from server.start import DATABASE
+from polyclinic.configs.run import ConfigError
+from polyclinic.server.start import DATABASE
 
 RUNS = "runs"
 

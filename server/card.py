@@ -13,17 +13,17 @@ from typing import Any
 
 from rich.table import Table
 
-from configs import wire
-from configs.passport import outputs, preprocessing
-from configs.run import RunConfig, load_run_config
-from mtl_model.metrics import Metrics
-from mtl_model.sums import BINS
-from server.central_account import read_releases
-from server.export import Exported
-from server.folder import RunFolder
-from server.history import POOLED, read_history
-from server.report import class_tables, metrics_table
-from server.snippet import snippet
+from polyclinic.configs import wire
+from polyclinic.configs.passport import outputs, preprocessing
+from polyclinic.configs.run import RunConfig, load_run_config
+from polyclinic.mtl_model.metrics import Metrics
+from polyclinic.mtl_model.sums import BINS
+from polyclinic.server.central_account import read_releases
+from polyclinic.server.export import Exported
+from polyclinic.server.folder import RunFolder
+from polyclinic.server.history import POOLED, read_history
+from polyclinic.server.report import class_tables, metrics_table
+from polyclinic.server.snippet import snippet
 
 OWNER = "**To be filled in by the model's owner:**"
 

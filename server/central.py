@@ -45,14 +45,19 @@ from flwr.serverapp.strategy import (
 from numpy.random import mtrand
 from numpy.typing import NDArray
 
-from configs import wire
-from configs.run import CentralConfig
-from mtl_model.packing import Packed, group_of_key
-from mtl_model.tasks import Group
-from server.aggregate import Contribution, average_by_task
-from server.central_account import Release, central_epsilon, read_releases, write_releases
-from server.site_reports import SiteReport
-from server.strategies import AverageByTask, message_of, packed_of, record_of
+from polyclinic.configs import wire
+from polyclinic.configs.run import CentralConfig
+from polyclinic.mtl_model.packing import Packed, group_of_key
+from polyclinic.mtl_model.tasks import Group
+from polyclinic.server.aggregate import Contribution, average_by_task
+from polyclinic.server.central_account import (
+    Release,
+    central_epsilon,
+    read_releases,
+    write_releases,
+)
+from polyclinic.server.site_reports import SiteReport
+from polyclinic.server.strategies import AverageByTask, message_of, packed_of, record_of
 
 log = logging.getLogger(__name__)
 

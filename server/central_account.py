@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from server.folder import write_json
+from polyclinic.server.folder import write_json
 
 PRECISION = 1e-9  # relative; the epsilon that is found lies above the true one
 _HOPELESS = 1e12  # of epsilon: from here on e^epsilon's digits are lost, and nobody misses them

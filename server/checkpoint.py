@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from configs import VERSION
-from configs.run import RunConfig
-from mtl_model.network import MultiTaskUNet
-from mtl_model.packing import Layout, Packed
-from server.folder import RunFolder, write_atomically, write_json
+from polyclinic.configs import VERSION
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.packing import Layout, Packed
+from polyclinic.server.folder import RunFolder, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 

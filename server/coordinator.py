@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from configs.checks import failed, tell
-from configs.federation import read_federation
-from configs.ports import CONTROL, SERVER_HEALTH
-from configs.run import ConfigError
+from polyclinic.configs.checks import failed, tell
+from polyclinic.configs.federation import read_federation
+from polyclinic.configs.ports import CONTROL, SERVER_HEALTH
+from polyclinic.configs.run import ConfigError
 
 if TYPE_CHECKING:
-    from server.status import SiteStatus  # brings Flower's client, seconds
+    from polyclinic.server.status import SiteStatus  # brings Flower's client, seconds
 
 coordinator = typer.Typer(help="Look after a coordinator.", no_args_is_help=True)
 
@@ -48,8 +48,8 @@ def provision(
     Sites that are no longer in the file lose their access within seconds where the server runs
     with this kit. Called again with nothing to do, it changes nothing.
     """
-    from server.provision import expiries, soon
-    from server.provision import provision as make
+    from polyclinic.server.provision import expiries, soon
+    from polyclinic.server.provision import provision as make
 
     changes = make(read_federation(federation), out, renew or ())
     for change in changes:
@@ -69,7 +69,7 @@ def certificates(
 
     Exit status: 1 if anything has expired or will in 30 days.
     """
-    from server.provision import expiries, soon
+    from polyclinic.server.provision import expiries, soon
 
     found = expiries(kits)
     if as_json:
@@ -92,8 +92,8 @@ def sign(
     key: Annotated[Path, typer.Option("--key", help="Ed25519 private key (ssh-keygen).")],
 ) -> None:
     """Sign a release for sites that have a release-signer; writes RELEASE.fab.sig."""
-    from configs.release import read_release
-    from configs.release import sign as sign_release
+    from polyclinic.configs.release import read_release
+    from polyclinic.configs.release import sign as sign_release
 
     _, release = read_release(fab)
     target = Path(f"{fab}.sig")
@@ -115,7 +115,7 @@ def start(
     changes, so are they. Runs are started on this machine: flwr run APP polyclinic, with FLWR_HOME
     in the state.
     """
-    from server.start import start_server
+    from polyclinic.server.start import start_server
 
     start_server(kit, state, host, control, health, typer.echo)
 
@@ -136,7 +136,7 @@ def preflight(
 
     Exit status: 1 if anything fails.
     """
-    from server.start import preflight as look
+    from polyclinic.server.start import preflight as look
 
     looks = look(kit.resolve(), state.resolve(), host, control, health, running)
     if failed(tell(looks, typer.echo, as_json)):
@@ -146,7 +146,7 @@ def preflight(
 @coordinator.command()
 def health(kit: KitOption = KIT, health: HealthOption = SERVER_HEALTH) -> None:
     """Whether the coordinator runs and sites can come in. Exit status: 1 if not."""
-    from server.start import server_health
+    from polyclinic.server.start import server_health
 
     trouble = server_health(kit, health)
     typer.echo(trouble or "well")
@@ -165,7 +165,7 @@ def status(
 
     Versions and budgets are as sites told them in the runs in STATE/runs.
     """
-    from server.status import server_status
+    from polyclinic.server.status import server_status
 
     found = server_status(kit.resolve(), control, state / "runs")
     if as_json:
@@ -210,7 +210,7 @@ def backup(
 
     The kit, with its private key, is not in it.
     """
-    from server.backup import back_up
+    from polyclinic.server.backup import back_up
 
     typer.echo(f"{target}: {back_up(state, target) / 1e6:.1f} MB")
 
@@ -220,7 +220,7 @@ def restore(
     archive: Annotated[Path, typer.Argument(metavar="FILE.tar.gz")], state: StateOption = STATE
 ) -> None:
     """Lay a backup down in an empty state folder."""
-    from server.backup import restore as lay_down
+    from polyclinic.server.backup import restore as lay_down
 
     if not archive.is_file():
         raise ConfigError(f"{archive}: no such file")

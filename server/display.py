@@ -10,12 +10,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from configs.run import RunConfig
-from mtl_model.metrics import Metrics
-from server.central_account import Release
-from server.history import POOLED
-from server.report import central_text, metrics_table, spent_text
-from server.sites import NOT_DRAWN
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.metrics import Metrics
+from polyclinic.server.central_account import Release
+from polyclinic.server.history import POOLED
+from polyclinic.server.report import central_text, metrics_table, spent_text
+from polyclinic.server.sites import NOT_DRAWN
 
 _WORDS = {
     "declined": "declined",

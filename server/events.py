@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
-from server.folder import RunFolder, append_line
+from polyclinic.server.folder import RunFolder, append_line
 
 log = logging.getLogger(__name__)
 

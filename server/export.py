@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs import VERSION
-from configs.passport import ModelFileError, Passport
-from configs.run import ConfigError
-from mtl_model.network import MultiTaskUNet
-from mtl_model.saved import Format, check_onnx, open_model, open_network
-from server.folder import RunFolder, write_atomically
-from server.formats import OUTPUTS, WRITERS
+from polyclinic.configs import VERSION
+from polyclinic.configs.passport import ModelFileError, Passport
+from polyclinic.configs.run import ConfigError
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.saved import Format, check_onnx, open_model, open_network
+from polyclinic.server.folder import RunFolder, write_atomically
+from polyclinic.server.formats import OUTPUTS, WRITERS
 
 
 class ParityError(RuntimeError):

@@ -20,11 +20,11 @@ import httpx
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 
-from configs import wire
-from configs.run import DataConfig, RoundsConfig, RunConfig
-from server.events import Notify
-from server.history import POOLED
-from server.records import (
+from polyclinic.configs import wire
+from polyclinic.configs.run import DataConfig, RoundsConfig, RunConfig
+from polyclinic.server.events import Notify
+from polyclinic.server.history import POOLED
+from polyclinic.server.records import (
     Declined,
     Late,
     Refusal,
@@ -32,8 +32,8 @@ from server.records import (
     Unreachable,
     read_description,
 )
-from server.site_reports import SiteReport
-from server.sites import SiteBook, named
+from polyclinic.server.site_reports import SiteReport
+from polyclinic.server.sites import SiteBook, named
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.run import ConfigError, RunConfig
+from polyclinic.configs.run import ConfigError, RunConfig
 
 
 @dataclass(frozen=True)

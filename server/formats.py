@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from configs.passport import ModelFileError, Passport
-from mtl_model.network import MultiTaskUNet
-from mtl_model.portable import portable_form
-from mtl_model.saved import Format, torchscript_deprecated
+from polyclinic.configs.passport import ModelFileError, Passport
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.portable import portable_form
+from polyclinic.mtl_model.saved import Format, torchscript_deprecated
 
 if TYPE_CHECKING:  # onnx is an extra, and imported only when it is used
     import onnx

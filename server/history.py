@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mtl_model.metrics import Metrics
-from server.central_account import Release
-from server.folder import append_line, read_lines
-from server.site_reports import TrainReport
+from polyclinic.mtl_model.metrics import Metrics
+from polyclinic.server.central_account import Release
+from polyclinic.server.folder import append_line, read_lines
+from polyclinic.server.site_reports import TrainReport
 
 POOLED = "pooled"  # stands for all sites together; no site may be called so
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.run import DataConfig, LossConfig, ModelConfig
-from mtl_model.network import MultiTaskUNet, network_of
-from mtl_model.pretrained import PretrainedError, load_pretrained
+from polyclinic.configs.run import DataConfig, LossConfig, ModelConfig
+from polyclinic.mtl_model.network import MultiTaskUNet, network_of
+from polyclinic.mtl_model.pretrained import PretrainedError, load_pretrained
 
 
 def initial_network(

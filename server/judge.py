@@ -16,12 +16,12 @@ from statistics import median
 
 import numpy as np
 
-from configs import wire
-from configs.run import TrainConfig
-from mtl_model.packing import Packed
-from server.aggregate import Contribution
-from server.records import ReplyError
-from server.site_reports import SiteReport, TrainReport
+from polyclinic.configs import wire
+from polyclinic.configs.run import TrainConfig
+from polyclinic.mtl_model.packing import Packed
+from polyclinic.server.aggregate import Contribution
+from polyclinic.server.records import ReplyError
+from polyclinic.server.site_reports import SiteReport, TrainReport
 
 HELD = 8  # contributions in memory until their norms can be compared, in a run's first round
 FEWEST = 3  # of fewer sites it cannot be told which one is far from the others

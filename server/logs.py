@@ -27,7 +27,7 @@ class JsonLines(logging.Formatter):
 
 def log_to_stream(kind: Literal["text", "json"]) -> None:
     """Show the coordinator's own words, and no library's."""
-    ours = logging.getLogger("server")
+    ours = logging.getLogger("polyclinic.server")
     handler = next((h for h in ours.handlers if h.name == _STREAM), None)
     if handler is None:
         handler = logging.StreamHandler()

@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509 import Certificate
 
-from configs import VERSION
-from configs.credentials import (
+from polyclinic.configs import VERSION
+from polyclinic.configs.credentials import (
     WARN,
     fingerprint,
     key_of,
@@ -35,9 +35,9 @@ from configs.credentials import (
     validity_of,
     vouched_for,
 )
-from configs.federation import FEDERATION, FederationConfig, Member
-from configs.run import ConfigError
-from server.authority import (
+from polyclinic.configs.federation import FEDERATION, FederationConfig, Member
+from polyclinic.configs.run import ConfigError
+from polyclinic.server.authority import (
     Authority,
     names_in,
     new_key,

@@ -15,13 +15,13 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from configs import wire
-from configs.run import DataConfig
-from mtl_model.packing import Layout, Packed
-from mtl_model.sums import Classes, MetricSums
-from mtl_model.tasks import Group
-from server.aggregate import Contribution
-from server.site_reports import SiteReport, TrainReport
+from polyclinic.configs import wire
+from polyclinic.configs.run import DataConfig
+from polyclinic.mtl_model.packing import Layout, Packed
+from polyclinic.mtl_model.sums import Classes, MetricSums
+from polyclinic.mtl_model.tasks import Group
+from polyclinic.server.aggregate import Contribution
+from polyclinic.server.site_reports import SiteReport, TrainReport
 
 
 class ReplyError(ValueError):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.credentials import (
+from polyclinic.configs.credentials import (
     Validity,
     fingerprint,
     key_of,
@@ -25,8 +25,8 @@ from configs.credentials import (
     validity_of,
     vouched_for,
 )
-from configs.federation import FEDERATION, read_federation
-from configs.run import ConfigError
+from polyclinic.configs.federation import FEDERATION, read_federation
+from polyclinic.configs.run import ConfigError
 
 log = logging.getLogger("flwr.polyclinic")
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from configs.run import DataConfig, RunConfig
-from mtl_model.metrics import Metrics
-from server.central_account import Release
-from server.history import POOLED
+from polyclinic.configs.run import DataConfig, RunConfig
+from polyclinic.mtl_model.metrics import Metrics
+from polyclinic.server.central_account import Release
+from polyclinic.server.history import POOLED
 
 if TYPE_CHECKING:  # it brings torch
-    from mtl_model.summary import Summary
+    from polyclinic.mtl_model.summary import Summary
 
 _VALUES = {
     "Dice": "dice",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from configs.run import ConfigError, RunConfig, load_run_config, resumed
-from server.folder import RunFolder
+from polyclinic.configs.run import ConfigError, RunConfig, load_run_config, resumed
+from polyclinic.server.folder import RunFolder
 
 
 def resumed_config(given: RunConfig) -> RunConfig:

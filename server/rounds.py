@@ -10,29 +10,29 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from configs import wire
-from configs.run import RunConfig
-from mtl_model.metrics import Metrics, compute
-from mtl_model.sums import Classes, MetricSums, empty_sums
-from server.aggregate import Contribution
-from server.central import CentralPrivacy
-from server.checkpoint import Best, ServerState, save_round
-from server.federation import Federation, Phase, RunFailed, sites_needed
-from server.folder import RunFolder, write_json
-from server.history import POOLED, Line, write_line
-from server.judge import Intake, check_counts
-from server.records import (
+from polyclinic.configs import wire
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.metrics import Metrics, compute
+from polyclinic.mtl_model.sums import Classes, MetricSums, empty_sums
+from polyclinic.server.aggregate import Contribution
+from polyclinic.server.central import CentralPrivacy
+from polyclinic.server.checkpoint import Best, ServerState, save_round
+from polyclinic.server.federation import Federation, Phase, RunFailed, sites_needed
+from polyclinic.server.folder import RunFolder, write_json
+from polyclinic.server.history import POOLED, Line, write_line
+from polyclinic.server.judge import Intake, check_counts
+from polyclinic.server.records import (
     RunIdentity,
     check_origin,
     read_evaluation,
     read_training,
     task,
 )
-from server.report import central_text
-from server.site_reports import TrainReport
-from server.sites import NOT_DRAWN, sample
-from server.strategies import combination_of, optimiser_of
-from server.weights import Parts
+from polyclinic.server.report import central_text
+from polyclinic.server.site_reports import TrainReport
+from polyclinic.server.sites import NOT_DRAWN, sample
+from polyclinic.server.strategies import combination_of, optimiser_of
+from polyclinic.server.weights import Parts
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from configs.run import DataConfig
-from mtl_model.saved import Format
+from polyclinic.configs.run import DataConfig
+from polyclinic.mtl_model.saved import Format
 
 _RUN: dict[Format, tuple[str, str]] = {
     "onnx": (
@@ -26,7 +26,7 @@ with torch.inference_mode():
         """\
 from pathlib import Path  # a safetensors file holds numbers alone: the network is Polyclinic's
 
-from mtl_model.saved import open_model
+from polyclinic.mtl_model.saved import open_model
 
 model = open_model(Path({file!r}))
 mask_logits, class_logits = (y.numpy() for y in model.logits(torch.from_numpy(x)))

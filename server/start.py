@@ -7,9 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from configs import VERSION
-from configs.checks import Check, failures, ok, see_validity, tell
-from configs.credentials import (
+from polyclinic.configs import VERSION
+from polyclinic.configs.checks import Check, failures, ok, see_validity, tell
+from polyclinic.configs.credentials import (
     WARN,
     key_of,
     now_utc,
@@ -19,9 +19,9 @@ from configs.credentials import (
     validity_of,
     vouched_for,
 )
-from configs.federation import FEDERATION, FederationConfig, read_federation
-from configs.health import ask_health
-from configs.machine import (
+from polyclinic.configs.federation import FEDERATION, FederationConfig, read_federation
+from polyclinic.configs.health import ask_health
+from polyclinic.configs.machine import (
     see_address,
     see_disk,
     see_memory,
@@ -29,9 +29,9 @@ from configs.machine import (
     see_shared_memory,
     see_writable,
 )
-from configs.reach import ask_about, resolve, see_proxy
-from configs.run import ConfigError
-from server.registry import Registry
+from polyclinic.configs.reach import ask_about, resolve, see_proxy
+from polyclinic.configs.run import ConfigError
+from polyclinic.server.registry import Registry
 
 DATABASE = "state.db"
 
@@ -145,7 +145,7 @@ def start_server(
     if wrong:
         raise ConfigError(f"{kit}: the coordinator does not start: {wrong}")
 
-    from server.superlink import Credentials, Doors, start_superlink  # Flower's; seconds
+    from polyclinic.server.superlink import Credentials, Doors, start_superlink  # Flower's; seconds
 
     files = Credentials(kit / "ca.crt", kit / "server.crt", kit / "server.key")
     port = read_federation(kit / FEDERATION).server.port

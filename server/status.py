@@ -8,12 +8,12 @@ from typing import Any
 
 import httpx
 
-from configs.run import ConfigError
-from server.folder import read_lines
-from server.history import read_history
-from server.registry import Registry
-from server.site_reports import TrainReport
-from server.superlink import control_client, list_nodes
+from polyclinic.configs.run import ConfigError
+from polyclinic.server.folder import read_lines
+from polyclinic.server.history import read_history
+from polyclinic.server.registry import Registry
+from polyclinic.server.site_reports import TrainReport
+from polyclinic.server.superlink import control_client, list_nodes
 
 
 @dataclass(frozen=True)

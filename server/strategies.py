@@ -26,11 +26,11 @@ from flwr.serverapp.strategy import (
     MultiKrum,
 )
 
-from configs import wire
-from configs.run import ROBUST, StrategyConfig
-from mtl_model.packing import Packed, group_of_key
-from mtl_model.tasks import GROUPS, Group
-from server.aggregate import Combination, Contribution, RunningAverage, average_by_task
+from polyclinic.configs import wire
+from polyclinic.configs.run import ROBUST, StrategyConfig
+from polyclinic.mtl_model.packing import Packed, group_of_key
+from polyclinic.mtl_model.tasks import GROUPS, Group
+from polyclinic.server.aggregate import Combination, Contribution, RunningAverage, average_by_task
 
 log = logging.getLogger(__name__)
 

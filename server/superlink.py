@@ -52,11 +52,11 @@ from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from configs import VERSION
-from configs.credentials import fingerprint, now_utc, public_line
-from configs.reach import ABOUT
-from server.registry import Registry
-from server.superexec import look_after_superexec
+from polyclinic.configs import VERSION
+from polyclinic.configs.credentials import fingerprint, now_utc, public_line
+from polyclinic.configs.reach import ABOUT
+from polyclinic.server.registry import Registry
+from polyclinic.server.superexec import look_after_superexec
 
 log = logging.getLogger("flwr.polyclinic")
 

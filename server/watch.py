@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from configs.run import RoundsConfig, load_run_config
-from server.display import Display
-from server.folder import RunFolder, read_lines_from
+from polyclinic.configs.run import RoundsConfig, load_run_config
+from polyclinic.server.display import Display
+from polyclinic.server.folder import RunFolder, read_lines_from
 
 POLL_S = 0.3
 SPARE_S = 300.0  # for averaging and writing, beside the longest wait for sites

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from configs.run import StrategyConfig
-from mtl_model.network import MultiTaskUNet
-from mtl_model.packing import Layout, Packed
-from mtl_model.personal import personal_names
+from polyclinic.configs.run import StrategyConfig
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.packing import Layout, Packed
+from polyclinic.mtl_model.personal import personal_names
 
 
 @dataclass(frozen=True)

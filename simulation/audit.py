@@ -38,17 +38,24 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import default_collate
 
-from client import accounting
-from client.dataset import ExampleDataset, Examples, to_batch
-from client.privacy import Mechanism, train_one_round_privately, units_of
-from client.train import Round
-from configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, PrivacyConfig, TrainConfig
-from mtl_model.decoder import Decoder
-from mtl_model.encoder import ResFormer
-from mtl_model.head import MultiScaleHead
-from mtl_model.losses import multi_task_loss
-from mtl_model.network import MultiTaskUNet, build_model
-from mtl_model.tasks import group_of
+from polyclinic.client import accounting
+from polyclinic.client.dataset import ExampleDataset, Examples, to_batch
+from polyclinic.client.privacy import Mechanism, train_one_round_privately, units_of
+from polyclinic.client.train import Round
+from polyclinic.configs.run import (
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    PrivacyConfig,
+    TrainConfig,
+)
+from polyclinic.mtl_model.decoder import Decoder
+from polyclinic.mtl_model.encoder import ResFormer
+from polyclinic.mtl_model.head import MultiScaleHead
+from polyclinic.mtl_model.losses import multi_task_loss
+from polyclinic.mtl_model.network import MultiTaskUNet, build_model
+from polyclinic.mtl_model.tasks import group_of
 
 DELTA = 1e-5
 CONFIDENCE = 0.95

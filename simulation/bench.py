@@ -20,12 +20,19 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from client.device import DeviceError, autocast, compiled, computes_bf16, dtype_of, find_device
-from configs.run import ConfigError, ModelConfig
-from mtl_model.inference import InferenceForm
-from mtl_model.network import MultiTaskUNet, build_model
-from simulation.plain import written_plainly
-from simulation.timing import memory_of, print_peak_memory, taken_in_turns
+from polyclinic.client.device import (
+    DeviceError,
+    autocast,
+    compiled,
+    computes_bf16,
+    dtype_of,
+    find_device,
+)
+from polyclinic.configs.run import ConfigError, ModelConfig
+from polyclinic.mtl_model.inference import InferenceForm
+from polyclinic.mtl_model.network import MultiTaskUNet, build_model
+from polyclinic.simulation.plain import written_plainly
+from polyclinic.simulation.timing import memory_of, print_peak_memory, taken_in_turns
 
 CHANNELS, MASKS, CLASSES = 3, 1, 3
 BASE = "plain"  # what ratios are to
@@ -204,8 +211,8 @@ def measure(bench: Bench, names: Sequence[str], words: Console) -> list[Row]:
             rows[name].differs = difference
     for name, row in track(rows.items(), "peak memory", console=words, transient=True):
         on = json.dumps(asdict(bench))
-        row.inference_mb = memory_of("simulation.bench", (name, "inference", on), words)
-        row.training_mb = memory_of("simulation.bench", (name, "training", on), words)
+        row.inference_mb = memory_of("polyclinic.simulation.bench", (name, "inference", on), words)
+        row.training_mb = memory_of("polyclinic.simulation.bench", (name, "training", on), words)
     return list(rows.values())
 
 

@@ -22,19 +22,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from rich.table import Table
 
-from configs import wire
-from configs.run import ConfigError, RunConfig
-from mtl_model.network import network_of
-from mtl_model.packing import Packed
-from server.checkpoint import ServerState
-from server.events import Events
-from server.federation import Federation
-from server.folder import RunFolder
-from server.records import RunIdentity
-from server.rounds import Rounds
-from server.site_reports import SiteReport
-from server.weights import Parts
-from simulation.timing import memory_of, peak_of_process
+from polyclinic.configs import wire
+from polyclinic.configs.run import ConfigError, RunConfig
+from polyclinic.mtl_model.network import network_of
+from polyclinic.mtl_model.packing import Packed
+from polyclinic.server.checkpoint import ServerState
+from polyclinic.server.events import Events
+from polyclinic.server.federation import Federation
+from polyclinic.server.folder import RunFolder
+from polyclinic.server.records import RunIdentity
+from polyclinic.server.rounds import Rounds
+from polyclinic.server.site_reports import SiteReport
+from polyclinic.server.weights import Parts
+from polyclinic.simulation.timing import memory_of, peak_of_process
 
 IDENTITY = RunIdentity("0" * 32)
 EXAMPLES = 80
@@ -115,7 +115,7 @@ def run_memory_bench(sites: str, gathered: str, preset: str, as_json: bool) -> N
         for number in _numbers(numbers):
             words.print(f"{strategy}: {number} sites")
             arguments = [strategy, str(number), preset]
-            peak = memory_of("simulation.bench_memory", arguments, words)
+            peak = memory_of("polyclinic.simulation.bench_memory", arguments, words)
             rows.append(MemoryRow(strategy, number, peak))
     if as_json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

@@ -18,14 +18,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from client.device import DeviceError, autocast, find_device
-from client.privacy import NoisyGradient
-from client.train import adamw
-from client.unit_gradients import Way, units_of_network
-from configs.run import ConfigError, LossConfig, ModelConfig, TrainConfig
-from mtl_model.losses import Targets, multi_task_loss
-from mtl_model.network import MultiTaskUNet, build_model
-from simulation.timing import memory_of, print_peak_memory, taken_in_turns
+from polyclinic.client.device import DeviceError, autocast, find_device
+from polyclinic.client.privacy import NoisyGradient
+from polyclinic.client.train import adamw
+from polyclinic.client.unit_gradients import Way, units_of_network
+from polyclinic.configs.run import ConfigError, LossConfig, ModelConfig, TrainConfig
+from polyclinic.mtl_model.losses import Targets, multi_task_loss
+from polyclinic.mtl_model.network import MultiTaskUNet, build_model
+from polyclinic.simulation.timing import memory_of, print_peak_memory, taken_in_turns
 
 WAYS = {
     "plain": "without privacy",
@@ -109,7 +109,7 @@ def measure(
         del steps
     for row in rows:
         arguments = (row.way, str(row.images), json.dumps(asdict(bench)))
-        row.training_mb = memory_of("simulation.bench_privacy", arguments, words)
+        row.training_mb = memory_of("polyclinic.simulation.bench_privacy", arguments, words)
     return rows
 
 

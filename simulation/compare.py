@@ -21,19 +21,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from client.dataset import Examples, SiteData, load_site
-from client.device import find_device
-from client.evaluate import evaluate
-from client.train import Round, train_one_round
-from configs import wire
-from configs.run import ConfigError, RunConfig, load_run_config
-from mtl_model.metrics import Metrics, compute
-from mtl_model.network import MultiTaskUNet
-from mtl_model.sums import Classes, MetricSums, empty_sums
-from server.folder import RunFolder, write_json
-from server.history import POOLED, Line, read_history
-from server.initial import initial_network
-from simulation.sites import simulated_sites
+from polyclinic.client.dataset import Examples, SiteData, load_site
+from polyclinic.client.device import find_device
+from polyclinic.client.evaluate import evaluate
+from polyclinic.client.train import Round, train_one_round
+from polyclinic.configs import wire
+from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
+from polyclinic.mtl_model.metrics import Metrics, compute
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.sums import Classes, MetricSums, empty_sums
+from polyclinic.server.folder import RunFolder, write_json
+from polyclinic.server.history import POOLED, Line, read_history
+from polyclinic.server.initial import initial_network
+from polyclinic.simulation.sites import simulated_sites
 
 log = logging.getLogger(__name__)
 

@@ -38,14 +38,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import default_collate
 
-from client.dataset import ExampleDataset, Examples, to_batch
-from client.privacy import Mechanism, train_one_round_privately
-from client.train import Round, train_one_round
-from configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, PrivacyConfig, TrainConfig
-from mtl_model.attention import RelativePositionBias
-from mtl_model.losses import multi_task_loss
-from mtl_model.network import MultiTaskUNet, build_model
-from simulation.phantom import draw_example, phantom_site
+from polyclinic.client.dataset import ExampleDataset, Examples, to_batch
+from polyclinic.client.privacy import Mechanism, train_one_round_privately
+from polyclinic.client.train import Round, train_one_round
+from polyclinic.configs.run import (
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    PrivacyConfig,
+    TrainConfig,
+)
+from polyclinic.mtl_model.attention import RelativePositionBias
+from polyclinic.mtl_model.losses import multi_task_loss
+from polyclinic.mtl_model.network import MultiTaskUNet, build_model
+from polyclinic.simulation.phantom import draw_example, phantom_site
 
 SIDE = 32  # of the picture, pixels
 DRAWN = 96  # that it is drawn at before it is made smaller

@@ -28,15 +28,15 @@ from typing import Any
 
 import psutil
 
-from client.dataset import load_site
-from client.device import find_device
-from configs import wire
-from configs.run import RunConfig
-from mtl_model.distance import check_distances
-from server.federation import RunRefused, check_classes, sites_needed
-from server.folder import RunFolder, read_lines_from, to_toml, write_json
-from server.initial import initial_network
-from simulation.sites import simulated_sites
+from polyclinic.client.dataset import load_site
+from polyclinic.client.device import find_device
+from polyclinic.configs import wire
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.distance import check_distances
+from polyclinic.server.federation import RunRefused, check_classes, sites_needed
+from polyclinic.server.folder import RunFolder, read_lines_from, to_toml, write_json
+from polyclinic.server.initial import initial_network
+from polyclinic.simulation.sites import simulated_sites
 
 START_S = 60.0  # longest wait for the SuperLink's first answer
 SILENCE_S = 20.0  # without an event for so long, Flower is asked whether the run still goes on

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtl_model.attention import WindowAttention, offset_index
-from mtl_model.blocks import JoinedConv
-from mtl_model.decoder import Decoder
-from mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.attention import WindowAttention, offset_index
+from polyclinic.mtl_model.blocks import JoinedConv
+from polyclinic.mtl_model.decoder import Decoder
+from polyclinic.mtl_model.network import MultiTaskUNet
 
 
 def written_plainly(network: MultiTaskUNet) -> MultiTaskUNet:

@@ -8,17 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
-from client.device import DeviceError
-from configs.run import RunConfig
-from mtl_model.backbone import BackboneError
-from mtl_model.distance import DistanceError
-from mtl_model.metrics import Metrics
-from mtl_model.pretrained import PretrainedError
-from server.display import Display
-from server.federation import RunRefused
-from server.history import POOLED
-from server.report import class_tables, metrics_table, withheld_text
-from simulation.launch import LaunchError, Plan, launch, plan
+from polyclinic.client.device import DeviceError
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.backbone import BackboneError
+from polyclinic.mtl_model.distance import DistanceError
+from polyclinic.mtl_model.metrics import Metrics
+from polyclinic.mtl_model.pretrained import PretrainedError
+from polyclinic.server.display import Display
+from polyclinic.server.federation import RunRefused
+from polyclinic.server.history import POOLED
+from polyclinic.server.report import class_tables, metrics_table, withheld_text
+from polyclinic.simulation.launch import LaunchError, Plan, launch, plan
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130
 

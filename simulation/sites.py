@@ -7,9 +7,9 @@ import inspect
 import os
 from pathlib import Path
 
-from client.manifest import DataError, Manifest, chosen_sites, read_sites
-from configs.run import DataConfig, PhantomConfig
-from simulation import phantom
+from polyclinic.client.manifest import DataError, Manifest, chosen_sites, read_sites
+from polyclinic.configs.run import DataConfig, PhantomConfig
+from polyclinic.simulation import phantom
 
 
 def phantom_root(config: PhantomConfig, sites: int) -> Path:

@@ -19,15 +19,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from client.device import DeviceError
-from configs.run import ConfigError, RunConfig, load_run_config
-from mtl_model.backbone import BackboneError
-from mtl_model.distance import DistanceError
-from mtl_model.pretrained import PretrainedError
-from server.federation import RunRefused
-from server.folder import RunFolder
-from server.history import POOLED, read_history
-from simulation.launch import LaunchError, launch, plan
+from polyclinic.client.device import DeviceError
+from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
+from polyclinic.mtl_model.backbone import BackboneError
+from polyclinic.mtl_model.distance import DistanceError
+from polyclinic.mtl_model.pretrained import PretrainedError
+from polyclinic.server.federation import RunRefused
+from polyclinic.server.folder import RunFolder
+from polyclinic.server.history import POOLED, read_history
+from polyclinic.simulation.launch import LaunchError, launch, plan
 
 Values = dict[str, dict[str, float | None]]  # site: metric: value
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from configs.run import RunConfig
+from polyclinic.configs.run import RunConfig
 from tests.memory_grid import MemoryGrid
 
 REAL_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "breast_us_mini"
@@ -122,7 +122,7 @@ def grid(
         return MemoryGrid(client, config.to_flat(), sites)
 
     # nobody comes later than at once
-    monkeypatch.setattr("server.federation.SETTLE_S", 0.0)
+    monkeypatch.setattr("polyclinic.server.federation.SETTLE_S", 0.0)
     return make
 
 
@@ -147,8 +147,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two rounds, its phantoms beside it in ``phantoms``."""
     from apps import client
-    from server.app import run
-    from simulation.phantom import write_phantoms
+    from polyclinic.server.app import run
+    from polyclinic.simulation.phantom import write_phantoms
 
     torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("finished")
@@ -177,7 +177,7 @@ class Exports(dict[str, Path]):
         torch.set_num_threads(1)
         self[kind] = self.place / f"model{self.SUFFIXES[kind]}"
         arguments = ["export", str(self.run), "--format", kind, "--out", str(self[kind])]
-        done = CliRunner().invoke(polyclinic.app, arguments, catch_exceptions=False)
+        done = CliRunner().invoke(polyclinic.command_line(), arguments, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return self[kind]
 

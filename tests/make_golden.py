@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.network import MultiTaskUNet
 from tests.test_network import small
 
 GOLDEN = Path(__file__).with_name("golden.json")

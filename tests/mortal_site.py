@@ -32,15 +32,15 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import client.budget
-from client.accounting import Spent
-from client.budget import train_within_budget
-from client.gate import OPEN, Decline
-from client.ledger import LEDGER, Ledger, Reservation
-from client.site import Standing
-from client.train import Round
-from configs.run import RunConfig
-from configs.site import BudgetConfig
+import polyclinic.client.budget
+from polyclinic.client.accounting import Spent
+from polyclinic.client.budget import train_within_budget
+from polyclinic.client.gate import OPEN, Decline
+from polyclinic.client.ledger import LEDGER, Ledger, Reservation
+from polyclinic.client.site import Standing
+from polyclinic.client.train import Round
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.site import BudgetConfig
 from tests.conftest import TINY
 from tests.test_network import small
 from tests.test_train import some
@@ -102,7 +102,7 @@ class LateLedger(TellingLedger):
 def live(state: Path, run: str, cap: float, late: bool) -> None:
     """Train until killed, or refused."""
     global round_now
-    client.budget.Ledger = LateLedger if late else TellingLedger  # type: ignore[misc]
+    polyclinic.client.budget.Ledger = LateLedger if late else TellingLedger  # type: ignore[misc]
     budget = BudgetConfig(epsilon=cap, delta=DELTA, unit="patient")
     standing = Standing(run, "north", EXAMPLES, PATIENTS, state / LEDGER, budget)
     say("ready", 0)

@@ -13,11 +13,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from PIL import Image
 
-from configs import wire
-from configs.run import RunConfig
-from mtl_model.network import MultiTaskUNet, network_of
-from mtl_model.packing import Layout, Packed
-from mtl_model.personal import personal_names
+from polyclinic.configs import wire
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.network import MultiTaskUNet, network_of
+from polyclinic.mtl_model.packing import Layout, Packed
+from polyclinic.mtl_model.personal import personal_names
 
 TINY = {
     "data.image-height": 32,

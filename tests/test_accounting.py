@@ -12,8 +12,8 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from client import accounting
-from client.accounting import PRECISION, Spent, bound, epsilon, epsilon_rdp, noise_for
+from polyclinic.client import accounting
+from polyclinic.client.accounting import PRECISION, Spent, bound, epsilon, epsilon_rdp, noise_for
 
 ROOT = Path(__file__).resolve().parent.parent
 DELTA = 1e-5
@@ -238,9 +238,9 @@ def test_what_is_out_of_range_is_refused_by_name(make, said: str) -> None:
 
 
 def test_importing_it_brings_neither_opacus_nor_torch_nor_numpy() -> None:
-    code = "import sys, client.accounting as _; print(*sys.modules)"
+    code = "import sys, polyclinic.client.accounting as _; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"opacus", "torch", "numpy"} & set(done.stdout.split())
-    assert "client.accounting" in done.stdout.split()
+    assert "polyclinic.client.accounting" in done.stdout.split()

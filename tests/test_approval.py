@@ -12,11 +12,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from client.approval import Approvals, changes
-from configs import VERSION
-from configs.release import check_signature, open_release
-from configs.release import sign as sign_release
-from configs.run import ConfigError
+from polyclinic.client.approval import Approvals, changes
+from polyclinic.configs import VERSION
+from polyclinic.configs.release import check_signature, open_release
+from polyclinic.configs.release import sign as sign_release
+from polyclinic.configs.run import ConfigError
 
 PROJECT = f'[project]\nname = "polyclinic"\nversion = "{VERSION}"\n'
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import mtl_model.attention as attention_module
-from mtl_model.attention import SwinLayer, WindowAttention, offset_index, strips
-from mtl_model.encoder import heads_of
+import polyclinic.mtl_model.attention as attention_module
+from polyclinic.mtl_model.attention import SwinLayer, WindowAttention, offset_index, strips
+from polyclinic.mtl_model.encoder import heads_of
 
 
 def plain(attention: WindowAttention, x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from mtl_model.backbone import BackboneError, ConvPath, build_conv_path
-from mtl_model.blocks import group_norm
+from polyclinic.mtl_model.backbone import BackboneError, ConvPath, build_conv_path
+from polyclinic.mtl_model.blocks import group_norm
 
 NAMES = [
     "resnet18",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.run import ConfigError
-from server.backup import back_up, restore
+from polyclinic.configs.run import ConfigError
+from polyclinic.server.backup import back_up, restore
 
 
 @pytest.fixture

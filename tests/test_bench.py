@@ -10,13 +10,13 @@ import pytest
 import torch
 from flwr.app import Message
 
-from configs.run import ConfigError, ModelConfig, RunConfig
-from server.aggregate import Contribution
-from server.judge import HELD
-from simulation import bench
-from simulation.bench import BY_DEFAULT, CONTESTANTS, Bench, run_bench
-from simulation.bench_memory import Replies, one_round
-from simulation.bench_privacy import PrivacyBench, PrivacyRow, run_privacy_bench, table
+from polyclinic.configs.run import ConfigError, ModelConfig, RunConfig
+from polyclinic.server.aggregate import Contribution
+from polyclinic.server.judge import HELD
+from polyclinic.simulation import bench
+from polyclinic.simulation.bench import BY_DEFAULT, CONTESTANTS, Bench, run_bench
+from polyclinic.simulation.bench_memory import Replies, one_round
+from polyclinic.simulation.bench_privacy import PrivacyBench, PrivacyRow, run_privacy_bench, table
 from tests.conftest import pretended_task
 from tests.test_network import SMALL
 

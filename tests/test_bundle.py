@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from client.release import release_of_folder
-from configs import VERSION
-from configs.release import open_release
+from polyclinic.client.release import release_of_folder
+from polyclinic.configs import VERSION
+from polyclinic.configs.release import open_release
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_bundle_holds_every_module_and_preset_and_nothing_else(bundle: Path) -> None:
     names = {name for name in zipfile.ZipFile(bundle).namelist() if not name.startswith(".info")}
     rooms = ("client", "configs", "mtl_model", "server", "simulation")
-    wanted = {"apps.py", "pyproject.toml", "LICENSE"}
+    wanted = {"apps.py", "polyclinic.py", "pyproject.toml", "LICENSE"}
     wanted |= {str(p.relative_to(ROOT)) for room in rooms for p in (ROOT / room).glob("**/*.py")}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.toml")}
     assert names == wanted  # and nothing of tests/faults, which has an apps.py too

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from client.dataset import normalised
-from client.pixels import read_picture
-from client.predict import find
-from configs.run import DataConfig
-from mtl_model.measure import predicted_masks
-from mtl_model.saved import open_model, torchscript_deprecated
-from server.card import OWNER
-from server.snippet import snippet
+from polyclinic.client.dataset import normalised
+from polyclinic.client.pixels import read_picture
+from polyclinic.client.predict import find
+from polyclinic.configs.run import DataConfig
+from polyclinic.mtl_model.measure import predicted_masks
+from polyclinic.mtl_model.saved import open_model, torchscript_deprecated
+from polyclinic.server.card import OWNER
+from polyclinic.server.snippet import snippet
 
 
 def card_of(path: Path) -> str:

@@ -21,15 +21,20 @@ from rich.console import Console
 from safetensors.torch import load_file
 from scipy import stats
 
-from configs import wire
-from configs.run import CentralConfig, ConfigError, RunConfig
-from mtl_model.packing import Layout, Packed
-from mtl_model.tasks import GROUPS, Group
-from server.aggregate import Contribution, average_by_task
-from server.app import run
-from server.card import _privacy, _procedure
-from server.central import AdaptiveClipping, CentralPrivacy, noise_to_update, sites_by_group
-from server.central_account import (
+from polyclinic.configs import wire
+from polyclinic.configs.run import CentralConfig, ConfigError, RunConfig
+from polyclinic.mtl_model.packing import Layout, Packed
+from polyclinic.mtl_model.tasks import GROUPS, Group
+from polyclinic.server.aggregate import Contribution, average_by_task
+from polyclinic.server.app import run
+from polyclinic.server.card import _privacy, _procedure
+from polyclinic.server.central import (
+    AdaptiveClipping,
+    CentralPrivacy,
+    noise_to_update,
+    sites_by_group,
+)
+from polyclinic.server.central_account import (
     PRECISION,
     Release,
     central_epsilon,
@@ -37,11 +42,17 @@ from server.central_account import (
     read_releases,
     write_releases,
 )
-from server.display import Display
-from server.federation import RunFailed
-from server.history import POOLED, read_history
-from server.report import central_text, spent_text
-from server.strategies import AverageByTask, contribution_of, message_of, packed_of, record_of
+from polyclinic.server.display import Display
+from polyclinic.server.federation import RunFailed
+from polyclinic.server.history import POOLED, read_history
+from polyclinic.server.report import central_text, spent_text
+from polyclinic.server.strategies import (
+    AverageByTask,
+    contribution_of,
+    message_of,
+    packed_of,
+    record_of,
+)
 from tests.test_federation import network, trained
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
@@ -519,7 +530,7 @@ def test_a_release_is_on_disk_before_the_average_is_handed_out(central, monkeypa
     def full(path: Path, releases: Sequence[Release]) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("server.central.write_releases", full)
+    monkeypatch.setattr("polyclinic.server.central.write_releases", full)
     with pytest.raises(OSError, match="no space left"):
         central().average(1, [], ZERO)
 

@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import client.chain
-from client.chain import SCHEMA, Chain, Entry, Head, LedgerError, LedgerTampered
+import polyclinic.client.chain
+from polyclinic.client.chain import SCHEMA, Chain, Entry, Head, LedgerError, LedgerTampered
 
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
@@ -439,7 +439,7 @@ def test_a_crash_while_the_file_is_made_leaves_nothing_to_mend(path: Path) -> No
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from client.chain import Chain
+from polyclinic.client.chain import Chain
 chain = Chain(Path(sys.argv[1]))
 with chain.turn():
     chain.append("kept")
@@ -483,7 +483,7 @@ def test_who_takes_a_turn_sees_what_others_wrote(path: Path) -> None:
 TOGETHER = """
 import sys
 from pathlib import Path
-from client.chain import Chain
+from polyclinic.client.chain import Chain
 print("ready", flush=True)
 sys.stdin.readline()
 with Chain(Path(sys.argv[1]), timeout_s=60) as chain:
@@ -739,7 +739,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def move(seconds: float) -> None:
         monkeypatch.setattr(
-            client.chain, "_now", lambda: datetime.now(UTC) + timedelta(seconds=seconds)
+            polyclinic.client.chain, "_now", lambda: datetime.now(UTC) + timedelta(seconds=seconds)
         )
 
     return move

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from configs import VERSION
-from configs.run import RunConfig
-from server.folder import RunFolder, to_toml
-from server.history import read_history
-from server.provision import provision
-from simulation.phantom import write_phantoms
+from polyclinic.configs import VERSION
+from polyclinic.configs.run import RunConfig
+from polyclinic.server.folder import RunFolder, to_toml
+from polyclinic.server.history import read_history
+from polyclinic.server.provision import provision
+from polyclinic.simulation.phantom import write_phantoms
 from tests.conftest import TINY, free_port
 from tests.containers.podman import PODMAN, ROOT, build, podman_run_arguments, why_no_containers
 from tests.faults.deployment import events

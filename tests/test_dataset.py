@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from client.augment import Augmentation
-from client.dataset import Example, ExampleDataset, load_site, to_batch
-from client.manifest import DataError, read_sites
-from configs.run import DataConfig
+from polyclinic.client.augment import Augmentation
+from polyclinic.client.dataset import Example, ExampleDataset, load_site, to_batch
+from polyclinic.client.manifest import DataError, read_sites
+from polyclinic.configs.run import DataConfig
 from tests.conftest import rows_of, write_manifest
 
 DATA = DataConfig(image_height=32, image_width=32)

@@ -26,17 +26,17 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.preflight import preflight
-from client.supernode import knock
-from configs import VERSION
-from configs.credentials import read_certificate, read_private_key
-from configs.federation import FederationConfig
-from configs.run import DataConfig
-from server.authority import Authority, new_key, pem, private_openssh
-from server.folder import RunFolder
-from server.history import read_history
-from server.provision import provision
-from server.superlink import MOST_BODY, MOST_CONNECTIONS, PATIENCE_S
+from polyclinic.client.preflight import preflight
+from polyclinic.client.supernode import knock
+from polyclinic.configs import VERSION
+from polyclinic.configs.credentials import read_certificate, read_private_key
+from polyclinic.configs.federation import FederationConfig
+from polyclinic.configs.run import DataConfig
+from polyclinic.server.authority import Authority, new_key, pem, private_openssh
+from polyclinic.server.folder import RunFolder
+from polyclinic.server.history import read_history
+from polyclinic.server.provision import provision
+from polyclinic.server.superlink import MOST_BODY, MOST_CONNECTIONS, PATIENCE_S
 from tests.consortium import Consortium
 from tests.faults.deployment import events
 from tests.test_front_door import ABOUT_REQUEST, ENDLESS_HEAD, UPGRADE, read_all, send, signed

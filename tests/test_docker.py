@@ -166,7 +166,7 @@ def test_a_build_sees_nothing_but_what_an_image_holds() -> None:
     for line in rest:
         assert list(ROOT.glob(line[1:])), f"{line} names nothing"
     rooms = {"client", "configs", "mtl_model", "server", "simulation"}
-    assert {f"!{room}/*.py" for room in rooms} < set(rest)
+    assert {f"!{room}/**/*.py" for room in rooms} < set(rest)
 
 
 def test_the_images_start_as_nobody_and_install_nothing_at_run_time() -> None:

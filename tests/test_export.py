@@ -14,15 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from configs import VERSION
-from configs.passport import KEYS, ModelFileError, Passport
-from configs.run import RunConfig
-from mtl_model.network import network_of
-from mtl_model.packing import Layout
-from mtl_model.saved import open_model, open_network
-from server.checkpoint import ServerState, save_round
-from server.export import Exported, compare, export_model, trial_images
-from server.folder import RunFolder
+from polyclinic.configs import VERSION
+from polyclinic.configs.passport import KEYS, ModelFileError, Passport
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.network import network_of
+from polyclinic.mtl_model.packing import Layout
+from polyclinic.mtl_model.saved import open_model, open_network
+from polyclinic.server.checkpoint import ServerState, save_round
+from polyclinic.server.export import Exported, compare, export_model, trial_images
+from polyclinic.server.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 

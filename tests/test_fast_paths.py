@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.device import compiled
-from configs.run import ModelConfig
-from mtl_model.inference import InferenceForm
-from mtl_model.network import MultiTaskUNet, build_model
-from simulation.plain import written_plainly
+from polyclinic.client.device import compiled
+from polyclinic.configs.run import ModelConfig
+from polyclinic.mtl_model.inference import InferenceForm
+from polyclinic.mtl_model.network import MultiTaskUNet, build_model
+from polyclinic.simulation.plain import written_plainly
 from tests.test_network import losses_of, small, some_targets
 
 SIZE = (64, 64)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from server.folder import RunFolder
-from server.history import Line, read_history
+from polyclinic.server.folder import RunFolder
+from polyclinic.server.history import Line, read_history
 from tests.consortium import Consortium
 from tests.faults.deployment import Deployment, deployment, events
 

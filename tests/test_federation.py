@@ -12,16 +12,16 @@ import torch
 from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
-from client.dataset import load_site
-from configs import wire
-from configs.run import ConfigError, RunConfig, load_run_config
-from mtl_model.network import MultiTaskUNet, network_of
-from mtl_model.packing import Layout
-from server.app import run
-from server.checkpoint import load_weights
-from server.federation import RunFailed, RunRefused, sites_needed
-from server.history import POOLED, read_history
-from simulation.sites import simulated_sites
+from polyclinic.client.dataset import load_site
+from polyclinic.configs import wire
+from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
+from polyclinic.mtl_model.network import MultiTaskUNet, network_of
+from polyclinic.mtl_model.packing import Layout
+from polyclinic.server.app import run
+from polyclinic.server.checkpoint import load_weights
+from polyclinic.server.federation import RunFailed, RunRefused, sites_needed
+from polyclinic.server.history import POOLED, read_history
+from polyclinic.simulation.sites import simulated_sites
 
 
 def network(config: RunConfig) -> MultiTaskUNet:
@@ -345,7 +345,7 @@ def test_a_fault_in_a_site_is_told_as_a_failure_of_that_site(tiny, grid, monkeyp
     def broken(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("client.app.train_one_round", broken)
+    monkeypatch.setattr("polyclinic.client.app.train_one_round", broken)
     with pytest.raises(RunFailed, match=r"site-1: failed: RuntimeError.*out of memory"):
         run(grid(config), config)
 

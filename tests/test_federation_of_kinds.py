@@ -13,14 +13,14 @@ from flwr.app import Message
 from rich.console import Console
 from safetensors.torch import load_file
 
-from configs import wire
-from configs.run import load_run_config
-from mtl_model.network import network_of
-from mtl_model.packing import Layout
-from server.app import run
-from server.commands import show
-from server.history import POOLED, read_history
-from server.report import class_tables, metrics_table
+from polyclinic.configs import wire
+from polyclinic.configs.run import load_run_config
+from polyclinic.mtl_model.network import network_of
+from polyclinic.mtl_model.packing import Layout
+from polyclinic.server.app import run
+from polyclinic.server.commands import show
+from polyclinic.server.history import POOLED, read_history
+from polyclinic.server.report import class_tables, metrics_table
 from tests.site_images import THINGS, write_exclusive_site, write_overlapping_site
 
 KINDS = {
@@ -168,13 +168,13 @@ def test_one_mask_class_and_two_image_classes_have_the_one_table(tiny, grid) -> 
 def test_a_site_that_lacks_what_measures_distances_refuses_before_training(
     tiny, grid, monkeypatch
 ) -> None:
-    from mtl_model.distance import DistanceError
-    from server.federation import RunRefused
+    from polyclinic.mtl_model.distance import DistanceError
+    from polyclinic.server.federation import RunRefused
 
     def missing() -> None:
         raise DistanceError("pip install 'polyclinic[metrics]'")
 
-    monkeypatch.setattr("client.app.check_distances", missing)
+    monkeypatch.setattr("polyclinic.client.app.check_distances", missing)
     config = tiny(evaluate__hd95=True)
     federation = grid(config)
     with pytest.raises(RunRefused, match=r"polyclinic\[metrics\]"):
@@ -217,14 +217,14 @@ def test_every_option_of_the_network_trains_and_is_evaluated_from_settings(
 
 
 def test_a_site_whose_timm_lacks_the_backbone_says_so_by_name(tiny, grid, monkeypatch) -> None:
-    from mtl_model.backbone import BackboneError
-    from server.federation import RunFailed
+    from polyclinic.mtl_model.backbone import BackboneError
+    from polyclinic.server.federation import RunFailed
 
     def missing(*_: object, **__: object) -> None:
         raise BackboneError("model.backbone: timm 0.9 has no resnet18")
 
-    monkeypatch.setattr("client.app.network_of", missing)
-    monkeypatch.setattr("client.app._network", missing)
+    monkeypatch.setattr("polyclinic.client.app.network_of", missing)
+    monkeypatch.setattr("polyclinic.client.app._network", missing)
     config = tiny()
     with pytest.raises(RunFailed, match=r"timm 0\.9 has no resnet18"):
         run(grid(config), config)

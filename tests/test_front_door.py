@@ -35,12 +35,12 @@ from flwr.superlink.cli import flower_superlink
 from flwr.superlink.routers.control.router import router as control_router
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
-import server.superlink
-from configs.credentials import Validity, read_private_key
-from configs.reach import ABOUT
-from server.provision import provision
-from server.registry import Registry
-from server.superlink import (
+import polyclinic.server.superlink
+from polyclinic.configs.credentials import Validity, read_private_key
+from polyclinic.configs.reach import ABOUT
+from polyclinic.server.provision import provision
+from polyclinic.server.registry import Registry
+from polyclinic.server.superlink import (
     MOST_BODY,
     MOST_CONNECTIONS,
     MOST_HEAD,
@@ -146,7 +146,7 @@ def test_flower_is_started_where_the_door_is_hung() -> None:
     assert "create_app(lifespan_config, SuperLinkLifespan)" in started
     fleet = {route.path for route in fleet_router.routes}
     assert fleet
-    assert all(path.startswith(server.superlink.FLEET) for path in fleet)
+    assert all(path.startswith(polyclinic.server.superlink.FLEET) for path in fleet)
     assert all(path.startswith("/v1/control/") for path in (r.path for r in control_router.routes))
 
 
@@ -235,7 +235,7 @@ def test_what_strangers_make_up_is_turned_away_and_breaks_nothing(kits: Path, re
 def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
     kits: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.registry.LOOK_S", 0.0)
+    monkeypatch.setattr("polyclinic.server.registry.LOOK_S", 0.0)
     door = FrontDoor(Inside(), registry, PUBLIC)
     a, b = key_of(kits, "site-a"), key_of(kits, "site-b")
     assert ask(door, "/v1/fleet/x", signed(b))[0] == 200
@@ -243,7 +243,9 @@ def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
     assert ask(door, "/v1/fleet/x", signed(b))[0] == 401
     assert ask(door, "/v1/fleet/x", signed(a))[0] == 200
     past = datetime.now(UTC) - timedelta(days=2)
-    monkeypatch.setattr("server.registry.validity_of", lambda certificate: Validity(past, past))
+    monkeypatch.setattr(
+        "polyclinic.server.registry.validity_of", lambda certificate: Validity(past, past)
+    )
     (kits / "server" / "sites" / "site-a.crt").touch()
     status, body = ask(door, "/v1/fleet/x", signed(a))
     assert status == 401
@@ -283,7 +285,7 @@ class SuperLink:
         self.nodes: dict[int, Node] = {}
 
     def RegisterNode(self, request) -> None:  # noqa: N802 - Flower's name
-        line = server.superlink._line(request.public_key)
+        line = polyclinic.server.superlink._line(request.public_key)
         assert line not in {node.public_key for node in self.nodes.values()}  # as Flower does
         number = len(self.nodes) + 1
         self.nodes[number] = Node(number, request.name, line, "registered", "")
@@ -299,8 +301,10 @@ class SuperLink:
 
 
 def test_the_superlink_follows_the_registry(kits: Path, registry, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("server.registry.LOOK_S", 0.0)
-    monkeypatch.setattr(server.superlink, "list_nodes", lambda client: [*client.nodes.values()])
+    monkeypatch.setattr("polyclinic.server.registry.LOOK_S", 0.0)
+    monkeypatch.setattr(
+        polyclinic.server.superlink, "list_nodes", lambda client: [*client.nodes.values()]
+    )
     superlink, registrar = SuperLink(), Registrar(registry)
     registrar.bring_in_step(superlink)
     registrar.bring_in_step(superlink)
@@ -395,7 +399,7 @@ def served(kits: Path, registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Se
         "timeout_graceful_shutdown": 5,
     }
     app = FrontDoor(inside, registry, doors.port)
-    running, sockets = server.superlink._server(app, doors, options)
+    running, sockets = polyclinic.server.superlink._server(app, doors, options)
     running.config.load()  # here, so that an error of it is the test's
     for each in sockets:
         each.listen()  # so that nobody needs to wait for the thread
@@ -466,7 +470,7 @@ def test_request_head_over_the_limit_is_served_on_loopback(served: Served) -> No
 def test_request_head_trickled_too_long_is_closed(
     served: Served, kits: Path, monkeypatch, earlier_requests: int
 ) -> None:
-    monkeypatch.setattr("server.superlink.HEAD_S", 1.0)
+    monkeypatch.setattr("polyclinic.server.superlink.HEAD_S", 1.0)
     with served.connect() as connection:
         for _ in range(earlier_requests):
             connection.sendall(signed_request(kits, b"Content-Length: 0"))
@@ -593,7 +597,7 @@ def test_upgrade_on_loopback_is_refused(served: Served) -> None:
 def test_connections_that_are_closing_do_not_count_at_the_limit(
     served: Served, monkeypatch, limit: str, closing: bool
 ) -> None:
-    monkeypatch.setattr(f"server.superlink.{limit}", 2)
+    monkeypatch.setattr(f"polyclinic.server.superlink.{limit}", 2)
     aborted: list[int] = []
     for number in range(2):
         transport = SimpleNamespace(

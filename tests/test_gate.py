@@ -16,19 +16,27 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message
 
-from client.gate import OPEN, Decline, check_hours, check_size, check_update, permitted, supported
-from client.ledger import LedgerError
-from client.outgoing import OUTGOING, Sent, read_outgoing, write_down
-from client.release import own_release, release_of_folder
-from client.site import load, open_site
-from configs import wire
-from configs.run import ConfigError, RunConfig
-from configs.site import PolicyConfig, read_site_config
-from server.app import run
-from server.federation import RunFailed
-from server.history import read_history
-from server.status import budget_left, last_told
-from simulation.phantom import write_phantoms
+from polyclinic.client.gate import (
+    OPEN,
+    Decline,
+    check_hours,
+    check_size,
+    check_update,
+    permitted,
+    supported,
+)
+from polyclinic.client.ledger import LedgerError
+from polyclinic.client.outgoing import OUTGOING, Sent, read_outgoing, write_down
+from polyclinic.client.release import own_release, release_of_folder
+from polyclinic.client.site import load, open_site
+from polyclinic.configs import wire
+from polyclinic.configs.run import ConfigError, RunConfig
+from polyclinic.configs.site import PolicyConfig, read_site_config
+from polyclinic.server.app import run
+from polyclinic.server.federation import RunFailed
+from polyclinic.server.history import read_history
+from polyclinic.server.status import budget_left, last_told
+from polyclinic.simulation.phantom import write_phantoms
 from tests.memory_grid import MemoryGrid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -354,7 +362,7 @@ def test_a_release_has_one_digest_wherever_it_lies(tmp_path: Path, cli) -> None:
             for path in (ROOT / room).iterdir():
                 if path.suffix in (".py", ".toml"):
                     packed.write(path, f"{room}/{path.name}")
-        for name in ("LICENSE", "apps.py"):
+        for name in ("LICENSE", "apps.py", "polyclinic.py"):
             packed.write(ROOT / name, name)
         written_anew = "# by Flower\n" + (ROOT / "pyproject.toml").read_text()
         packed.writestr("pyproject.toml", written_anew)

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from client.accounting import Spent, epsilon
-from client.ledger import LEDGER, read_accounts, verify_ledger
+from polyclinic.client.accounting import Spent, epsilon
+from polyclinic.client.ledger import LEDGER, read_accounts, verify_ledger
 from tests.mortal_site import DELTA, EXAMPLES, NOISE, STEPS
 
 ROOT = Path(__file__).resolve().parent.parent

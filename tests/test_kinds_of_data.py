@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.augment import Augmentation
-from client.dataset import Examples, SiteData, load_site
-from client.manifest import DataError, Manifest, Row, read_sites
-from client.split import split_rows
-from configs.run import DataConfig
+from polyclinic.client.augment import Augmentation
+from polyclinic.client.dataset import Examples, SiteData, load_site
+from polyclinic.client.manifest import DataError, Manifest, Row, read_sites
+from polyclinic.client.split import split_rows
+from polyclinic.configs.run import DataConfig
 from tests.conftest import rows_of, write_manifest
 from tests.site_images import (
     SIDE,

@@ -20,13 +20,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import client.budget
-import client.chain
-from client.accounting import Spent, epsilon, epsilon_rdp
-from client.budget import train_within_budget
-from client.chain import Chain, Entry
-from client.gate import OPEN, Decline
-from client.ledger import (
+import polyclinic.client.budget
+import polyclinic.client.chain
+from polyclinic.client.accounting import Spent, epsilon, epsilon_rdp
+from polyclinic.client.budget import train_within_budget
+from polyclinic.client.chain import Chain, Entry
+from polyclinic.client.gate import OPEN, Decline
+from polyclinic.client.ledger import (
     BudgetExceeded,
     Cohort,
     Ledger,
@@ -37,10 +37,10 @@ from client.ledger import (
     read_accounts,
     verify_ledger,
 )
-from client.site import Standing
-from client.train import Round
-from configs.run import RunConfig
-from configs.site import BudgetConfig
+from polyclinic.client.site import Standing
+from polyclinic.client.train import Round
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.site import BudgetConfig
 from tests.test_chain import database, head_of, rewrite, texts_of
 
 NORTH = Cohort("north", "patient", 1000)
@@ -495,7 +495,7 @@ def no_harm(path: Path, _: pytest.MonkeyPatch) -> None:
 
 
 def locked(path: Path, patch: pytest.MonkeyPatch) -> sqlite3.Connection:
-    patch.setattr(client.budget, "Ledger", lambda *terms: Ledger(*terms, timeout_s=0.05))
+    patch.setattr(polyclinic.client.budget, "Ledger", lambda *terms: Ledger(*terms, timeout_s=0.05))
     held = sqlite3.connect(path, isolation_level=None)
     held.execute("BEGIN IMMEDIATE")
     return held
@@ -522,7 +522,7 @@ def tampered_with(path: Path, _: pytest.MonkeyPatch) -> None:
 
 
 def with_the_clock_back(path: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(client.chain, "_now", lambda: datetime.now(UTC) - timedelta(hours=1))
+    patch.setattr(polyclinic.client.chain, "_now", lambda: datetime.now(UTC) - timedelta(hours=1))
 
 
 def on_a_full_disk(path: Path, _: pytest.MonkeyPatch) -> None:
@@ -555,7 +555,7 @@ def test_a_ledger_that_cannot_be_used_lets_no_training_start(
     def training(*_: object, **__: object) -> None:
         raise ZeroDivisionError("it starts")
 
-    monkeypatch.setattr(client.budget, "train_one_round_privately", training)
+    monkeypatch.setattr(polyclinic.client.budget, "train_one_round_privately", training)
     config = tiny(
         privacy__mode="dp-sgd",
         privacy__noise_multiplier=20.0,
@@ -583,7 +583,9 @@ def test_a_ledger_that_cannot_be_used_lets_no_training_start(
 def test_a_round_above_the_cap_is_declined_before_training(
     path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.budget, "train_one_round_privately", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(
+        polyclinic.client.budget, "train_one_round_privately", lambda *_, **__: 1 / 0
+    )
     config = tiny(
         privacy__mode="dp-sgd",
         privacy__noise_multiplier=1.0,

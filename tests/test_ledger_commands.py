@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from client.accounting import Spent, epsilon, epsilon_rdp
-from client.ledger import LEDGER, Cohort, Ledger, read_accounts
+from polyclinic.client.accounting import Spent, epsilon, epsilon_rdp
+from polyclinic.client.ledger import LEDGER, Cohort, Ledger, read_accounts
 from tests.test_chain import head_of, without_triggers
 
 NORTH = Cohort("north", "patient", 400)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from monai.losses import DiceFocalLoss, DiceLoss, FocalLoss
 from torch import Tensor
 
-from configs.run import LossConfig
-from mtl_model.losses import (
+from polyclinic.configs.run import LossConfig
+from polyclinic.mtl_model.losses import (
     Targets,
     balanced_class_weights,
     classification_loss,
@@ -18,7 +18,7 @@ from mtl_model.losses import (
     segmentation_loss,
     soft_dice_loss,
 )
-from mtl_model.network import Prediction
+from polyclinic.mtl_model.network import Prediction
 
 KINDS = ["one binary", "overlapping", "exclusive"]
 

@@ -20,12 +20,12 @@ from sklearn import metrics as reference
 from torch import Tensor
 from torchmetrics.functional.segmentation import dice_score, mean_iou
 
-from mtl_model.distance import DistanceError, hausdorff_95
-from mtl_model.losses import Targets
-from mtl_model.measure import batch_sums, predicted_masks
-from mtl_model.metrics import ImageClass, MaskClass, Metrics, area_under_curve, compute
-from mtl_model.network import Prediction
-from mtl_model.sums import BINS, Classes, MetricSums, empty_sums
+from polyclinic.mtl_model.distance import DistanceError, hausdorff_95
+from polyclinic.mtl_model.losses import Targets
+from polyclinic.mtl_model.measure import batch_sums, predicted_masks
+from polyclinic.mtl_model.metrics import ImageClass, MaskClass, Metrics, area_under_curve, compute
+from polyclinic.mtl_model.network import Prediction
+from polyclinic.mtl_model.sums import BINS, Classes, MetricSums, empty_sums
 
 THREE = Classes(("lesion",), ("a", "b", "c"), positive="b")
 TWO = Classes(("lesion",), ("a", "b"), positive="b")
@@ -211,7 +211,7 @@ def test_distances_without_monai_say_what_to_install(monkeypatch) -> None:
 
 
 def test_nothing_imports_monai_before_distances_are_measured() -> None:
-    code = "import sys, apps, simulation.run; sys.exit('monai' in sys.modules)"
+    code = "import sys, apps, polyclinic.simulation.run; sys.exit('monai' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.run import LossConfig, ModelConfig
-from mtl_model.blocks import group_norm
-from mtl_model.losses import Targets, multi_task_loss
-from mtl_model.network import MultiTaskUNet, build_model
-from simulation.plain import written_plainly
+from polyclinic.configs.run import LossConfig, ModelConfig
+from polyclinic.mtl_model.blocks import group_norm
+from polyclinic.mtl_model.losses import Targets, multi_task_loss
+from polyclinic.mtl_model.network import MultiTaskUNet, build_model
+from polyclinic.simulation.plain import written_plainly
 
 SMALL = {
     "backbone": "resnet18",

@@ -18,17 +18,17 @@ import torch
 import yaml
 from torch.utils.data import default_collate
 
-import client.privacy
-from client.accounting import Spent, epsilon
-from client.augment import Augmentation
-from client.dataset import ExampleDataset, Examples, to_batch
-from client.privacy import Mechanism, train_one_round_privately
-from client.train import Round
-from client.unit_gradients import units_of_network
-from configs import wire
-from configs.run import RunConfig
-from mtl_model.losses import multi_task_loss
-from mtl_model.network import network_of
+import polyclinic.client.privacy
+from polyclinic.client.accounting import Spent, epsilon
+from polyclinic.client.augment import Augmentation
+from polyclinic.client.dataset import ExampleDataset, Examples, to_batch
+from polyclinic.client.privacy import Mechanism, train_one_round_privately
+from polyclinic.client.train import Round
+from polyclinic.client.unit_gradients import units_of_network
+from polyclinic.configs import wire
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.losses import multi_task_loss
+from polyclinic.mtl_model.network import network_of
 from tests.site_messages import (
     BUDGET,
     SITE_DATA,
@@ -78,14 +78,14 @@ def without(examples: Examples, index: int) -> Examples:
 def recorded_sums(found: list[torch.Tensor]) -> Iterator[None]:
     """Record the clipped sum of each step before noise is added."""
 
-    def release(self: client.privacy.NoisyGradient, _deviation: float) -> None:
+    def release(self: polyclinic.client.privacy.NoisyGradient, _deviation: float) -> None:
         found.append(torch.cat([total.flatten().clone() for total in self.sums.values()]))
         for parameter, total in self.sums.items():
             parameter.grad = torch.zeros_like(parameter)
             total.zero_()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.privacy.NoisyGradient, "release", release)
+        patch.setattr(polyclinic.client.privacy.NoisyGradient, "release", release)
         yield
 
 

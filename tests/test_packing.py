@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_model.packing import Layout, group_of_key
-from mtl_model.tasks import group_of
+from polyclinic.mtl_model.packing import Layout, group_of_key
+from polyclinic.mtl_model.tasks import group_of
 from tests.test_network import small
 
 

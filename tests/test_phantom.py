@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simulation import phantom
-from simulation.phantom import (
+from polyclinic.simulation import phantom
+from polyclinic.simulation.phantom import (
     PhantomExample,
     PhantomSite,
     draw_example,

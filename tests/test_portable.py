@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mtl_model.attention import WindowAttention
-from mtl_model.network import network_of
-from mtl_model.portable import PortableAttention, portable_form
+from polyclinic.mtl_model.attention import WindowAttention
+from polyclinic.mtl_model.network import network_of
+from polyclinic.mtl_model.portable import PortableAttention, portable_form
 
 # larger and smaller than the windows below, multiples of them and not, one row, one column
 SIZES = [(1, 1), (1, 9), (2, 3), (3, 10), (4, 4), (5, 2), (7, 6), (8, 8), (11, 1), (12, 13)]

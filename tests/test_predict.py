@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from client.dataset import Example, load_site, to_batch
-from client.manifest import read_sites
-from client.pixels import Frame, Picture, read_picture
-from client.predict import find, images_in, names_of, predict
-from configs.passport import ModelFileError, Passport
-from configs.run import RunConfig
-from mtl_model.backbone import BackboneError
-from mtl_model.measure import predicted_masks
-from mtl_model.saved import SavedModel, open_model, open_network
+from polyclinic.client.dataset import Example, load_site, to_batch
+from polyclinic.client.manifest import read_sites
+from polyclinic.client.pixels import Frame, Picture, read_picture
+from polyclinic.client.predict import find, images_in, names_of, predict
+from polyclinic.configs.passport import ModelFileError, Passport
+from polyclinic.configs.run import RunConfig
+from polyclinic.mtl_model.backbone import BackboneError
+from polyclinic.mtl_model.measure import predicted_masks
+from polyclinic.mtl_model.saved import SavedModel, open_model, open_network
 
 
 @pytest.fixture
@@ -244,6 +244,6 @@ def test_a_file_whose_backbone_is_not_here_says_so(
     def missing(*_: object, **__: object) -> None:
         raise BackboneError("model.backbone: timm 0.9 has no resnet18")
 
-    monkeypatch.setattr("mtl_model.saved.network_of", missing)
+    monkeypatch.setattr("polyclinic.mtl_model.saved.network_of", missing)
     with pytest.raises(ModelFileError, match=r"model.safetensors: its network cannot .*timm 0.9"):
         open_network(exported["safetensors"])

@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import configs.machine
-import configs.reach
-from client.approval import Approvals
-from client.ledger import LEDGER, Cohort, Ledger
-from client.preflight import preflight
-from client.split_key import SPLIT_KEY, split_key
-from configs import VERSION
-from configs.checks import Check, as_json, as_lines, failed
-from configs.credentials import now_utc
-from configs.federation import read_federation
-from configs.machine import (
+import polyclinic.configs.machine
+import polyclinic.configs.reach
+from polyclinic.client.approval import Approvals
+from polyclinic.client.ledger import LEDGER, Cohort, Ledger
+from polyclinic.client.preflight import preflight
+from polyclinic.client.split_key import SPLIT_KEY, split_key
+from polyclinic.configs import VERSION
+from polyclinic.configs.checks import Check, as_json, as_lines, failed
+from polyclinic.configs.credentials import now_utc
+from polyclinic.configs.federation import read_federation
+from polyclinic.configs.machine import (
     see_address,
     see_disk,
     see_memory,
@@ -34,13 +34,13 @@ from configs.machine import (
     see_shared_memory,
     see_writable,
 )
-from configs.reach import About, compare_clocks, connect, resolve, see_proxy, shake_hands
-from configs.run import DataConfig
-from configs.site import read_site_config
-from server.provision import provision
-from server.start import preflight as server_preflight
-from server.start import server_health
-from simulation.phantom import write_phantoms
+from polyclinic.configs.reach import About, compare_clocks, connect, resolve, see_proxy, shake_hands
+from polyclinic.configs.run import DataConfig
+from polyclinic.configs.site import read_site_config
+from polyclinic.server.provision import provision
+from polyclinic.server.start import preflight as server_preflight
+from polyclinic.server.start import server_health
+from polyclinic.simulation.phantom import write_phantoms
 from tests.conftest import free_port
 from tests.test_approval import app, packed
 from tests.test_provision import federation
@@ -224,7 +224,7 @@ def test_kits_that_do_not_fit_or_hold_no_longer_are_told(
         (-1, "fail", "it is not valid before"),
     ):
         moment = now_utc() + timedelta(days=days)
-        monkeypatch.setattr("client.preflight.now_utc", lambda moment=moment: moment)
+        monkeypatch.setattr("polyclinic.client.preflight.now_utc", lambda moment=moment: moment)
         found = look()["kit"]
         assert found.level == level
         assert said in found.seen
@@ -316,16 +316,20 @@ def test_disk_memory_and_shared_memory_are_measured(tmp_path: Path, monkeypatch)
 
     for free, level in ((0.5e9, "fail"), (5e9, "warn"), (50e9, "OK")):
         monkeypatch.setattr(
-            configs.machine.shutil, "disk_usage", lambda folder, free=free: Usage(1e12, free)
+            polyclinic.configs.machine.shutil,
+            "disk_usage",
+            lambda folder, free=free: Usage(1e12, free),
         )
         assert see_disk("disk", tmp_path / "not" / "there").level == level
     for total, level in ((64 << 20, "warn"), (1 << 30, "OK")):
         monkeypatch.setattr(
-            configs.machine.shutil, "disk_usage", lambda folder, total=total: Usage(total, 1)
+            polyclinic.configs.machine.shutil,
+            "disk_usage",
+            lambda folder, total=total: Usage(total, 1),
         )
         assert see_shared_memory(tmp_path).level == level
     assert see_shared_memory(tmp_path / "missing").level == "warn"
-    monkeypatch.setattr(configs.machine, "MEMORY_WARN", 1e6)
+    monkeypatch.setattr(polyclinic.configs.machine, "MEMORY_WARN", 1e6)
     assert see_memory().level == "warn"
 
 
@@ -410,11 +414,11 @@ def test_what_keeps_a_coordinator_from_working_is_told(
     found = server_checks(kits, state)["database"]
     assert found.level == "fail"
     assert "restore it from a backup" in found.advice
-    monkeypatch.setattr("server.start.now_utc", lambda: now_utc() + timedelta(days=340))
+    monkeypatch.setattr("polyclinic.server.start.now_utc", lambda: now_utc() + timedelta(days=340))
     checks = server_checks(kits, state)
     assert checks["certificate"].level == checks["sites"].level == "warn"
     assert "--renew site-a --renew site-b" in checks["sites"].advice
-    monkeypatch.setattr("server.start.now_utc", lambda: now_utc() + timedelta(days=400))
+    monkeypatch.setattr("polyclinic.server.start.now_utc", lambda: now_utc() + timedelta(days=400))
     assert server_checks(kits, state)["certificate"].level == "fail"
     other = tmp_path / "other"
     provision(federation(), other)

@@ -16,8 +16,8 @@ from opacus.optimizers import DPOptimizer
 from scipy import stats
 from torch import Tensor, nn
 
-from client.dataset import Examples
-from client.privacy import (
+from polyclinic.client.dataset import Examples
+from polyclinic.client.privacy import (
     Adaptation,
     ClipNorm,
     Mechanism,
@@ -27,10 +27,10 @@ from client.privacy import (
     train_one_round_privately,
     units_of,
 )
-from client.train import Round, TrainingError, train_one_round
-from client.unit_gradients import units_of_network
-from configs.run import ConfigError, LossConfig, PrivacyConfig, RunConfig, TrainConfig
-from mtl_model.network import MultiTaskUNet
+from polyclinic.client.train import Round, TrainingError, train_one_round
+from polyclinic.client.unit_gradients import units_of_network
+from polyclinic.configs.run import ConfigError, LossConfig, PrivacyConfig, RunConfig, TrainConfig
+from polyclinic.mtl_model.network import MultiTaskUNet
 from tests.test_network import small
 from tests.test_train import CPU, DATA, changed_parts, same, some
 
@@ -203,7 +203,7 @@ def test_in_training_noise_is_that_of_every_step_drawn_anew() -> None:
 
     mechanism = replace(LOUD, sample_rate=1e-12, units=10**12, steps=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("client.privacy.NoisyGradient", Watching)
+        patch.setattr("polyclinic.client.privacy.NoisyGradient", Watching)
         trained(some(), mechanism)
     assert len(seen) == 3
     for noise in seen:

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from client.manifest import Manifest, Row
-from client.outgoing import read_outgoing
-from client.split import split_rows
-from client.split_key import SPLIT_KEY, split_key
-from configs import wire
-from configs.run import ConfigError, DataConfig
-from configs.site import read_site_config
+from polyclinic.client.manifest import Manifest, Row
+from polyclinic.client.outgoing import read_outgoing
+from polyclinic.client.split import split_rows
+from polyclinic.client.split_key import SPLIT_KEY, split_key
+from polyclinic.configs import wire
+from polyclinic.configs.run import ConfigError, DataConfig
+from polyclinic.configs.site import read_site_config
 from tests.site_messages import (
     BUDGET,
     COHORT,

@@ -100,7 +100,7 @@ def test_options_that_the_papers_use_exist(command: str) -> None:
         else words[1:2]
     )
     wide = {"COLUMNS": "200", "TERM": "dumb"}
-    shown = CliRunner(env=wide).invoke(polyclinic.app, [*group, "--help"])
+    shown = CliRunner(env=wide).invoke(polyclinic.command_line(), [*group, "--help"])
     assert shown.exit_code == 0, shown.output
     for word in words:
         if word.startswith("--"):

@@ -33,6 +33,7 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module or "")
+    names = {name.removeprefix("polyclinic.") for name in names}
     return {name.partition(".")[0] for name in names}
 
 

@@ -10,8 +10,8 @@ from flwr.common.config import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import VERSION
-from configs.run import (
+from polyclinic.configs import VERSION
+from polyclinic.configs.run import (
     PRESETS,
     ConfigError,
     ModelConfig,
@@ -19,7 +19,7 @@ from configs.run import (
     load_run_config,
     read_override,
 )
-from server.folder import to_toml
+from polyclinic.server.folder import to_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

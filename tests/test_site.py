@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from client.dataset import SiteData
-from client.manifest import DataError
-from client.site import load, open_site
-from configs.run import PhantomConfig
+from polyclinic.client.dataset import SiteData
+from polyclinic.client.manifest import DataError
+from polyclinic.client.site import load, open_site
+from polyclinic.configs.run import PhantomConfig
 from tests.conftest import rows_of, write_manifest
 
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from configs import wire
-from configs.run import TrainConfig
-from mtl_model.packing import Packed
-from server.aggregate import Contribution
-from server.judge import HELD, Intake, check_counts, check_norm, update_norm
-from server.records import ReplyError
-from server.site_reports import SiteReport, TrainReport
-from server.sites import SiteBook, sample
+from polyclinic.configs import wire
+from polyclinic.configs.run import TrainConfig
+from polyclinic.mtl_model.packing import Packed
+from polyclinic.server.aggregate import Contribution
+from polyclinic.server.judge import HELD, Intake, check_counts, check_norm, update_norm
+from polyclinic.server.records import ReplyError
+from polyclinic.server.site_reports import SiteReport, TrainReport
+from polyclinic.server.sites import SiteBook, sample
 
 KEY = "encoder/float32"
 SENT: Packed = {KEY: np.zeros(4, np.float32), "encoder/int64": np.array([7])}

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.manifest import DataError, Manifest, Row
-from client.split import split_rows
-from configs.run import DataConfig
+from polyclinic.client.manifest import DataError, Manifest, Row
+from polyclinic.client.split import split_rows
+from polyclinic.configs.run import DataConfig
 
 
 def manifest(labels_by_group: list[list[str | None]], site: str = "a") -> Manifest:

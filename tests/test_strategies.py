@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from configs.run import ROBUST, SERVER_OPTIMISERS, RunConfig, StrategyConfig
-from mtl_model.packing import Packed
-from server.aggregate import Contribution, RunningAverage, average_by_task
-from server.history import POOLED, read_history
-from server.strategies import combination_of, optimiser_of
+from polyclinic.configs.run import ROBUST, SERVER_OPTIMISERS, RunConfig, StrategyConfig
+from polyclinic.mtl_model.packing import Packed
+from polyclinic.server.aggregate import Contribution, RunningAverage, average_by_task
+from polyclinic.server.history import POOLED, read_history
+from polyclinic.server.strategies import combination_of, optimiser_of
 
 ENCODER, DECODER, HEAD = "encoder/float32", "segmentation/float32", "classification/float32"
 
@@ -219,7 +219,7 @@ IN_CI = ("fedprox", "fedadam", "multi-krum")
     ],
 )
 def test_every_strategy_trains_the_phantom(tiny, grid, name: str) -> None:
-    from server.app import run
+    from polyclinic.server.app import run
 
     config: RunConfig = tiny(
         strategy__name=name,
@@ -255,7 +255,7 @@ def test_every_strategy_trains_the_phantom(tiny, grid, name: str) -> None:
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict, said: str) -> None:
-    from configs.run import ConfigError
+    from polyclinic.configs.run import ConfigError
 
     with pytest.raises(ConfigError, match=said):
         RunConfig.from_flat(settings)

@@ -18,11 +18,18 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supernode import start_client_internal as internal
 
-from client import supernode
-from client.approval import Approvals
-from client.supernode import ASKED_FOR, PUTS_BACK, TAKES_IN, Gatekeeper, read_contact, same_minor
-from configs import VERSION, wire
-from configs.site import CoordinatorConfig, SiteConfig
+from polyclinic.client import supernode
+from polyclinic.client.approval import Approvals
+from polyclinic.client.supernode import (
+    ASKED_FOR,
+    PUTS_BACK,
+    TAKES_IN,
+    Gatekeeper,
+    read_contact,
+    same_minor,
+)
+from polyclinic.configs import VERSION, wire
+from polyclinic.configs.site import CoordinatorConfig, SiteConfig
 from tests.test_approval import app, packed
 
 

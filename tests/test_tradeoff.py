@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.run import ConfigError
-from server.folder import to_toml
-from simulation.tradeoff import Setting, next_folder, settings_of, table
+from polyclinic.configs.run import ConfigError
+from polyclinic.server.folder import to_toml
+from polyclinic.simulation.tradeoff import Setting, next_folder, settings_of, table
 from tests.conftest import TINY
 
 

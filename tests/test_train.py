@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from client.dataset import Examples
-from client.device import DeviceError, compiled, dtype_of, find_device
-from client.evaluate import EvaluationError, evaluate
-from client.train import (
+from polyclinic.client.dataset import Examples
+from polyclinic.client.device import DeviceError, compiled, dtype_of, find_device
+from polyclinic.client.evaluate import EvaluationError, evaluate
+from polyclinic.client.train import (
     Round,
     TrainingError,
     class_weights_of,
     learning_rate,
     train_one_round,
 )
-from configs.run import DataConfig, LossConfig, TrainConfig
-from mtl_model.metrics import compute
-from mtl_model.network import MultiTaskUNet
-from mtl_model.sums import Classes
-from mtl_model.tasks import TASKS
+from polyclinic.configs.run import DataConfig, LossConfig, TrainConfig
+from polyclinic.mtl_model.metrics import compute
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.sums import Classes
+from polyclinic.mtl_model.tasks import TASKS
 from tests.test_network import small
 
 DATA = DataConfig(image_height=32, image_width=32)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import client.unit_gradients
-from client.unit_gradients import _gradients, _squares_of_weight, units_of_network
-from configs.run import LossConfig
-from mtl_model.losses import Targets, multi_task_loss
-from mtl_model.network import MultiTaskUNet
-from mtl_model.uncertainty import Uncertainty
+import polyclinic.client.unit_gradients
+from polyclinic.client.unit_gradients import _gradients, _squares_of_weight, units_of_network
+from polyclinic.configs.run import LossConfig
+from polyclinic.mtl_model.losses import Targets, multi_task_loss
+from polyclinic.mtl_model.network import MultiTaskUNet
+from polyclinic.mtl_model.uncertainty import Uncertainty
 from tests.test_network import VARIANTS, small, some_targets, without_chance
 
 SIZE = (64, 48)
@@ -96,7 +96,7 @@ def ghosts_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[type]:
         met.extend([type(layer)] if found else [])
         return found
 
-    monkeypatch.setattr(client.unit_gradients.GhostUnits, "_norm_is_enough", enough)
+    monkeypatch.setattr(polyclinic.client.unit_gradients.GhostUnits, "_norm_is_enough", enough)
     return met
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from configs.run import ConfigError, RoundsConfig
-from server.app import run
-from server.events import Events
-from server.federation import RunFailed
-from server.folder import RunFolder, append_line
-from server.logs import JsonLines, log_to_stream
-from server.watch import longest_silence
+from polyclinic.configs.run import ConfigError, RoundsConfig
+from polyclinic.server.app import run
+from polyclinic.server.events import Events
+from polyclinic.server.federation import RunFailed
+from polyclinic.server.folder import RunFolder, append_line
+from polyclinic.server.logs import JsonLines, log_to_stream
+from polyclinic.server.watch import longest_silence
 from tests.memory_grid import MemoryGrid
 
 
@@ -132,12 +132,14 @@ def test_a_command_that_is_none_is_refused_before_anything_is_made(tiny) -> None
 
 def test_log_lines_are_json_on_request(capsys) -> None:
     log_to_stream("json")
-    handler = next(h for h in logging.getLogger("server").handlers if h.name)
+    handler = next(h for h in logging.getLogger("polyclinic.server").handlers if h.name)
     assert isinstance(handler.formatter, JsonLines)
-    record = logging.LogRecord("server.rounds", logging.WARNING, "", 1, "%s is late", ("x",), None)
+    record = logging.LogRecord(
+        "polyclinic.server.rounds", logging.WARNING, "", 1, "%s is late", ("x",), None
+    )
     line = json.loads(handler.formatter.format(record))
     assert (line["level"], line["module"], line["message"]) == (
-        *("warning", "server.rounds"),
+        *("warning", "polyclinic.server.rounds"),
         "x is late",
     )
     log_to_stream("text")

@@ -25,10 +25,10 @@ def imported() -> list[str]:
     import torch
     import torchvision
 
-    import client.app
-    import server.app
+    import polyclinic.client.app
+    import polyclinic.server.app
 
-    modules = (client.app, server.app, flwr, torch, torchvision)
+    modules = (polyclinic.client.app, polyclinic.server.app, flwr, torch, torchvision)
     return [str(module.__file__) for module in modules]
 
 

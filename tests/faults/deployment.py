@@ -27,9 +27,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from configs.run import RunConfig
-from server.folder import RunFolder, to_toml
-from simulation.phantom import write_phantoms
+from polyclinic.configs.run import RunConfig
+from polyclinic.server.folder import RunFolder, to_toml
+from polyclinic.simulation.phantom import write_phantoms
 from tests.conftest import TINY, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
