@@ -7,7 +7,7 @@ arranged here.
 
 from polyclinic.client.app import Simulated, client_app
 from polyclinic.server.app import server_app
-from polyclinic.simulation.sites import ledger_folder, memory_folder, phantom_root
+from polyclinic.simulation.local.sites import ledger_folder, memory_folder, phantom_root
 
 server = server_app()
 client = client_app(Simulated(phantom_root, ledger_folder, memory_folder))

@@ -52,8 +52,8 @@ def command_line() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; user errors print one line and end with exit status 2."""
-    from polyclinic.client.chain import LedgerError
-    from polyclinic.client.manifest import DataError
+    from polyclinic.client.data.manifest import DataError
+    from polyclinic.client.ledger.hash_chain import LedgerError
     from polyclinic.configs.passport import ModelFileError
     from polyclinic.configs.run import ConfigError
 

@@ -1,10 +1,10 @@
 """What a site does with each kind of message: unpack, call, pack.
 
-The site's policy is asked at each step (``client.gate``); what it forbids is declined. A reason
-that the site or its data give is answered as a refusal. Either way the server reports it by the
-site's name, and a deployed site writes down every reply before it leaves (``client.outgoing``).
-Anything else that goes wrong is a fault of ours: it is raised, and Flower tells the
-server that the site failed.
+The site's policy is asked at each step (``client.policy.site_policy``); what it forbids is
+declined. A reason that the site or its data give is answered as a refusal. Either way the server
+reports it by the site's name, and a deployed site writes down every reply before it leaves
+(``client.ledger.outgoing``). Anything else that goes wrong is a fault of ours: it is raised, and
+Flower tells the server that the site failed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,26 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from polyclinic.client.dataset import SiteData
-from polyclinic.client.device import DeviceError, find_device
-from polyclinic.client.evaluate import EvaluationError, evaluate
-from polyclinic.client.gate import (
+from polyclinic.client.data.dataset import SiteData
+from polyclinic.client.data.manifest import DataError
+from polyclinic.client.data.split_key import SplitKeyError
+from polyclinic.client.ledger.budget import LedgerError
+from polyclinic.client.ledger.outgoing import write_down
+from polyclinic.client.messages import (
+    ProtocolError,
+    Request,
+    declined,
+    describe_reply,
+    evaluate_reply,
+    read_request,
+    read_run,
+    read_settings,
+    refusal,
+    sent,
+    train_reply,
+)
+from polyclinic.client.policy.releases import own_release
+from polyclinic.client.policy.site_policy import (
     UNNAMED,
     Decline,
     check_evaluation,
@@ -39,24 +55,6 @@ from polyclinic.client.gate import (
     told_reason,
     told_sums,
 )
-from polyclinic.client.ledger import LedgerError
-from polyclinic.client.manifest import DataError
-from polyclinic.client.memory import SiteMemory
-from polyclinic.client.outgoing import write_down
-from polyclinic.client.records import (
-    ProtocolError,
-    Request,
-    declined,
-    describe_reply,
-    evaluate_reply,
-    read_request,
-    read_run,
-    read_settings,
-    refusal,
-    sent,
-    train_reply,
-)
-from polyclinic.client.release import own_release
 from polyclinic.client.site import (
     SITE_CONFIG,
     PhantomRoot,
@@ -68,8 +66,10 @@ from polyclinic.client.site import (
     open_site,
     standing,
 )
-from polyclinic.client.split_key import SplitKeyError
-from polyclinic.client.train import Proximal, Round, TrainingError, train_one_round
+from polyclinic.client.training.device import DeviceError, find_device
+from polyclinic.client.training.evaluate import EvaluationError, evaluate
+from polyclinic.client.training.local_round import Proximal, Round, TrainingError, train_one_round
+from polyclinic.client.training.personal_state import SiteMemory
 from polyclinic.configs import VERSION, wire
 from polyclinic.configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
 from polyclinic.mtl_model.backbone import BackboneError
@@ -238,7 +238,9 @@ def _train(asked: Asked) -> Answer:
             proximal=proximal,
         )
     else:
-        from polyclinic.client.budget import train_within_budget  # Opacus takes a second to import
+        from polyclinic.client.private_round import (
+            train_within_budget,  # Opacus takes a second to import
+        )
 
         result, spending = train_within_budget(
             model, examples, where, declared, config, policy, device, proximal

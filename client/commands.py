@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polyclinic.client.chain import Entry
-from polyclinic.client.ledger import (
+from polyclinic.client.ledger.budget import (
     LEDGER,
     Account,
     Round,
@@ -21,12 +20,13 @@ from polyclinic.client.ledger import (
     read_accounts,
     verify_ledger,
 )
-from polyclinic.client.outgoing import OUTGOING, read_outgoing
-from polyclinic.client.release import own_release
+from polyclinic.client.ledger.hash_chain import Entry
+from polyclinic.client.ledger.outgoing import OUTGOING, read_outgoing
+from polyclinic.client.policy.releases import own_release
 from polyclinic.configs.ports import SITE_HEALTH
-from polyclinic.configs.release import check_signature, read_release
 from polyclinic.configs.run import ConfigError
-from polyclinic.configs.site import read_site_config
+from polyclinic.configs.schema.site import read_site_config
+from polyclinic.configs.security.release import check_signature, read_release
 
 app = typer.Typer()
 site = typer.Typer(help="Look after a site.", no_args_is_help=True)
@@ -265,7 +265,7 @@ def keygen(
 
     The private key never leaves the site. Copy it beside the kit's site.yaml as site.key.
     """
-    from polyclinic.client.keys import make_key
+    from polyclinic.client.node.keys import make_key
 
     path, line = make_key(out)
     typer.echo(f"private key: {path}", err=True)
@@ -290,7 +290,7 @@ def approve(
     Without a file: list what is approved. Where site.yaml has a release-signer, RELEASE.fab.sig
     must lie beside the file. Exit status: 1 if you say no.
     """
-    from polyclinic.client.approval import Approvals, changes, visible
+    from polyclinic.client.policy.approvals import Approvals, changes, visible
 
     config = read_site_config(site_file)
     approvals = Approvals(config.state)
@@ -344,9 +344,9 @@ def preflight_command(
     Not while the site is connected: the coordinator is asked with the site's own key. Exit status:
     1 if anything fails.
     """
-    from polyclinic.client.preflight import preflight
-    from polyclinic.client.supernode import knock
-    from polyclinic.configs.checks import failed, tell
+    from polyclinic.client.node.preflight import preflight
+    from polyclinic.client.node.supernode import knock
+    from polyclinic.configs.diagnostics.checks import failed, tell
     from polyclinic.configs.run import load_run_config
 
     looks = preflight(site_file, load_run_config(preset, ()).data, knock)
@@ -363,7 +363,7 @@ def start(
     Looks at everything first, as preflight does. Only approved releases run. Ends with a status
     that is not 0 when the connection is lost for good; have it started again (compose, systemd).
     """
-    from polyclinic.client.start import start_site
+    from polyclinic.client.node.start import start_site
     from polyclinic.configs.run import load_run_config
 
     start_site(site_file, load_run_config(preset, ()).data, health, typer.echo)
@@ -372,7 +372,7 @@ def start(
 @site.command("health")
 def health_command(site_file: SiteFile, health: HealthOption = SITE_HEALTH) -> None:
     """Whether this site runs and hears its coordinator. Exit status: 1 if not."""
-    from polyclinic.client.start import site_health
+    from polyclinic.client.node.start import site_health
 
     trouble = site_health(read_site_config(site_file), health)
     typer.echo(trouble or "well")
@@ -383,7 +383,7 @@ def health_command(site_file: SiteFile, health: HealthOption = SITE_HEALTH) -> N
 @site.command()
 def status(site_file: SiteFile, as_json: JsonOption = False) -> None:
     """Show what this site is doing, what it allows, and what is left of its budget."""
-    from polyclinic.client.status import site_status
+    from polyclinic.client.node.status import site_status
 
     found = site_status(read_site_config(site_file))
     if as_json:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from polyclinic.client.dataset import normalised
-from polyclinic.client.pixels import Picture, Unusable, read_picture
+from polyclinic.client.data.dataset import normalised
+from polyclinic.client.data.images import Picture, Unusable, read_picture
 from polyclinic.configs import VERSION
 from polyclinic.configs.passport import outputs
 from polyclinic.configs.run import ConfigError, DataConfig

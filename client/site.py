@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from polyclinic.client.dataset import SiteData, load_site
-from polyclinic.client.gate import OPEN, permitted
-from polyclinic.client.ledger import LEDGER
-from polyclinic.client.manifest import DataError, Manifest, chosen_sites, read_site, read_sites
-from polyclinic.client.split_key import split_key
+from polyclinic.client.data.dataset import SiteData, load_site
+from polyclinic.client.data.manifest import DataError, Manifest, chosen_sites, read_site, read_sites
+from polyclinic.client.data.split_key import split_key
+from polyclinic.client.ledger.budget import LEDGER
+from polyclinic.client.policy.site_policy import OPEN, permitted
 from polyclinic.configs import wire
 from polyclinic.configs.run import ConfigError, DataConfig, PhantomConfig, RunConfig
-from polyclinic.configs.site import (
+from polyclinic.configs.schema.site import (
     BudgetConfig,
     CohortConfig,
     PolicyConfig,

@@ -23,25 +23,25 @@ from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.metrics import Metrics
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.pretrained import PretrainedError
-from polyclinic.server.central import (
+from polyclinic.server.aggregation.central_dp import (
     CentralPrivacy,
     noise_to_update,
     refuse_integers,
     sites_by_group,
 )
-from polyclinic.server.checkpoint import ResumeError, ServerState, load_latest
-from polyclinic.server.events import Events
-from polyclinic.server.federation import Door, Federation, RunRefused
-from polyclinic.server.folder import RunFolder, to_toml, write_atomically, write_json
-from polyclinic.server.history import Line
-from polyclinic.server.initial import initial_network
-from polyclinic.server.logs import log_to_stream
-from polyclinic.server.records import RunIdentity, question
-from polyclinic.server.report import class_tables, metrics_table, withheld_text
-from polyclinic.server.resume import resumed_config
-from polyclinic.server.rounds import Evaluation, Rounds
-from polyclinic.server.site_reports import SiteReport
-from polyclinic.server.weights import Parts
+from polyclinic.server.aggregation.initial import initial_network
+from polyclinic.server.aggregation.parameters import Parts
+from polyclinic.server.rounds.federation import Door, Federation, RunRefused
+from polyclinic.server.rounds.loop import Evaluation, Rounds
+from polyclinic.server.rounds.messages import RunIdentity, question
+from polyclinic.server.runs.checkpoint import ResumeError, ServerState, load_latest
+from polyclinic.server.runs.events import Events
+from polyclinic.server.runs.folder import RunFolder, to_toml, write_atomically, write_json
+from polyclinic.server.runs.history import Line
+from polyclinic.server.runs.logs import log_to_stream
+from polyclinic.server.runs.reports import SiteReport
+from polyclinic.server.runs.resume import resumed_config
+from polyclinic.server.runs.tables import class_tables, metrics_table, withheld_text
 
 log = logging.getLogger(__name__)
 

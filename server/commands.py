@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from polyclinic.configs.run import ConfigError, load_run_config
-from polyclinic.server.coordinator import coordinator
+from polyclinic.server.deployment.commands import coordinator
 
 if TYPE_CHECKING:  # it brings torch
-    from polyclinic.server.export import Exported
+    from polyclinic.server.export.export import Exported
 
 app = typer.Typer()
 runs = typer.Typer(help="List runs; print a run's tables again.", invoke_without_command=True)
@@ -42,7 +42,7 @@ def settings(config: ConfigOption = None, changes: SetOption = None) -> None:
 
     Flower takes either a file or key=value pairs; this makes one file of both.
     """
-    from polyclinic.server.folder import to_toml
+    from polyclinic.server.runs.folder import to_toml
 
     sys.stdout.write(to_toml(load_run_config(config, changes or ())))
 
@@ -70,7 +70,7 @@ def info(
 
     from polyclinic.mtl_model.backbone import BackboneError
     from polyclinic.mtl_model.summary import summarise
-    from polyclinic.server.report import summary_table
+    from polyclinic.server.runs.tables import summary_table
 
     try:
         summary = summarise(settings.model, settings.data, settings.loss)
@@ -124,8 +124,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print a run's tables: every round's pooled values, and every site on the test images."""
-    from polyclinic.server.history import POOLED, read_history
-    from polyclinic.server.report import central_text, class_tables, metrics_table, spent_text
+    from polyclinic.server.runs.history import POOLED, read_history
+    from polyclinic.server.runs.tables import central_text, class_tables, metrics_table, spent_text
 
     folder = _folder_of(name, out)
     lines = read_history(folder / "history.jsonl")
@@ -185,8 +185,8 @@ def watch(
     """
     folder = _folder_of(name, out)
 
-    from polyclinic.server.folder import RunFolder
-    from polyclinic.server.watch import watch_run
+    from polyclinic.server.runs.folder import RunFolder
+    from polyclinic.server.runs.watch import watch_run
 
     raise typer.Exit(watch_run(RunFolder(folder.absolute()), silence_s))
 
@@ -226,9 +226,9 @@ def export(
 
     # torch takes seconds to import; a mistyped name need not wait for it
     from polyclinic.mtl_model.saved import format_of
-    from polyclinic.server.card import model_card
-    from polyclinic.server.export import ParityError, chosen_checkpoint, export_model
-    from polyclinic.server.folder import RunFolder, write_atomically
+    from polyclinic.server.export.export import ParityError, chosen_checkpoint, export_model
+    from polyclinic.server.export.model_card import model_card
+    from polyclinic.server.runs.folder import RunFolder, write_atomically
 
     found = RunFolder(folder.absolute())
     words = Console(stderr=True, markup=False, highlight=False)

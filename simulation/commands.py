@@ -59,12 +59,12 @@ def simulate(
         overrides.append(f"run.resume={json.dumps(resume)}")
     run_config = _with_sites(load_run_config(config, overrides), sites)
     if run_config.run.resume:
-        from polyclinic.server.resume import resumed_config
+        from polyclinic.server.runs.resume import resumed_config
 
         run_config = resumed_config(run_config)
 
     # torch, flwr and Ray take seconds to import; a mistyped key need not wait for them
-    from polyclinic.simulation.run import run_simulation
+    from polyclinic.simulation.local.run import run_simulation
 
     raise typer.Exit(run_simulation(run_config, parallel, as_json))
 
@@ -94,7 +94,7 @@ def phantom(
     ] = 0.0,
 ) -> None:
     """Write phantom hospitals: synthetic ultrasound as ordinary site folders."""
-    from polyclinic.simulation.phantom import write_phantoms
+    from polyclinic.simulation.phantom.writer import write_phantoms
 
     folders = [out.absolute() / f"site-{number}" for number in range(1, sites + 1)]
     for folder in folders:
@@ -117,7 +117,7 @@ def compare(
 
     Answers whether federation was worth it: the same network, images, splits and steps a site.
     """
-    from polyclinic.simulation.compare import compare_run
+    from polyclinic.simulation.experiments.compare import compare_run
 
     raise typer.Exit(compare_run(run, as_json))
 
@@ -155,7 +155,7 @@ def tradeoff(
         overrides.append(f"run.output-dir={json.dumps(str(out))}")
     run_config = load_run_config(config, overrides)
 
-    from polyclinic.simulation.tradeoff import run_tradeoff
+    from polyclinic.simulation.experiments.tradeoff import run_tradeoff
 
     raise typer.Exit(run_tradeoff(run_config, epsilons, units, seeds, parallel, as_json))
 
@@ -180,7 +180,7 @@ def bench_model(
     Milliseconds an image and peak memory, of inference and of a training step. The others need
     `pip install 'polyclinic[bench]'`.
     """
-    from polyclinic.simulation.bench import run_bench
+    from polyclinic.simulation.benchmarks.bench import run_bench
 
     run_bench(size, batch, threads, turns, device, only, as_json)
 
@@ -202,7 +202,7 @@ def bench_privacy(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Time a step with differential privacy beside a plain one, in turns, and peak memory."""
-    from polyclinic.simulation.bench_privacy import run_privacy_bench
+    from polyclinic.simulation.benchmarks.privacy import run_privacy_bench
 
     run_privacy_bench(size, preset, images, threads, turns, device, precision, only, as_json)
 
@@ -219,7 +219,7 @@ def bench_memory(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Measure the server's peak memory while it takes in a round's replies."""
-    from polyclinic.simulation.bench_memory import run_memory_bench
+    from polyclinic.simulation.benchmarks.memory import run_memory_bench
 
     run_memory_bench(sites, gathered, preset, as_json)
 
@@ -237,7 +237,7 @@ def bench_audit(
 
     Exit status: 0 all bounds hold, 1 a lower bound is above its epsilon.
     """
-    from polyclinic.simulation.audit import run_audit
+    from polyclinic.simulation.attacks.audit import run_audit
 
     raise typer.Exit(run_audit(only, seed, as_json))
 
@@ -255,6 +255,6 @@ def bench_inversion(
 
     Two minutes on one core.
     """
-    from polyclinic.simulation.inversion import run_inversion
+    from polyclinic.simulation.attacks.inversion import run_inversion
 
     run_inversion(out, noise, seed, as_json)

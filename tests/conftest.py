@@ -22,9 +22,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from polyclinic.configs.run import RunConfig
+from tests import ROOT
 from tests.memory_grid import MemoryGrid
 
-REAL_IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "breast_us_mini"
+REAL_IMAGES = ROOT.parent / "shared" / "data" / "breast_us_mini"
 
 TINY: dict[str, bool | int | float | str] = {
     "data.image-height": 32,
@@ -122,7 +123,7 @@ def grid(
         return MemoryGrid(client, config.to_flat(), sites)
 
     # nobody comes later than at once
-    monkeypatch.setattr("polyclinic.server.federation.SETTLE_S", 0.0)
+    monkeypatch.setattr("polyclinic.server.rounds.federation.SETTLE_S", 0.0)
     return make
 
 
@@ -148,7 +149,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two rounds, its phantoms beside it in ``phantoms``."""
     from apps import client
     from polyclinic.server.app import run
-    from polyclinic.simulation.phantom import write_phantoms
+    from polyclinic.simulation.phantom.writer import write_phantoms
 
     torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("finished")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from polyclinic.mtl_model.network import MultiTaskUNet
-from tests.test_network import small
+from tests.factories import small
 
 GOLDEN = Path(__file__).with_name("golden.json")
 MEMBERS: dict[str, dict[str, object]] = {

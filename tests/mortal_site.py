@@ -1,8 +1,8 @@
 """A site that trains privately, round after round, until it is killed; a program, not a test.
 
-``client.budget.train_within_budget`` is what it does, with a tiny network. It says where it is, a
-line each on stdout, before a thing begins and after it is done, and what was said stays in the pipe
-when it is dead. Each line begins with the name of the run:
+``client.private_round.train_within_budget`` is what it does, with a tiny network. It says where it
+is, a line each on stdout, before a thing begins and after it is done, and what was said stays in
+the pipe when it is dead. Each line begins with the name of the run:
 
     a pid 4711              a life begins (forked, so that imports are paid for once)
     a ready 0               first round not begun
@@ -32,18 +32,17 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import polyclinic.client.budget
-from polyclinic.client.accounting import Spent
-from polyclinic.client.budget import train_within_budget
-from polyclinic.client.gate import OPEN, Decline
-from polyclinic.client.ledger import LEDGER, Ledger, Reservation
+import polyclinic.client.private_round
+from polyclinic.client.ledger.budget import LEDGER, Ledger, Reservation
+from polyclinic.client.policy.site_policy import OPEN, Decline
+from polyclinic.client.privacy.accounting import Spent
+from polyclinic.client.private_round import train_within_budget
 from polyclinic.client.site import Standing
-from polyclinic.client.train import Round
+from polyclinic.client.training.local_round import Round
 from polyclinic.configs.run import RunConfig
-from polyclinic.configs.site import BudgetConfig
+from polyclinic.configs.schema.site import BudgetConfig
 from tests.conftest import TINY
-from tests.test_network import small
-from tests.test_train import some
+from tests.factories import small, some
 
 STEPS = 2  # of a round
 PATIENTS, EXAMPLES = 6, 12
@@ -102,7 +101,7 @@ class LateLedger(TellingLedger):
 def live(state: Path, run: str, cap: float, late: bool) -> None:
     """Train until killed, or refused."""
     global round_now
-    polyclinic.client.budget.Ledger = LateLedger if late else TellingLedger  # type: ignore[misc]
+    polyclinic.client.private_round.Ledger = LateLedger if late else TellingLedger  # type: ignore[misc]
     budget = BudgetConfig(epsilon=cap, delta=DELTA, unit="patient")
     standing = Standing(run, "north", EXAMPLES, PATIENTS, state / LEDGER, budget)
     say("ready", 0)

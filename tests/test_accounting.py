@@ -6,16 +6,22 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from polyclinic.client import accounting
-from polyclinic.client.accounting import PRECISION, Spent, bound, epsilon, epsilon_rdp, noise_for
+from polyclinic.client.privacy import accounting
+from polyclinic.client.privacy.accounting import (
+    PRECISION,
+    Spent,
+    bound,
+    epsilon,
+    epsilon_rdp,
+    noise_for,
+)
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DELTA = 1e-5
 HISTORIES = {
     "a round": [Spent(1.0, 0.05, 10)],
@@ -238,9 +244,9 @@ def test_what_is_out_of_range_is_refused_by_name(make, said: str) -> None:
 
 
 def test_importing_it_brings_neither_opacus_nor_torch_nor_numpy() -> None:
-    code = "import sys, polyclinic.client.accounting as _; print(*sys.modules)"
+    code = "import sys, polyclinic.client.privacy.accounting as _; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"opacus", "torch", "numpy"} & set(done.stdout.split())
-    assert "polyclinic.client.accounting" in done.stdout.split()
+    assert "polyclinic.client.privacy.accounting" in done.stdout.split()

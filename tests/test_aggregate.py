@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyclinic.server.aggregate import Contribution, average_by_task
+from polyclinic.server.aggregation.averaging import Contribution, average_by_task
 
 
 def contribution(site: str, value: float, encoder: int, masks: int, labels: int) -> Contribution:

@@ -5,35 +5,19 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from polyclinic.client.approval import Approvals, changes
+from polyclinic.client.policy.approvals import Approvals, changes
 from polyclinic.configs import VERSION
-from polyclinic.configs.release import check_signature, open_release
-from polyclinic.configs.release import sign as sign_release
 from polyclinic.configs.run import ConfigError
-
-PROJECT = f'[project]\nname = "polyclinic"\nversion = "{VERSION}"\n'
-
-
-def packed(
-    files: Mapping[str, str | bytes], date: tuple[int, ...] = (2026, 1, 1, 0, 0, 0)
-) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as fab:
-        for name, text in files.items():
-            fab.writestr(zipfile.ZipInfo(name, date), text)
-    return buffer.getvalue()
-
-
-def app(**changed: str) -> dict[str, str]:
-    files = {"pyproject.toml": PROJECT, "apps.py": "a = 1\n", "client/gate.py": "check()\n"}
-    return files | {name.replace("__", "/") + ".py": text for name, text in changed.items()}
+from polyclinic.configs.security.release import check_signature, open_release
+from polyclinic.configs.security.release import sign as sign_release
+from tests.factories import PROJECT, app, packed
 
 
 @pytest.fixture
@@ -48,9 +32,9 @@ def test_a_digest_is_of_every_file_and_not_of_when_it_was_packed() -> None:
     again = open_release(packed(dict(reversed(app().items())), (2026, 2, 2, 2, 2, 2)))
     assert again.digest == release.digest
     for other in (
-        app(client__gate="pass\n"),  # changed
+        app(client__policy__site_policy="pass\n"),  # changed
         app(sitecustomize="pass\n"),  # a file more
-        {k: v for k, v in app().items() if k != "client/gate.py"},
+        {k: v for k, v in app().items() if k != "client/policy/site_policy.py"},
         {**app(), "pyproject.toml": PROJECT + "[tool.flwr.app.components]\n"},
     ):
         assert open_release(packed(other)).digest != release.digest
@@ -112,15 +96,15 @@ def test_with_a_damaged_file_of_decisions_nothing_is_allowed(tmp_path: Path) -> 
 def test_changes_are_told_file_by_file() -> None:
     before = open_release(packed({**app(), "old.py": "", ".info/CONTENT": "1"}))
     after = open_release(
-        packed({**app(client__gate="pass\n"), "new.py": "x\n", ".info/CONTENT": "2"})
+        packed({**app(client__policy__site_policy="pass\n"), "new.py": "x\n", ".info/CONTENT": "2"})
     )
     found = {change.name: change for change in changes(before, after)}
     assert {name: change.kind for name, change in found.items()} == {
-        "client/gate.py": "changed",
+        "client/policy/site_policy.py": "changed",
         "new.py": "new",
         "old.py": "gone",
     }
-    assert {"-check()", "+pass"} <= set(found["client/gate.py"].lines)
+    assert {"-check()", "+pass"} <= set(found["client/policy/site_policy.py"].lines)
 
 
 def test_a_difference_cannot_hide_what_it_is() -> None:
@@ -130,7 +114,7 @@ def test_a_difference_cannot_hide_what_it_is() -> None:
     assert all(line.isprintable() for line in change.lines)
     assert r"+x = 1\x1b[2K\x1b[1A  # nothing" in change.lines
     assert r"+\u202eadmin = True" in change.lines
-    binary = {**app(), "client/gate.py": b"# coding: latin-1\n\xe9 = 1\n"}
+    binary = {**app(), "client/policy/site_policy.py": b"# coding: latin-1\n\xe9 = 1\n"}
     (change,) = changes(open_release(packed(app())), open_release(packed(binary)))
     assert change.lines == ("24 bytes that are no text and cannot be shown",)
 
@@ -155,7 +139,7 @@ def test_damaged_and_encrypted_files_are_refused_and_end_nothing() -> None:
 def test_the_command_shows_asks_and_records(site_file: Path, cli, monkeypatch) -> None:
     fab, changed = Path("one.fab"), Path("two.fab")
     fab.write_bytes(packed(app()))
-    changed.write_bytes(packed(app(client__gate="pass\n")))
+    changed.write_bytes(packed(app(client__policy__site_policy="pass\n")))
     status, out, _ = cli("site", "approve", site_file, fab, "--yes")
     digest = open_release(fab.read_bytes()).digest
     assert status == 0
@@ -165,7 +149,7 @@ def test_the_command_shows_asks_and_records(site_file: Path, cli, monkeypatch) -
     status, out, _ = cli("site", "approve", site_file, changed)
     assert status == 1
     assert f"against {digest[:12]}, version {VERSION}, approved before" in out
-    assert "changed  client/gate.py" in out
+    assert "changed  client/policy/site_policy.py" in out
     assert "    -check()" in out
     _, out, _ = cli("site", "approve", site_file)
     assert [line.split()[0] for line in out.splitlines()] == [digest]

@@ -14,10 +14,10 @@ import torch
 from scipy import stats
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from polyclinic.client.privacy import Mechanism, train_one_round_privately, units_of
+from polyclinic.client.privacy.dp_sgd import Mechanism, train_one_round_privately, units_of
 from polyclinic.configs.run import ConfigError
-from polyclinic.simulation import audit as audits
-from polyclinic.simulation.audit import (
+from polyclinic.simulation.attacks import audit as audits
+from polyclinic.simulation.attacks.audit import (
     CASES,
     CLIP_NORM,
     DELTA,
@@ -218,7 +218,8 @@ def test_a_patients_images_that_are_clipped_one_by_one_are_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "polyclinic.client.privacy.units_of", lambda examples, unit: units_of(examples, "example")
+        "polyclinic.client.privacy.dp_sgd.units_of",
+        lambda examples, unit: units_of(examples, "example"),
     )
     found = audit(replace(CASES["patients"], noise_multiplier=2.0), 0)
     assert found.unit == "patient of 8"

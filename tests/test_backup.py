@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polyclinic.configs.run import ConfigError
-from polyclinic.server.backup import back_up, restore
+from polyclinic.server.deployment.backup import back_up, restore
 
 
 @pytest.fixture

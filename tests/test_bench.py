@@ -11,14 +11,19 @@ import torch
 from flwr.app import Message
 
 from polyclinic.configs.run import ConfigError, ModelConfig, RunConfig
-from polyclinic.server.aggregate import Contribution
-from polyclinic.server.judge import HELD
-from polyclinic.simulation import bench
-from polyclinic.simulation.bench import BY_DEFAULT, CONTESTANTS, Bench, run_bench
-from polyclinic.simulation.bench_memory import Replies, one_round
-from polyclinic.simulation.bench_privacy import PrivacyBench, PrivacyRow, run_privacy_bench, table
+from polyclinic.server.aggregation.averaging import Contribution
+from polyclinic.server.rounds.update_checks import HELD
+from polyclinic.simulation.benchmarks import bench
+from polyclinic.simulation.benchmarks.bench import BY_DEFAULT, CONTESTANTS, Bench, run_bench
+from polyclinic.simulation.benchmarks.memory import Replies, one_round
+from polyclinic.simulation.benchmarks.privacy import (
+    PrivacyBench,
+    PrivacyRow,
+    run_privacy_bench,
+    table,
+)
 from tests.conftest import pretended_task
-from tests.test_network import SMALL
+from tests.factories import SMALL
 
 TINY = Bench(size=64, batch=2, threads=1, turns=1)
 

@@ -11,21 +11,21 @@ import pytest
 from flwr.app import Message
 from safetensors.torch import load_file
 
-import polyclinic.client.accounting
 import polyclinic.client.app
-from polyclinic.client.budget import mechanism_of
-from polyclinic.client.gate import Decline
+import polyclinic.client.privacy.accounting
+from polyclinic.client.policy.site_policy import Decline
+from polyclinic.client.private_round import mechanism_of
 from polyclinic.client.site import Standing
-from polyclinic.client.train import TrainingError
+from polyclinic.client.training.local_round import TrainingError
 from polyclinic.configs import wire
 from polyclinic.configs.run import PrivacyConfig, RunConfig, TrainConfig
-from polyclinic.configs.site import BudgetConfig
+from polyclinic.configs.schema.site import BudgetConfig
 from polyclinic.server.app import run
-from polyclinic.server.card import _privacy
-from polyclinic.server.federation import RunFailed
-from polyclinic.server.history import read_history
-from polyclinic.simulation.phantom import write_phantoms
-from polyclinic.simulation.sites import ledger_folder
+from polyclinic.server.export.model_card import _privacy
+from polyclinic.server.rounds.federation import RunFailed
+from polyclinic.server.runs.history import read_history
+from polyclinic.simulation.local.sites import ledger_folder
+from polyclinic.simulation.phantom.writer import write_phantoms
 from tests.memory_grid import MemoryGrid
 
 PRIVATE = {
@@ -43,7 +43,7 @@ PRIVATE = {
 @pytest.fixture(autouse=True)
 def quick_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coarser grid: bounds as valid, and a percent larger."""
-    monkeypatch.setattr(polyclinic.client.accounting, "_POINTS", 2**16)
+    monkeypatch.setattr(polyclinic.client.privacy.accounting, "_POINTS", 2**16)
 
 
 Tiny = Callable[..., RunConfig]
@@ -146,8 +146,8 @@ def test_nothing_but_noisy_weights_depends_on_the_training_images(
 
 
 def _training_images(folder: Path, config: RunConfig) -> list[str]:
-    from polyclinic.client.manifest import read_site
-    from polyclinic.client.split import split_rows
+    from polyclinic.client.data.manifest import read_site
+    from polyclinic.client.data.splits import split_rows
 
     manifest = read_site(folder, folder.name)
     return [row.image.name for row in split_rows(manifest, manifest.rows, config.data)["train"]]
@@ -242,16 +242,18 @@ def test_no_run_moves_the_delta_of_a_sites_budget(tiny: Tiny, grid, budgets) -> 
 
 
 def test_a_round_that_fails_stays_spent(tiny: Tiny, grid, monkeypatch) -> None:
-    import polyclinic.client.budget
+    import polyclinic.client.private_round
 
     def broken(*_: object, **__: object) -> None:
         raise TrainingError("the disk is full of sand")
 
     config = tiny(**PRIVATE, rounds__count=1, rounds__min_sites="2")
-    train = polyclinic.client.budget.train_one_round_privately
+    train = polyclinic.client.private_round.train_one_round_privately
     calls = iter([broken, train, train])
     monkeypatch.setattr(
-        polyclinic.client.budget, "train_one_round_privately", lambda *a, **k: next(calls)(*a, **k)
+        polyclinic.client.private_round,
+        "train_one_round_privately",
+        lambda *a, **k: next(calls)(*a, **k),
     )
     folder = run(grid(config), config)
     ledgers = sorted(ledger_folder().rglob("site-1/ledger.db"))

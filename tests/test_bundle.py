@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.client.release import release_of_folder
+from polyclinic.client.policy.releases import release_of_folder
 from polyclinic.configs import VERSION
-from polyclinic.configs.release import open_release
-
-ROOT = Path(__file__).resolve().parent.parent
+from polyclinic.configs.security.release import open_release
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_its_digest_is_that_of_the_code_it_was_made_from_packed_and_unpacked(
 def test_it_is_a_release_that_a_site_can_read_and_approve(bundle: Path) -> None:
     release = open_release(bundle.read_bytes())
     assert release.version == VERSION
-    assert {"apps.py", "client/gate.py", "pyproject.toml"} <= set(release.files)
+    assert {"apps.py", "client/policy/site_policy.py", "pyproject.toml"} <= set(release.files)
 
 
 def test_the_bundle_runs_where_nothing_else_of_ours_is(bundle: Path, tmp_path: Path) -> None:

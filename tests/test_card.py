@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from polyclinic.client.dataset import normalised
-from polyclinic.client.pixels import read_picture
+from polyclinic.client.data.dataset import normalised
+from polyclinic.client.data.images import read_picture
 from polyclinic.client.predict import find
 from polyclinic.configs.run import DataConfig
 from polyclinic.mtl_model.measure import predicted_masks
 from polyclinic.mtl_model.saved import open_model, torchscript_deprecated
-from polyclinic.server.card import OWNER
-from polyclinic.server.snippet import snippet
+from polyclinic.server.export.model_card import OWNER
+from polyclinic.server.export.snippet import snippet
 
 
 def card_of(path: Path) -> str:

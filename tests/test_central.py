@@ -25,35 +25,29 @@ from polyclinic.configs import wire
 from polyclinic.configs.run import CentralConfig, ConfigError, RunConfig
 from polyclinic.mtl_model.packing import Layout, Packed
 from polyclinic.mtl_model.tasks import GROUPS, Group
-from polyclinic.server.aggregate import Contribution, average_by_task
-from polyclinic.server.app import run
-from polyclinic.server.card import _privacy, _procedure
-from polyclinic.server.central import (
+from polyclinic.server.aggregation.averaging import Contribution, average_by_task
+from polyclinic.server.aggregation.central_accounting import PRECISION, central_epsilon, delta_at
+from polyclinic.server.aggregation.central_dp import (
     AdaptiveClipping,
     CentralPrivacy,
     noise_to_update,
     sites_by_group,
 )
-from polyclinic.server.central_account import (
-    PRECISION,
-    Release,
-    central_epsilon,
-    delta_at,
-    read_releases,
-    write_releases,
-)
-from polyclinic.server.display import Display
-from polyclinic.server.federation import RunFailed
-from polyclinic.server.history import POOLED, read_history
-from polyclinic.server.report import central_text, spent_text
-from polyclinic.server.strategies import (
+from polyclinic.server.aggregation.strategies import (
     AverageByTask,
     contribution_of,
     message_of,
     packed_of,
     record_of,
 )
-from tests.test_federation import network, trained
+from polyclinic.server.app import run
+from polyclinic.server.export.model_card import _privacy, _procedure
+from polyclinic.server.rounds.federation import RunFailed
+from polyclinic.server.runs.central_releases import Release, read_releases, write_releases
+from polyclinic.server.runs.display import Display
+from polyclinic.server.runs.history import POOLED, read_history
+from polyclinic.server.runs.tables import central_text, spent_text
+from tests.factories import network, trained
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
@@ -530,7 +524,7 @@ def test_a_release_is_on_disk_before_the_average_is_handed_out(central, monkeypa
     def full(path: Path, releases: Sequence[Release]) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("polyclinic.server.central.write_releases", full)
+    monkeypatch.setattr("polyclinic.server.aggregation.central_dp.write_releases", full)
     with pytest.raises(OSError, match="no space left"):
         central().average(1, [], ZERO)
 

@@ -21,16 +21,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import polyclinic.client.chain
-from polyclinic.client.chain import SCHEMA, Chain, Entry, Head, LedgerError, LedgerTampered
+import polyclinic.client.ledger.hash_chain
+from polyclinic.client.ledger.hash_chain import (
+    SCHEMA,
+    Chain,
+    Entry,
+    Head,
+    LedgerError,
+    LedgerTampered,
+)
+from tests import ROOT
+from tests.factories import database, head_of, rewrite, texts_of, without_triggers
 
-ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state" / "ledger.db"
 
 
 def append(path: Path, *kinds: str) -> None:
@@ -51,44 +54,6 @@ def append_in(chain: Chain, *kinds: str) -> None:
 def kinds(path: Path) -> list[str]:
     with Chain(path, read_only=True) as chain:
         return [entry.kind for entry in chain.entries]
-
-
-def head_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.head")
-
-
-@contextlib.contextmanager
-def database(path: Path) -> Iterator[sqlite3.Connection]:
-    """The file as another program sees it, which knows nothing of chains."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as opened:
-        yield opened
-
-
-@contextlib.contextmanager
-def without_triggers(path: Path) -> Iterator[sqlite3.Connection]:
-    with database(path) as opened:
-        names = [
-            row[0]
-            for row in opened.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")
-        ]
-        for name in names:
-            opened.execute(f"DROP TRIGGER {name}")
-        yield opened
-
-
-def rewrite(path: Path, texts: list[str]) -> None:
-    """What whoever knows this program would do: all entries anew, with hashes that fit."""
-    before = "0" * 64
-    with without_triggers(path) as opened:
-        opened.execute("DELETE FROM entries")
-        for number, text in enumerate(texts, 1):
-            before = hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
-            opened.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, text, before))
-
-
-def texts_of(path: Path) -> list[str]:
-    with database(path) as opened:
-        return [row[0] for row in opened.execute("SELECT content FROM entries ORDER BY number")]
 
 
 def test_entries_are_there_for_who_opens_the_file_next(path: Path) -> None:
@@ -289,6 +254,11 @@ def test_an_untouched_file_is_not_suspected(path: Path, tmp_path: Path) -> None:
     assert kinds(path) == ["one", "two", "three", "four"]
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "ledger.db"
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("written") / "ledger.db"
@@ -439,7 +409,7 @@ def test_a_crash_while_the_file_is_made_leaves_nothing_to_mend(path: Path) -> No
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from polyclinic.client.chain import Chain
+from polyclinic.client.ledger.hash_chain import Chain
 chain = Chain(Path(sys.argv[1]))
 with chain.turn():
     chain.append("kept")
@@ -483,7 +453,7 @@ def test_who_takes_a_turn_sees_what_others_wrote(path: Path) -> None:
 TOGETHER = """
 import sys
 from pathlib import Path
-from polyclinic.client.chain import Chain
+from polyclinic.client.ledger.hash_chain import Chain
 print("ready", flush=True)
 sys.stdin.readline()
 with Chain(Path(sys.argv[1]), timeout_s=60) as chain:
@@ -739,7 +709,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def move(seconds: float) -> None:
         monkeypatch.setattr(
-            polyclinic.client.chain, "_now", lambda: datetime.now(UTC) + timedelta(seconds=seconds)
+            polyclinic.client.ledger.hash_chain,
+            "_now",
+            lambda: datetime.now(UTC) + timedelta(seconds=seconds),
         )
 
     return move

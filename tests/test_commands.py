@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from polyclinic.server.app import run
-from polyclinic.simulation.compare import compare_run
+from polyclinic.simulation.experiments.compare import compare_run
 from tests.conftest import rows_of, write_manifest
 
 
@@ -151,7 +151,7 @@ def test_runs_are_listed_and_shown_again(cli, tiny, grid, tmp_path: Path) -> Non
 def test_a_run_is_compared_with_training_alone_and_pooled(
     tiny, grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from polyclinic.simulation.sites import simulated_sites
+    from polyclinic.simulation.local.sites import simulated_sites
 
     base = tiny(rounds__count=1)
     root, _ = simulated_sites(base.data, base.phantom)
@@ -171,8 +171,8 @@ def test_a_run_is_compared_with_training_alone_and_pooled(
 def test_comparison_without_validation_images_tests_the_last_round(
     tiny, grid, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import polyclinic.simulation.compare as module
-    from polyclinic.simulation.sites import simulated_sites
+    import polyclinic.simulation.experiments.compare as module
+    from polyclinic.simulation.local.sites import simulated_sites
 
     base = tiny()
     root, _ = simulated_sites(base.data, base.phantom)
@@ -203,8 +203,8 @@ def test_comparison_without_validation_images_tests_the_last_round(
 def test_comparison_of_a_site_that_never_trained_has_no_values(
     tiny, grid, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog
 ) -> None:
-    import polyclinic.simulation.compare as module
-    from polyclinic.simulation.sites import simulated_sites
+    import polyclinic.simulation.experiments.compare as module
+    from polyclinic.simulation.local.sites import simulated_sites
 
     base = tiny()
     root, _ = simulated_sites(base.data, base.phantom)
@@ -255,9 +255,9 @@ def test_model_info_of_what_cannot_be_built_ends_with_2(cli, arguments, said) ->
 
 
 def test_a_comparison_trains_as_often_as_the_sites_did() -> None:
-    from polyclinic.server.history import Line
-    from polyclinic.server.site_reports import TrainReport
-    from polyclinic.simulation.compare import rounds_trained
+    from polyclinic.server.runs.history import Line
+    from polyclinic.server.runs.reports import TrainReport
+    from polyclinic.simulation.experiments.compare import rounds_trained
 
     report = TrainReport(3, 1.0, 0.5, 0.5)
     history = [

@@ -14,14 +14,15 @@ import pytest
 
 from polyclinic.configs import VERSION
 from polyclinic.configs.run import RunConfig
-from polyclinic.server.folder import RunFolder, to_toml
-from polyclinic.server.history import read_history
-from polyclinic.server.provision import provision
-from polyclinic.simulation.phantom import write_phantoms
+from polyclinic.server.deployment.provision import provision
+from polyclinic.server.runs.folder import RunFolder, to_toml
+from polyclinic.server.runs.history import read_history
+from polyclinic.simulation.phantom.writer import write_phantoms
+from tests import ROOT
 from tests.conftest import TINY, free_port
-from tests.containers.podman import PODMAN, ROOT, build, podman_run_arguments, why_no_containers
+from tests.containers.podman import PODMAN, build, podman_run_arguments, why_no_containers
+from tests.factories import federation
 from tests.faults.deployment import events
-from tests.test_provision import federation
 
 pytestmark = [
     pytest.mark.containers,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from polyclinic.client.augment import Augmentation
-from polyclinic.client.dataset import Example, ExampleDataset, load_site, to_batch
-from polyclinic.client.manifest import DataError, read_sites
+from polyclinic.client.data.augment import Augmentation
+from polyclinic.client.data.dataset import Example, ExampleDataset, load_site, to_batch
+from polyclinic.client.data.manifest import DataError, read_sites
 from polyclinic.configs.run import DataConfig
 from tests.conftest import rows_of, write_manifest
 

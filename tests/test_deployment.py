@@ -26,21 +26,20 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from polyclinic.client.preflight import preflight
-from polyclinic.client.supernode import knock
+from polyclinic.client.node.preflight import preflight
+from polyclinic.client.node.supernode import knock
 from polyclinic.configs import VERSION
-from polyclinic.configs.credentials import read_certificate, read_private_key
-from polyclinic.configs.federation import FederationConfig
 from polyclinic.configs.run import DataConfig
-from polyclinic.server.authority import Authority, new_key, pem, private_openssh
-from polyclinic.server.folder import RunFolder
-from polyclinic.server.history import read_history
-from polyclinic.server.provision import provision
-from polyclinic.server.superlink import MOST_BODY, MOST_CONNECTIONS, PATIENCE_S
+from polyclinic.configs.schema.federation import FederationConfig
+from polyclinic.configs.security.credentials import read_certificate, read_private_key
+from polyclinic.server.deployment.authority import Authority, new_key, pem, private_openssh
+from polyclinic.server.deployment.provision import provision
+from polyclinic.server.deployment.superlink import MOST_BODY, MOST_CONNECTIONS, PATIENCE_S
+from polyclinic.server.runs.folder import RunFolder
+from polyclinic.server.runs.history import read_history
 from tests.consortium import Consortium
+from tests.factories import ABOUT_REQUEST, ENDLESS_HEAD, PRIVATE, UPGRADE, read_all, send, signed
 from tests.faults.deployment import events
-from tests.test_front_door import ABOUT_REQUEST, ENDLESS_HEAD, UPGRADE, read_all, send, signed
-from tests.test_gate import PRIVATE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -307,7 +306,7 @@ def test_a_release_without_the_sites_gate_is_not_run(consortium: Consortium) -> 
     place = consortium
     evil = place.folder / "evil"
     shutil.copytree(place.app, evil)
-    gate = evil / "client" / "gate.py"
+    gate = evil / "client" / "policy" / "site_policy.py"
     gate.write_text(gate.read_text().replace("policy.evaluation", "True"))
     marker = place.folder / "evil-ran"
     apps = evil / "apps.py"
@@ -332,7 +331,7 @@ def test_a_release_without_the_sites_gate_is_not_run(consortium: Consortium) -> 
     )
     assert status == 0
     assert f"release {digest}" in said
-    assert re.search("changed +client/gate.py", said)
+    assert re.search("changed +client/policy/site_policy.py", said)
     place.polyclinic("site", "approve", place.site_file("site-1"), "--withdraw", digest)
 
 

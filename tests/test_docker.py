@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.containers.podman import filled_in, podman_run_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 VARIABLES = {
     "POLYCLINIC_VERSION": "1.2.3",

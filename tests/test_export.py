@@ -20,11 +20,10 @@ from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.packing import Layout
 from polyclinic.mtl_model.saved import open_model, open_network
-from polyclinic.server.checkpoint import ServerState, save_round
-from polyclinic.server.export import Exported, compare, export_model, trial_images
-from polyclinic.server.folder import RunFolder
-
-ROOT = Path(__file__).resolve().parent.parent
+from polyclinic.server.export.export import Exported, compare, export_model, trial_images
+from polyclinic.server.runs.checkpoint import ServerState, save_round
+from polyclinic.server.runs.folder import RunFolder
+from tests import ROOT
 
 # Together, every option of the network that changes what a graph is made of.
 CHEAP = {

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from polyclinic.client.device import compiled
+from polyclinic.client.training.device import compiled
 from polyclinic.configs.run import ModelConfig
 from polyclinic.mtl_model.inference import InferenceForm
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model
-from polyclinic.simulation.plain import written_plainly
-from tests.test_network import losses_of, small, some_targets
+from polyclinic.simulation.benchmarks.plain import written_plainly
+from tests.factories import losses_of, small, some_targets
 
 SIZE = (64, 64)
 # windows of 4 at sides 32, 16, 8 and 4: shifted ones at three stages

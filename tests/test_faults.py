@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.server.folder import RunFolder
-from polyclinic.server.history import Line, read_history
+from polyclinic.server.runs.folder import RunFolder
+from polyclinic.server.runs.history import Line, read_history
+from tests import ROOT
 from tests.consortium import Consortium
 from tests.faults.deployment import Deployment, deployment, events
 
@@ -431,7 +432,7 @@ def test_a_sites_clock_is_an_hour_wrong(
     if shutil.which("gcc") is None:
         pytest.skip("a wrong clock is made with a C compiler, and there is none")
     library = tmp_path / "clock.so"
-    source = Path(__file__).parent / "faults" / "clock.c"
+    source = ROOT / "tests" / "faults" / "clock.c"
     subprocess.run(
         ["gcc", "-shared", "-fPIC", f"-DSKEW={hours * 3600}", "-o", library, source, "-ldl"],
         check=True,

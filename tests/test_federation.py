@@ -12,20 +12,16 @@ import torch
 from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
-from polyclinic.client.dataset import load_site
+from polyclinic.client.data.dataset import load_site
 from polyclinic.configs import wire
-from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
-from polyclinic.mtl_model.network import MultiTaskUNet, network_of
+from polyclinic.configs.run import ConfigError, load_run_config
 from polyclinic.mtl_model.packing import Layout
 from polyclinic.server.app import run
-from polyclinic.server.checkpoint import load_weights
-from polyclinic.server.federation import RunFailed, RunRefused, sites_needed
-from polyclinic.server.history import POOLED, read_history
-from polyclinic.simulation.sites import simulated_sites
-
-
-def network(config: RunConfig) -> MultiTaskUNet:
-    return network_of(config.model, config.data, config.loss, seed=0)
+from polyclinic.server.rounds.federation import RunFailed, RunRefused, sites_needed
+from polyclinic.server.runs.checkpoint import load_weights
+from polyclinic.server.runs.history import POOLED, read_history
+from polyclinic.simulation.local.sites import simulated_sites
+from tests.factories import network, trained
 
 
 def metrics_of(folder, split: str, number: int) -> dict[str, object]:
@@ -264,10 +260,6 @@ def empty(partition: int, reply: Message) -> Message:
     if partition == 1 and trained(reply):
         reply.content = RecordDict({"other": ConfigRecord({"a": 1})})
     return reply
-
-
-def trained(reply: Message) -> bool:
-    return reply.has_content() and wire.WEIGHTS in reply.content.array_records
 
 
 @pytest.mark.parametrize(

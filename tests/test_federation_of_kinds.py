@@ -19,8 +19,8 @@ from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.packing import Layout
 from polyclinic.server.app import run
 from polyclinic.server.commands import show
-from polyclinic.server.history import POOLED, read_history
-from polyclinic.server.report import class_tables, metrics_table
+from polyclinic.server.runs.history import POOLED, read_history
+from polyclinic.server.runs.tables import class_tables, metrics_table
 from tests.site_images import THINGS, write_exclusive_site, write_overlapping_site
 
 KINDS = {
@@ -169,7 +169,7 @@ def test_a_site_that_lacks_what_measures_distances_refuses_before_training(
     tiny, grid, monkeypatch
 ) -> None:
     from polyclinic.mtl_model.distance import DistanceError
-    from polyclinic.server.federation import RunRefused
+    from polyclinic.server.rounds.federation import RunRefused
 
     def missing() -> None:
         raise DistanceError("pip install 'polyclinic[metrics]'")
@@ -218,7 +218,7 @@ def test_every_option_of_the_network_trains_and_is_evaluated_from_settings(
 
 def test_a_site_whose_timm_lacks_the_backbone_says_so_by_name(tiny, grid, monkeypatch) -> None:
     from polyclinic.mtl_model.backbone import BackboneError
-    from polyclinic.server.federation import RunFailed
+    from polyclinic.server.rounds.federation import RunFailed
 
     def missing(*_: object, **__: object) -> None:
         raise BackboneError("model.backbone: timm 0.9 has no resnet18")

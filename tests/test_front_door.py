@@ -6,7 +6,6 @@ tests/test_deployment.py has the same with real processes over TLS.
 from __future__ import annotations
 
 import asyncio
-import base64
 import inspect
 import json
 import logging
@@ -28,19 +27,18 @@ from types import SimpleNamespace
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.superlink import extensions, main
 from flwr.superlink.cli import flower_superlink
 from flwr.superlink.routers.control.router import router as control_router
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
-import polyclinic.server.superlink
-from polyclinic.configs.credentials import Validity, read_private_key
-from polyclinic.configs.reach import ABOUT
-from polyclinic.server.provision import provision
-from polyclinic.server.registry import Registry
-from polyclinic.server.superlink import (
+import polyclinic.server.deployment.superlink
+from polyclinic.configs.diagnostics.network import ABOUT
+from polyclinic.configs.security.credentials import Validity, read_private_key
+from polyclinic.server.deployment.provision import provision
+from polyclinic.server.deployment.registry import Registry
+from polyclinic.server.deployment.superlink import (
     MOST_BODY,
     MOST_CONNECTIONS,
     MOST_HEAD,
@@ -52,7 +50,7 @@ from polyclinic.server.superlink import (
     write_connection,
 )
 from tests.conftest import free_port
-from tests.test_provision import federation
+from tests.factories import ABOUT_REQUEST, ENDLESS_HEAD, UPGRADE, federation, read_all, send, signed
 
 PUBLIC, PRIVATE = 9092, 9093
 
@@ -86,17 +84,6 @@ class Inside:
                 break
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"inside"})
-
-
-def signed(key: ec.EllipticCurvePrivateKey, at: datetime | None = None) -> dict[str, bytes]:
-    """A site's headers, as Flower's SuperNode makes them."""
-    timestamp = (at or datetime.now(UTC)).isoformat()
-    public = public_key_to_bytes(key.public_key())
-    return {
-        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public),
-        TIMESTAMP_HEADER: timestamp.encode(),
-        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(key, timestamp.encode())),
-    }
 
 
 def ask(
@@ -137,7 +124,7 @@ def key_of(kits: Path, site: str) -> ec.EllipticCurvePrivateKey:
 
 
 def test_flower_is_started_where_the_door_is_hung() -> None:
-    """Fails when a new Flower moves what server/superlink.py stands on."""
+    """Fails when a new Flower moves what server/deployment/superlink.py stands on."""
     assert "extensions.get_middleware()" in inspect.getsource(main._get_middleware)
     assert main.extensions is extensions
     module = inspect.getmodule(flower_superlink)
@@ -146,7 +133,7 @@ def test_flower_is_started_where_the_door_is_hung() -> None:
     assert "create_app(lifespan_config, SuperLinkLifespan)" in started
     fleet = {route.path for route in fleet_router.routes}
     assert fleet
-    assert all(path.startswith(polyclinic.server.superlink.FLEET) for path in fleet)
+    assert all(path.startswith(polyclinic.server.deployment.superlink.FLEET) for path in fleet)
     assert all(path.startswith("/v1/control/") for path in (r.path for r in control_router.routes))
 
 
@@ -235,7 +222,7 @@ def test_what_strangers_make_up_is_turned_away_and_breaks_nothing(kits: Path, re
 def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
     kits: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyclinic.server.registry.LOOK_S", 0.0)
+    monkeypatch.setattr("polyclinic.server.deployment.registry.LOOK_S", 0.0)
     door = FrontDoor(Inside(), registry, PUBLIC)
     a, b = key_of(kits, "site-a"), key_of(kits, "site-b")
     assert ask(door, "/v1/fleet/x", signed(b))[0] == 200
@@ -244,7 +231,8 @@ def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
     assert ask(door, "/v1/fleet/x", signed(a))[0] == 200
     past = datetime.now(UTC) - timedelta(days=2)
     monkeypatch.setattr(
-        "polyclinic.server.registry.validity_of", lambda certificate: Validity(past, past)
+        "polyclinic.server.deployment.registry.validity_of",
+        lambda certificate: Validity(past, past),
     )
     (kits / "server" / "sites" / "site-a.crt").touch()
     status, body = ask(door, "/v1/fleet/x", signed(a))
@@ -285,7 +273,7 @@ class SuperLink:
         self.nodes: dict[int, Node] = {}
 
     def RegisterNode(self, request) -> None:  # noqa: N802 - Flower's name
-        line = polyclinic.server.superlink._line(request.public_key)
+        line = polyclinic.server.deployment.superlink._line(request.public_key)
         assert line not in {node.public_key for node in self.nodes.values()}  # as Flower does
         number = len(self.nodes) + 1
         self.nodes[number] = Node(number, request.name, line, "registered", "")
@@ -301,9 +289,11 @@ class SuperLink:
 
 
 def test_the_superlink_follows_the_registry(kits: Path, registry, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("polyclinic.server.registry.LOOK_S", 0.0)
+    monkeypatch.setattr("polyclinic.server.deployment.registry.LOOK_S", 0.0)
     monkeypatch.setattr(
-        polyclinic.server.superlink, "list_nodes", lambda client: [*client.nodes.values()]
+        polyclinic.server.deployment.superlink,
+        "list_nodes",
+        lambda client: [*client.nodes.values()],
     )
     superlink, registrar = SuperLink(), Registrar(registry)
     registrar.bring_in_step(superlink)
@@ -399,7 +389,7 @@ def served(kits: Path, registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Se
         "timeout_graceful_shutdown": 5,
     }
     app = FrontDoor(inside, registry, doors.port)
-    running, sockets = polyclinic.server.superlink._server(app, doors, options)
+    running, sockets = polyclinic.server.deployment.superlink._server(app, doors, options)
     running.config.load()  # here, so that an error of it is the test's
     for each in sockets:
         each.listen()  # so that nobody needs to wait for the thread
@@ -409,29 +399,6 @@ def served(kits: Path, registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Se
     running.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
-
-
-def send(connection: ssl.SSLSocket, data: bytes) -> None:
-    """Send what the other end accepts before it closes."""
-    with suppress(ConnectionError, ssl.SSLError):
-        connection.sendall(data)
-
-
-def read_all(connection: ssl.SSLSocket) -> bytes:
-    """Read until the other end closes; a timeout is an error."""
-    read = b""
-    with suppress(ConnectionError, ssl.SSLError):
-        while part := connection.recv(65536):
-            read += part
-    return read
-
-
-ABOUT_REQUEST = f"GET {ABOUT} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-UPGRADE = ABOUT_REQUEST[:-2] + (
-    b"Connection: Upgrade\r\nUpgrade: %s\r\nSec-WebSocket-Version: 13\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-)
-ENDLESS_HEAD = ABOUT_REQUEST[:-2] + b"X: "
 
 
 def about_request_of(size: int) -> bytes:
@@ -470,7 +437,7 @@ def test_request_head_over_the_limit_is_served_on_loopback(served: Served) -> No
 def test_request_head_trickled_too_long_is_closed(
     served: Served, kits: Path, monkeypatch, earlier_requests: int
 ) -> None:
-    monkeypatch.setattr("polyclinic.server.superlink.HEAD_S", 1.0)
+    monkeypatch.setattr("polyclinic.server.deployment.superlink.HEAD_S", 1.0)
     with served.connect() as connection:
         for _ in range(earlier_requests):
             connection.sendall(signed_request(kits, b"Content-Length: 0"))
@@ -597,7 +564,7 @@ def test_upgrade_on_loopback_is_refused(served: Served) -> None:
 def test_connections_that_are_closing_do_not_count_at_the_limit(
     served: Served, monkeypatch, limit: str, closing: bool
 ) -> None:
-    monkeypatch.setattr(f"polyclinic.server.superlink.{limit}", 2)
+    monkeypatch.setattr(f"polyclinic.server.deployment.superlink.{limit}", 2)
     aborted: list[int] = []
     for number in range(2):
         transport = SimpleNamespace(

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message
 
-from polyclinic.client.gate import (
+from polyclinic.client.ledger.budget import LedgerError
+from polyclinic.client.ledger.outgoing import OUTGOING, Sent, read_outgoing, write_down
+from polyclinic.client.policy.releases import own_release, release_of_folder
+from polyclinic.client.policy.site_policy import (
     OPEN,
     Decline,
     check_hours,
@@ -25,21 +28,19 @@ from polyclinic.client.gate import (
     permitted,
     supported,
 )
-from polyclinic.client.ledger import LedgerError
-from polyclinic.client.outgoing import OUTGOING, Sent, read_outgoing, write_down
-from polyclinic.client.release import own_release, release_of_folder
 from polyclinic.client.site import load, open_site
 from polyclinic.configs import wire
 from polyclinic.configs.run import ConfigError, RunConfig
-from polyclinic.configs.site import PolicyConfig, read_site_config
+from polyclinic.configs.schema.site import PolicyConfig, read_site_config
 from polyclinic.server.app import run
-from polyclinic.server.federation import RunFailed
-from polyclinic.server.history import read_history
-from polyclinic.server.status import budget_left, last_told
-from polyclinic.simulation.phantom import write_phantoms
+from polyclinic.server.deployment.status import budget_left, last_told
+from polyclinic.server.rounds.federation import RunFailed
+from polyclinic.server.runs.history import read_history
+from polyclinic.simulation.phantom.writer import write_phantoms
+from tests import ROOT
+from tests.factories import PRIVATE
 from tests.memory_grid import MemoryGrid
 
-ROOT = Path(__file__).resolve().parent.parent
 Tiny = Callable[..., RunConfig]
 
 
@@ -133,16 +134,6 @@ def test_a_site_with_a_budget_takes_no_part_in_a_run_without_privacy(
     assert "only answers runs with differential privacy" in entry["told"][wire.DECLINED]
 
 
-PRIVATE = {
-    "privacy__mode": "dp-sgd",
-    "privacy__noise_multiplier": 2.0,
-    "privacy__delta": 1e-3,
-    "loss__class_weights": "none",
-    "data__split": "independent",
-    "data__val_fraction": 0.3,
-    "train__local_steps": 2,
-    "rounds__count": 2,
-}
 BUDGET = """
 cohort: {examples: 20, patients: 18}
 budget: {epsilon: 50, delta: 0.001, unit: patient}
@@ -359,9 +350,9 @@ def test_a_release_has_one_digest_wherever_it_lies(tmp_path: Path, cli) -> None:
     fab = tmp_path / "app.fab"
     with zipfile.ZipFile(fab, "w") as packed:
         for room in ("client", "configs", "mtl_model", "server", "simulation"):
-            for path in (ROOT / room).iterdir():
+            for path in (ROOT / room).rglob("*"):
                 if path.suffix in (".py", ".toml"):
-                    packed.write(path, f"{room}/{path.name}")
+                    packed.write(path, path.relative_to(ROOT).as_posix())
         for name in ("LICENSE", "apps.py", "polyclinic.py"):
             packed.write(ROOT / name, name)
         written_anew = "# by Flower\n" + (ROOT / "pyproject.toml").read_text()

@@ -13,10 +13,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from polyclinic.client.dataset import Examples
+from polyclinic.client.data.dataset import Examples
 from polyclinic.configs.run import ConfigError
-from polyclinic.simulation import inversion as inversions
-from polyclinic.simulation.inversion import (
+from polyclinic.simulation.attacks import inversion as inversions
+from polyclinic.simulation.attacks.inversion import (
     CLIPPED,
     FROM_WEIGHTS,
     PLAIN,

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from polyclinic.client.accounting import Spent, epsilon
-from polyclinic.client.ledger import LEDGER, read_accounts, verify_ledger
+from polyclinic.client.ledger.budget import LEDGER, read_accounts, verify_ledger
+from polyclinic.client.privacy.accounting import Spent, epsilon
+from tests import ROOT
 from tests.mortal_site import DELTA, EXAMPLES, NOISE, STEPS
 
-ROOT = Path(__file__).resolve().parent.parent
 KILLS = 50
 COST = Spent(NOISE, 4 / EXAMPLES, STEPS)  # of a round: batches of 4
 

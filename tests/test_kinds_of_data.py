@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polyclinic.client.augment import Augmentation
-from polyclinic.client.dataset import Examples, SiteData, load_site
-from polyclinic.client.manifest import DataError, Manifest, Row, read_sites
-from polyclinic.client.split import split_rows
+from polyclinic.client.data.augment import Augmentation
+from polyclinic.client.data.dataset import Examples, SiteData, load_site
+from polyclinic.client.data.manifest import DataError, Manifest, Row, read_sites
+from polyclinic.client.data.splits import split_rows
 from polyclinic.configs.run import DataConfig
 from tests.conftest import rows_of, write_manifest
 from tests.site_images import (

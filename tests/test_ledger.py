@@ -20,13 +20,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import polyclinic.client.budget
-import polyclinic.client.chain
-from polyclinic.client.accounting import Spent, epsilon, epsilon_rdp
-from polyclinic.client.budget import train_within_budget
-from polyclinic.client.chain import Chain, Entry
-from polyclinic.client.gate import OPEN, Decline
-from polyclinic.client.ledger import (
+import polyclinic.client.ledger.hash_chain
+import polyclinic.client.private_round
+from polyclinic.client.ledger.budget import (
     BudgetExceeded,
     Cohort,
     Ledger,
@@ -37,11 +33,15 @@ from polyclinic.client.ledger import (
     read_accounts,
     verify_ledger,
 )
+from polyclinic.client.ledger.hash_chain import Chain, Entry
+from polyclinic.client.policy.site_policy import OPEN, Decline
+from polyclinic.client.privacy.accounting import Spent, epsilon, epsilon_rdp
+from polyclinic.client.private_round import train_within_budget
 from polyclinic.client.site import Standing
-from polyclinic.client.train import Round
+from polyclinic.client.training.local_round import Round
 from polyclinic.configs.run import RunConfig
-from polyclinic.configs.site import BudgetConfig
-from tests.test_chain import database, head_of, rewrite, texts_of
+from polyclinic.configs.schema.site import BudgetConfig
+from tests.factories import database, head_of, rewrite, texts_of
 
 NORTH = Cohort("north", "patient", 1000)
 DELTA = 1e-4
@@ -495,7 +495,9 @@ def no_harm(path: Path, _: pytest.MonkeyPatch) -> None:
 
 
 def locked(path: Path, patch: pytest.MonkeyPatch) -> sqlite3.Connection:
-    patch.setattr(polyclinic.client.budget, "Ledger", lambda *terms: Ledger(*terms, timeout_s=0.05))
+    patch.setattr(
+        polyclinic.client.private_round, "Ledger", lambda *terms: Ledger(*terms, timeout_s=0.05)
+    )
     held = sqlite3.connect(path, isolation_level=None)
     held.execute("BEGIN IMMEDIATE")
     return held
@@ -522,7 +524,9 @@ def tampered_with(path: Path, _: pytest.MonkeyPatch) -> None:
 
 
 def with_the_clock_back(path: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(polyclinic.client.chain, "_now", lambda: datetime.now(UTC) - timedelta(hours=1))
+    patch.setattr(
+        polyclinic.client.ledger.hash_chain, "_now", lambda: datetime.now(UTC) - timedelta(hours=1)
+    )
 
 
 def on_a_full_disk(path: Path, _: pytest.MonkeyPatch) -> None:
@@ -555,7 +559,7 @@ def test_a_ledger_that_cannot_be_used_lets_no_training_start(
     def training(*_: object, **__: object) -> None:
         raise ZeroDivisionError("it starts")
 
-    monkeypatch.setattr(polyclinic.client.budget, "train_one_round_privately", training)
+    monkeypatch.setattr(polyclinic.client.private_round, "train_one_round_privately", training)
     config = tiny(
         privacy__mode="dp-sgd",
         privacy__noise_multiplier=20.0,
@@ -584,7 +588,7 @@ def test_a_round_above_the_cap_is_declined_before_training(
     path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        polyclinic.client.budget, "train_one_round_privately", lambda *_, **__: 1 / 0
+        polyclinic.client.private_round, "train_one_round_privately", lambda *_, **__: 1 / 0
     )
     config = tiny(
         privacy__mode="dp-sgd",

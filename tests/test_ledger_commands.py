@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.client.accounting import Spent, epsilon, epsilon_rdp
-from polyclinic.client.ledger import LEDGER, Cohort, Ledger, read_accounts
-from tests.test_chain import head_of, without_triggers
+from polyclinic.client.ledger.budget import LEDGER, Cohort, Ledger, read_accounts
+from polyclinic.client.privacy.accounting import Spent, epsilon, epsilon_rdp
+from tests.factories import head_of, without_triggers
 
 NORTH = Cohort("north", "patient", 400)
 DELTA = 1e-3

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from polyclinic.configs.run import LossConfig
 from polyclinic.mtl_model.losses import (
-    Targets,
     balanced_class_weights,
     classification_loss,
     focal_loss,
@@ -19,19 +18,9 @@ from polyclinic.mtl_model.losses import (
     soft_dice_loss,
 )
 from polyclinic.mtl_model.network import Prediction
+from tests.factories import batch
 
 KINDS = ["one binary", "overlapping", "exclusive"]
-
-
-def batch() -> tuple[Prediction, Targets]:
-    generator = torch.Generator().manual_seed(0)
-    prediction = Prediction(
-        torch.randn(4, 1, 8, 8, generator=generator), torch.randn(4, 3, generator=generator)
-    )
-    masks = (torch.rand(4, 1, 8, 8, generator=generator) > 0.5).float()
-    known = torch.tensor([[True], [False], [True], [False]])
-    labels = torch.eye(3)[[2, 0, 0, 0]]
-    return prediction, Targets(masks, known, labels, torch.tensor([True, True, False, False]))
 
 
 def some_masks(kind: str, n: int = 4) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.client.manifest import DataError, chosen_sites, read_site, read_sites
+from polyclinic.client.data.manifest import DataError, chosen_sites, read_site, read_sites
 from tests.conftest import rows_of, write_manifest
 
 

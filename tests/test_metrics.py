@@ -8,7 +8,6 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from polyclinic.mtl_model.measure import batch_sums, predicted_masks
 from polyclinic.mtl_model.metrics import ImageClass, MaskClass, Metrics, area_under_curve, compute
 from polyclinic.mtl_model.network import Prediction
 from polyclinic.mtl_model.sums import BINS, Classes, MetricSums, empty_sums
+from tests import ROOT
 
 THREE = Classes(("lesion",), ("a", "b", "c"), positive="b")
 TWO = Classes(("lesion",), ("a", "b"), positive="b")
@@ -211,9 +211,8 @@ def test_distances_without_monai_say_what_to_install(monkeypatch) -> None:
 
 
 def test_nothing_imports_monai_before_distances_are_measured() -> None:
-    code = "import sys, apps, polyclinic.simulation.run; sys.exit('monai' in sys.modules)"
-    root = Path(__file__).resolve().parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    code = "import sys, apps, polyclinic.simulation.local.run; sys.exit('monai' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @given(cut=st.integers(1, 59), kind=st.sampled_from(list(KINDS)))

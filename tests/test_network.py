@@ -7,68 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyclinic.configs.run import LossConfig, ModelConfig
+from polyclinic.configs.run import ModelConfig
 from polyclinic.mtl_model.blocks import group_norm
-from polyclinic.mtl_model.losses import Targets, multi_task_loss
+from polyclinic.mtl_model.losses import Targets
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model
-from polyclinic.simulation.plain import written_plainly
-
-SMALL = {
-    "backbone": "resnet18",
-    "width": 16,
-    "depths": (1, 1, 1, 1),
-    "head_channels": 8,
-    "drop_path": 0.0,
-}
-WHOLE = {"width": 0, "depths": ()}  # a backbone as timm makes it
-VARIANTS = [
-    {},
-    {"block_order": "parallel"},
-    {"dfe": "sum"},
-    {"dfe": "none"},
-    {"dfe_rates": (1, 2, 3)},
-    {"upsample": "bilinear"},
-    {"head_stages": (1, 2, 3, 4)},
-    {"window": 3},
-    {"swin_depth": 0},
-    {"swin_depth": 3, "drop_path": 0.2},
-    {"token_mixing": "published"},
-    {"depths": ()},
-    {"stride": 4},
-    {"backbone": "resnet50", "block_order": "parallel"},
-    {"preset": "light", "mlp_ratio": 2.0, "stride": 4, "dfe": "none"},
-    {"backbone": "efficientnet_lite0", **WHOLE},
-    {"backbone": "tf_efficientnet_lite0", **WHOLE},
-    {"backbone": "convnext_atto", **WHOLE},
-]
-
-
-def without_chance(variants: list[dict]) -> list:
-    """Variants without randomness, as parameters; the two whose gradients take longest for long."""
-    slow = ("resnet50", "convnext_atto")
-    return [
-        pytest.param(v, id=str(v), marks=[pytest.mark.long] if v.get("backbone") in slow else [])
-        for v in variants
-        if "drop_path" not in v
-    ]
-
-
-def small(size: tuple[int, int] = (64, 64), mask_maps: int = 1, **changes: object) -> MultiTaskUNet:
-    config = ModelConfig(**{**SMALL, **changes})
-    return build_model(
-        config, size=size, in_channels=1, image_classes=2, mask_channels=mask_maps, seed=0
-    )
-
-
-def some_targets(batch: int, size: tuple[int, int] = (64, 64)) -> Targets:
-    generator = torch.Generator().manual_seed(1)
-    masks = (torch.rand(batch, 1, *size, generator=generator) > 0.7).float()
-    known = torch.ones(batch, dtype=torch.bool)
-    return Targets(masks, known[:, None], torch.eye(2)[torch.arange(batch) % 2], known)
-
-
-def losses_of(model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
-    return multi_task_loss(model(images), targets, LossConfig()).total
+from polyclinic.simulation.benchmarks.plain import written_plainly
+from tests.factories import SMALL, VARIANTS, losses_of, small, some_targets
 
 
 def published(dfe: str, side: int, masks: int, device: str) -> MultiTaskUNet:

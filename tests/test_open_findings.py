@@ -18,13 +18,13 @@ import torch
 import yaml
 from torch.utils.data import default_collate
 
-import polyclinic.client.privacy
-from polyclinic.client.accounting import Spent, epsilon
-from polyclinic.client.augment import Augmentation
-from polyclinic.client.dataset import ExampleDataset, Examples, to_batch
-from polyclinic.client.privacy import Mechanism, train_one_round_privately
-from polyclinic.client.train import Round
-from polyclinic.client.unit_gradients import units_of_network
+import polyclinic.client.privacy.dp_sgd
+from polyclinic.client.data.augment import Augmentation
+from polyclinic.client.data.dataset import ExampleDataset, Examples, to_batch
+from polyclinic.client.privacy.accounting import Spent, epsilon
+from polyclinic.client.privacy.dp_sgd import Mechanism, train_one_round_privately
+from polyclinic.client.privacy.unit_gradients import units_of_network
+from polyclinic.client.training.local_round import Round
 from polyclinic.configs import wire
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.losses import multi_task_loss
@@ -78,14 +78,14 @@ def without(examples: Examples, index: int) -> Examples:
 def recorded_sums(found: list[torch.Tensor]) -> Iterator[None]:
     """Record the clipped sum of each step before noise is added."""
 
-    def release(self: polyclinic.client.privacy.NoisyGradient, _deviation: float) -> None:
+    def release(self: polyclinic.client.privacy.dp_sgd.NoisyGradient, _deviation: float) -> None:
         found.append(torch.cat([total.flatten().clone() for total in self.sums.values()]))
         for parameter, total in self.sums.items():
             parameter.grad = torch.zeros_like(parameter)
             total.zero_()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(polyclinic.client.privacy.NoisyGradient, "release", release)
+        patch.setattr(polyclinic.client.privacy.dp_sgd.NoisyGradient, "release", release)
         yield
 
 

@@ -10,7 +10,7 @@ import torch
 
 from polyclinic.mtl_model.packing import Layout, group_of_key
 from polyclinic.mtl_model.tasks import group_of
-from tests.test_network import small
+from tests.factories import small
 
 
 def test_weights_come_back_bit_by_bit_from_three_arrays() -> None:

@@ -12,12 +12,12 @@ from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.conv import compute_conv_grad_sample
 from torch import Tensor, nn
 
-import polyclinic.client.grad_samplers
+import polyclinic.client.privacy.grad_samplers
 from polyclinic.configs.run import LossConfig
 from polyclinic.mtl_model.losses import Targets, multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.uncertainty import Uncertainty
-from tests.test_network import VARIANTS, small, some_targets, without_chance
+from tests.factories import VARIANTS, small, some_targets, without_chance
 
 SIZE = (64, 48)  # not square: windows that are high and windows that are wide
 
@@ -105,6 +105,6 @@ def test_the_rule_that_ours_replaces_is_wrong_for_channels_last() -> None:
     right = compute_conv_grad_sample(conv, [x], out)[conv.weight]
     x = x.contiguous(memory_format=torch.channels_last)
     theirs = compute_conv_grad_sample(conv, [x], out)[conv.weight]
-    ours = polyclinic.client.grad_samplers.convolution(conv, [x], out)[conv.weight]
+    ours = polyclinic.client.privacy.grad_samplers.convolution(conv, [x], out)[conv.weight]
     assert not torch.allclose(theirs, right, atol=1e-2)
     torch.testing.assert_close(ours, right)

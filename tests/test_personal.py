@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
-from polyclinic.client.memory import SiteMemory
+from polyclinic.client.training.personal_state import SiteMemory
 from polyclinic.configs import wire
 from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.packing import Layout, Packed
 from polyclinic.mtl_model.personal import personal_names
 from polyclinic.server.app import run
-from polyclinic.server.history import read_history
+from polyclinic.server.runs.history import read_history
 
 
 def network(config):
@@ -92,7 +92,7 @@ def sizes(layout: Layout) -> dict[str, int]:
 
 
 def federation_memory() -> str:
-    from polyclinic.simulation.sites import memory_folder
+    from polyclinic.simulation.local.sites import memory_folder
 
     return str(memory_folder())
 
@@ -143,7 +143,7 @@ def test_a_site_that_cannot_keep_its_layers_says_so(tiny, grid, monkeypatch) -> 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SiteMemory, "keep", full)
-    from polyclinic.server.federation import RunFailed
+    from polyclinic.server.rounds.federation import RunFailed
 
     with pytest.raises(RunFailed, match=r"site-1: .*No space left on device"):
         run(grid(config), config)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polyclinic.simulation import phantom
-from polyclinic.simulation.phantom import (
+from polyclinic.simulation.phantom import writer
+from polyclinic.simulation.phantom.writer import (
     PhantomExample,
     PhantomSite,
     draw_example,
@@ -354,7 +354,7 @@ def test_who_loses_the_last_moment_keeps_the_winner_and_leaves_no_copy(
         shutil.copytree(winner, target)
         rename(source, target)
 
-    monkeypatch.setattr(phantom.os, "rename", beaten)
+    monkeypatch.setattr(writer.os, "rename", beaten)
     write(folder, examples=4)
     assert contents(folder) == contents(winner)
     assert [path.name for path in folder.parent.iterdir()] == ["site-1"]

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from polyclinic.client.dataset import Example, load_site, to_batch
-from polyclinic.client.manifest import read_sites
-from polyclinic.client.pixels import Frame, Picture, read_picture
+from polyclinic.client.data.dataset import Example, load_site, to_batch
+from polyclinic.client.data.images import Frame, Picture, read_picture
+from polyclinic.client.data.manifest import read_sites
 from polyclinic.client.predict import find, images_in, names_of, predict
 from polyclinic.configs.passport import ModelFileError, Passport
 from polyclinic.configs.run import RunConfig

@@ -16,17 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import polyclinic.configs.machine
-import polyclinic.configs.reach
-from polyclinic.client.approval import Approvals
-from polyclinic.client.ledger import LEDGER, Cohort, Ledger
-from polyclinic.client.preflight import preflight
-from polyclinic.client.split_key import SPLIT_KEY, split_key
+import polyclinic.configs.diagnostics.machine
+import polyclinic.configs.diagnostics.network
+from polyclinic.client.data.split_key import SPLIT_KEY, split_key
+from polyclinic.client.ledger.budget import LEDGER, Cohort, Ledger
+from polyclinic.client.node.preflight import preflight
+from polyclinic.client.policy.approvals import Approvals
 from polyclinic.configs import VERSION
-from polyclinic.configs.checks import Check, as_json, as_lines, failed
-from polyclinic.configs.credentials import now_utc
-from polyclinic.configs.federation import read_federation
-from polyclinic.configs.machine import (
+from polyclinic.configs.diagnostics.checks import Check, as_json, as_lines, failed
+from polyclinic.configs.diagnostics.machine import (
     see_address,
     see_disk,
     see_memory,
@@ -34,16 +32,24 @@ from polyclinic.configs.machine import (
     see_shared_memory,
     see_writable,
 )
-from polyclinic.configs.reach import About, compare_clocks, connect, resolve, see_proxy, shake_hands
+from polyclinic.configs.diagnostics.network import (
+    About,
+    compare_clocks,
+    connect,
+    resolve,
+    see_proxy,
+    shake_hands,
+)
 from polyclinic.configs.run import DataConfig
-from polyclinic.configs.site import read_site_config
-from polyclinic.server.provision import provision
-from polyclinic.server.start import preflight as server_preflight
-from polyclinic.server.start import server_health
-from polyclinic.simulation.phantom import write_phantoms
+from polyclinic.configs.schema.federation import read_federation
+from polyclinic.configs.schema.site import read_site_config
+from polyclinic.configs.security.credentials import now_utc
+from polyclinic.server.deployment.provision import provision
+from polyclinic.server.deployment.startup import preflight as server_preflight
+from polyclinic.server.deployment.startup import server_health
+from polyclinic.simulation.phantom.writer import write_phantoms
 from tests.conftest import free_port
-from tests.test_approval import app, packed
-from tests.test_provision import federation
+from tests.factories import app, federation, packed
 
 
 class Coordinator:
@@ -224,7 +230,9 @@ def test_kits_that_do_not_fit_or_hold_no_longer_are_told(
         (-1, "fail", "it is not valid before"),
     ):
         moment = now_utc() + timedelta(days=days)
-        monkeypatch.setattr("polyclinic.client.preflight.now_utc", lambda moment=moment: moment)
+        monkeypatch.setattr(
+            "polyclinic.client.node.preflight.now_utc", lambda moment=moment: moment
+        )
         found = look()["kit"]
         assert found.level == level
         assert said in found.seen
@@ -316,20 +324,20 @@ def test_disk_memory_and_shared_memory_are_measured(tmp_path: Path, monkeypatch)
 
     for free, level in ((0.5e9, "fail"), (5e9, "warn"), (50e9, "OK")):
         monkeypatch.setattr(
-            polyclinic.configs.machine.shutil,
+            polyclinic.configs.diagnostics.machine.shutil,
             "disk_usage",
             lambda folder, free=free: Usage(1e12, free),
         )
         assert see_disk("disk", tmp_path / "not" / "there").level == level
     for total, level in ((64 << 20, "warn"), (1 << 30, "OK")):
         monkeypatch.setattr(
-            polyclinic.configs.machine.shutil,
+            polyclinic.configs.diagnostics.machine.shutil,
             "disk_usage",
             lambda folder, total=total: Usage(total, 1),
         )
         assert see_shared_memory(tmp_path).level == level
     assert see_shared_memory(tmp_path / "missing").level == "warn"
-    monkeypatch.setattr(polyclinic.configs.machine, "MEMORY_WARN", 1e6)
+    monkeypatch.setattr(polyclinic.configs.diagnostics.machine, "MEMORY_WARN", 1e6)
     assert see_memory().level == "warn"
 
 
@@ -414,11 +422,15 @@ def test_what_keeps_a_coordinator_from_working_is_told(
     found = server_checks(kits, state)["database"]
     assert found.level == "fail"
     assert "restore it from a backup" in found.advice
-    monkeypatch.setattr("polyclinic.server.start.now_utc", lambda: now_utc() + timedelta(days=340))
+    monkeypatch.setattr(
+        "polyclinic.server.deployment.startup.now_utc", lambda: now_utc() + timedelta(days=340)
+    )
     checks = server_checks(kits, state)
     assert checks["certificate"].level == checks["sites"].level == "warn"
     assert "--renew site-a --renew site-b" in checks["sites"].advice
-    monkeypatch.setattr("polyclinic.server.start.now_utc", lambda: now_utc() + timedelta(days=400))
+    monkeypatch.setattr(
+        "polyclinic.server.deployment.startup.now_utc", lambda: now_utc() + timedelta(days=400)
+    )
     assert server_checks(kits, state)["certificate"].level == "fail"
     other = tmp_path / "other"
     provision(federation(), other)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from polyclinic.client.dataset import load_site
-from polyclinic.client.manifest import read_sites
+from polyclinic.client.data.dataset import load_site
+from polyclinic.client.data.manifest import read_sites
 from polyclinic.configs.run import DataConfig, LossConfig, ModelConfig, RunConfig
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.pretrained import PretrainedError
+from polyclinic.server.aggregation.initial import initial_network, read_weights
 from polyclinic.server.app import run
-from polyclinic.server.federation import RunRefused
-from polyclinic.server.initial import initial_network, read_weights
+from polyclinic.server.rounds.federation import RunRefused
 from tests.memory_grid import MemoryGrid
 
 DAISY = 985  # of ImageNet's classes

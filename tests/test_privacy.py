@@ -16,8 +16,8 @@ from opacus.optimizers import DPOptimizer
 from scipy import stats
 from torch import Tensor, nn
 
-from polyclinic.client.dataset import Examples
-from polyclinic.client.privacy import (
+from polyclinic.client.data.dataset import Examples
+from polyclinic.client.privacy.dp_sgd import (
     Adaptation,
     ClipNorm,
     Mechanism,
@@ -27,12 +27,11 @@ from polyclinic.client.privacy import (
     train_one_round_privately,
     units_of,
 )
-from polyclinic.client.train import Round, TrainingError, train_one_round
-from polyclinic.client.unit_gradients import units_of_network
+from polyclinic.client.privacy.unit_gradients import units_of_network
+from polyclinic.client.training.local_round import Round, TrainingError, train_one_round
 from polyclinic.configs.run import ConfigError, LossConfig, PrivacyConfig, RunConfig, TrainConfig
 from polyclinic.mtl_model.network import MultiTaskUNet
-from tests.test_network import small
-from tests.test_train import CPU, DATA, changed_parts, same, some
+from tests.factories import CPU, DATA, changed_parts, same, small, some
 
 LOSS = LossConfig(class_weights="none")
 QUIET = Mechanism(noise_multiplier=0.0, sample_rate=0.5, steps=2, units=12, clip_norm=1.0)
@@ -203,7 +202,7 @@ def test_in_training_noise_is_that_of_every_step_drawn_anew() -> None:
 
     mechanism = replace(LOUD, sample_rate=1e-12, units=10**12, steps=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("polyclinic.client.privacy.NoisyGradient", Watching)
+        patch.setattr("polyclinic.client.privacy.dp_sgd.NoisyGradient", Watching)
         trained(some(), mechanism)
     assert len(seen) == 3
     for noise in seen:

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from polyclinic.client.manifest import Manifest, Row
-from polyclinic.client.outgoing import read_outgoing
-from polyclinic.client.split import split_rows
-from polyclinic.client.split_key import SPLIT_KEY, split_key
+from polyclinic.client.data.manifest import Manifest, Row
+from polyclinic.client.data.split_key import SPLIT_KEY, split_key
+from polyclinic.client.data.splits import split_rows
+from polyclinic.client.ledger.outgoing import read_outgoing
 from polyclinic.configs import wire
 from polyclinic.configs.run import ConfigError, DataConfig
-from polyclinic.configs.site import read_site_config
+from polyclinic.configs.schema.site import read_site_config
+from tests import ROOT
 from tests.site_messages import (
     BUDGET,
     COHORT,
@@ -271,7 +272,7 @@ def test_site_file_without_its_own_split_says_what_to_add(write_site: Write, sec
     )
     with pytest.raises(ConfigError) as error:
         read_site_config(file)
-    changes = (Path(__file__).resolve().parent.parent / "CHANGELOG.md").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
     for key in ("classes", "mask-classes", "val-fraction", "test-fraction", "drop-labels"):
         assert key in str(error.value)
         assert f"`{key}`" in changes

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-import polyclinic.server.authority
-from polyclinic.client.keys import make_key
+import polyclinic.server.deployment.authority
+from polyclinic.client.node.keys import make_key
 from polyclinic.configs import VERSION
-from polyclinic.configs.credentials import (
+from polyclinic.configs.run import ConfigError
+from polyclinic.configs.schema.federation import read_federation
+from polyclinic.configs.schema.site import read_site_config
+from polyclinic.configs.security.credentials import (
     key_of,
     name_of,
     now_utc,
@@ -22,19 +25,9 @@ from polyclinic.configs.credentials import (
     read_private_key,
     vouched_for,
 )
-from polyclinic.configs.federation import FederationConfig, read_federation
-from polyclinic.configs.run import ConfigError
-from polyclinic.configs.site import read_site_config
-from polyclinic.server.provision import expiries, provision, soon
-from polyclinic.server.registry import Registry
-
-
-def federation(*names: str, **changes: object) -> FederationConfig:
-    sites = [{"name": name} for name in names or ("site-a", "site-b")]
-    server_ = {"address": "fl.example.org", "port": 9092}
-    return FederationConfig.model_validate(
-        {"name": "consortium", "server": server_, "sites": sites, **changes}
-    )
+from polyclinic.server.deployment.provision import expiries, provision, soon
+from polyclinic.server.deployment.registry import Registry
+from tests.factories import federation
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -123,7 +116,7 @@ def test_a_site_that_made_its_own_key_keeps_it(tmp_path: Path) -> None:
 def test_the_servers_certificate_is_good_for_its_names_and_checked_by_tls(tmp_path: Path) -> None:
     server_ = {"address": "fl.example.org", "also": ["10.0.0.7", "fl.internal"]}
     provision(federation(server=server_), tmp_path)
-    names = polyclinic.server.authority.names_in(
+    names = polyclinic.server.deployment.authority.names_in(
         read_certificate(tmp_path / "server" / "server.crt")
     )
     assert set(names) == {*("fl.example.org", "10.0.0.7", "fl.internal"), "localhost", "127.0.0.1"}
@@ -139,7 +132,7 @@ def test_what_expires_is_told_a_month_ahead(tmp_path: Path, cli, monkeypatch) ->
     assert status == 0
     assert out.count("OK") == 4
     later = now_utc() + timedelta(days=340)
-    monkeypatch.setattr("polyclinic.server.provision.now_utc", lambda: later)
+    monkeypatch.setattr("polyclinic.server.deployment.provision.now_utc", lambda: later)
     assert [each.what for each in expiries(tmp_path / "kits") if soon(each)] == [
         *("server", "site-a", "site-b")
     ]
@@ -147,7 +140,7 @@ def test_what_expires_is_told_a_month_ahead(tmp_path: Path, cli, monkeypatch) ->
     assert status == 1
     assert out.count("renew") == 3
     gone = now_utc() + timedelta(days=400)
-    monkeypatch.setattr("polyclinic.server.provision.now_utc", lambda: gone)
+    monkeypatch.setattr("polyclinic.server.deployment.provision.now_utc", lambda: gone)
     _, out, _ = cli("server", "certificates", tmp_path / "kits")
     assert out.count("EXPIRED") == 3
 

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import polyclinic
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from polyclinic.client.dataset import load_site
-from polyclinic.client.manifest import read_sites
-from polyclinic.client.split import split_rows
+from polyclinic.client.data.dataset import load_site
+from polyclinic.client.data.manifest import read_sites
+from polyclinic.client.data.splits import split_rows
 from polyclinic.configs.run import DataConfig
 from polyclinic.server.app import run
-from polyclinic.server.history import POOLED, read_history
+from polyclinic.server.runs.history import POOLED, read_history
 
 DATA = DataConfig(image_height=64, image_width=64, drop_labels=("normal",))
 

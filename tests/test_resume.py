@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from polyclinic.configs import wire
 from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
 from polyclinic.server.app import run
-from polyclinic.server.federation import RunFailed, RunRefused
-from polyclinic.server.folder import RunFolder, write_json
-from polyclinic.server.history import POOLED, read_history
+from polyclinic.server.rounds.federation import RunFailed, RunRefused
+from polyclinic.server.runs.folder import RunFolder, write_json
+from polyclinic.server.runs.history import POOLED, read_history
 
 
 class Killed(BaseException):
@@ -241,7 +241,7 @@ def test_two_processes_cannot_run_the_same_run(tiny, grid) -> None:
 def test_a_full_disk_stops_the_run_with_what_was_saved_and_it_goes_on(
     tiny, grid, monkeypatch
 ) -> None:
-    import polyclinic.server.checkpoint as checkpoint
+    import polyclinic.server.runs.checkpoint as checkpoint
 
     config = tiny(run__name="whole", rounds__count=2)
     whole = run(grid(config), config)

@@ -19,9 +19,9 @@ from polyclinic.configs.run import (
     load_run_config,
     read_override,
 )
-from polyclinic.server.folder import to_toml
+from polyclinic.server.runs.folder import to_toml
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

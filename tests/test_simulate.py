@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import ROOT
 from tests.conftest import TINY
 
 PROGRAM = str(Path(sys.executable).parent / "polyclinic")
@@ -155,7 +156,6 @@ def wait_for(happened, process: subprocess.Popen[str], seconds: float = 300.0) -
 @pytest.mark.slow
 def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
     """The README's `flwr run . --stream`, on a local SuperLink of its own FLWR_HOME."""
-    root = Path(__file__).resolve().parent.parent
     folder = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -169,12 +169,12 @@ def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
     with settings.open("w") as file:
         words = [w for key, value in changes.items() for w in ("--set", f"{key}={value}")]
-        preset = str(root / "configs/demo.toml")
+        preset = str(ROOT / "configs/demo.toml")
         subprocess.run([PROGRAM, "settings", "--config", preset, *words], stdout=file, check=True)
     try:
         done = subprocess.run(
             [
-                *(str(folder / "flwr"), "run", str(root), "local", "--stream"),
+                *(str(folder / "flwr"), "run", str(ROOT), "local", "--stream"),
                 *("-c", str(settings), "--federation-config", "num-supernodes=3"),
             ],
             env=environment,

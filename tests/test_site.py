@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.client.dataset import SiteData
-from polyclinic.client.manifest import DataError
+from polyclinic.client.data.dataset import SiteData
+from polyclinic.client.data.manifest import DataError
 from polyclinic.client.site import load, open_site
 from polyclinic.configs.run import PhantomConfig
 from tests.conftest import rows_of, write_manifest

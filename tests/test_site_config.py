@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from polyclinic.configs.run import ConfigError
-from polyclinic.configs.site import read_site_config
+from polyclinic.configs.schema.site import read_site_config
 
 
 def test_a_site_file_names_site_and_folder_relative_to_itself(tmp_path: Path) -> None:

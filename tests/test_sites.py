@@ -10,11 +10,17 @@ import pytest
 from polyclinic.configs import wire
 from polyclinic.configs.run import TrainConfig
 from polyclinic.mtl_model.packing import Packed
-from polyclinic.server.aggregate import Contribution
-from polyclinic.server.judge import HELD, Intake, check_counts, check_norm, update_norm
-from polyclinic.server.records import ReplyError
-from polyclinic.server.site_reports import SiteReport, TrainReport
-from polyclinic.server.sites import SiteBook, sample
+from polyclinic.server.aggregation.averaging import Contribution
+from polyclinic.server.rounds.messages import ReplyError
+from polyclinic.server.rounds.roster import SiteBook, sample
+from polyclinic.server.rounds.update_checks import (
+    HELD,
+    Intake,
+    check_counts,
+    check_norm,
+    update_norm,
+)
+from polyclinic.server.runs.reports import SiteReport, TrainReport
 
 KEY = "encoder/float32"
 SENT: Packed = {KEY: np.zeros(4, np.float32), "encoder/int64": np.array([7])}

@@ -13,9 +13,9 @@ from flwr.common.constant import ErrorCode
 from polyclinic.configs import wire
 from polyclinic.configs.run import RunConfig
 from polyclinic.server.app import run
-from polyclinic.server.federation import Bounded, Federation, Pulls, RunFailed, RunRefused
-from polyclinic.server.folder import RunFolder
-from polyclinic.server.history import Line, read_history
+from polyclinic.server.rounds.federation import Bounded, Federation, Pulls, RunFailed, RunRefused
+from polyclinic.server.runs.folder import RunFolder
+from polyclinic.server.runs.history import Line, read_history
 
 
 def lines(folder: RunFolder, site: str) -> list[Line]:
@@ -273,7 +273,7 @@ def test_a_reply_that_never_becomes_whole_holds_up_no_other(tiny, grid, monkeypa
     """A site vanished while it sent; Flower waits for the rest, the round for its deadline."""
     import threading
 
-    monkeypatch.setattr("polyclinic.server.federation.PULL_S", 0.2)
+    monkeypatch.setattr("polyclinic.server.rounds.federation.PULL_S", 0.2)
     config = tiny(rounds__count=1, rounds__min_sites="2", rounds__deadline_s=10.0)
     federation = grid(config)
     pull: Callable = federation.pull_messages
@@ -309,7 +309,7 @@ def answer(status: int) -> httpx.HTTPStatusError:
 @pytest.mark.parametrize("call", ["get_nodes", "push_messages", "pull_messages"])
 def test_a_superlink_that_cannot_answer_is_asked_again(tiny, grid, monkeypatch, call: str) -> None:
     """As when its database was locked for too long by one huge reply."""
-    monkeypatch.setattr("polyclinic.server.federation.AGAIN_S", 0.01)
+    monkeypatch.setattr("polyclinic.server.rounds.federation.AGAIN_S", 0.01)
     federation = grid(tiny(rounds__count=1))
     calls = 0
     ask: Callable = getattr(federation, call)
@@ -330,7 +330,7 @@ def test_a_superlink_that_cannot_answer_is_asked_again(tiny, grid, monkeypatch, 
 def test_a_superlink_that_never_answers_again_or_knows_the_run_no_more_ends_it(
     tiny, grid, monkeypatch
 ) -> None:
-    monkeypatch.setattr("polyclinic.server.federation.AGAIN_S", 0.01)
+    monkeypatch.setattr("polyclinic.server.rounds.federation.AGAIN_S", 0.01)
     bounded = Bounded(0.2, "the SuperLink")
 
     def ask(status: int) -> object:
@@ -369,7 +369,7 @@ def test_a_reply_that_is_no_message_is_refused_and_hurts_no_other(tiny, grid) ->
 def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) -> None:
     import threading
 
-    monkeypatch.setattr("polyclinic.server.federation.PULL_S", 0.2)
+    monkeypatch.setattr("polyclinic.server.rounds.federation.PULL_S", 0.2)
     asked: list[str] = []
 
     class Gone:
@@ -386,7 +386,7 @@ def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) ->
         assert asked == ids[:look]
     assert list(pulls.take(ids)) == []
     assert asked == ids[:3]  # no more at a time, as each may hold a whole network
-    monkeypatch.setattr("polyclinic.server.federation.STUCK_S", 0.0)
+    monkeypatch.setattr("polyclinic.server.rounds.federation.STUCK_S", 0.0)
     assert list(pulls.take(["0", "1", "2", "here"])) == []
     assert asked[-1] == "here"  # those before it hold it up no more
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyclinic.client.manifest import DataError, Manifest, Row
-from polyclinic.client.split import split_rows
+from polyclinic.client.data.manifest import DataError, Manifest, Row
+from polyclinic.client.data.splits import split_rows
 from polyclinic.configs.run import DataConfig
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from polyclinic.configs.run import ROBUST, SERVER_OPTIMISERS, RunConfig, StrategyConfig
 from polyclinic.mtl_model.packing import Packed
-from polyclinic.server.aggregate import Contribution, RunningAverage, average_by_task
-from polyclinic.server.history import POOLED, read_history
-from polyclinic.server.strategies import combination_of, optimiser_of
+from polyclinic.server.aggregation.averaging import Contribution, RunningAverage, average_by_task
+from polyclinic.server.aggregation.strategies import combination_of, optimiser_of
+from polyclinic.server.runs.history import POOLED, read_history
 
 ENCODER, DECODER, HEAD = "encoder/float32", "segmentation/float32", "classification/float32"
 

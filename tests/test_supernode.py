@@ -18,9 +18,8 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supernode import start_client_internal as internal
 
-from polyclinic.client import supernode
-from polyclinic.client.approval import Approvals
-from polyclinic.client.supernode import (
+from polyclinic.client.node import supernode
+from polyclinic.client.node.supernode import (
     ASKED_FOR,
     PUTS_BACK,
     TAKES_IN,
@@ -28,13 +27,14 @@ from polyclinic.client.supernode import (
     read_contact,
     same_minor,
 )
+from polyclinic.client.policy.approvals import Approvals
 from polyclinic.configs import VERSION, wire
-from polyclinic.configs.site import CoordinatorConfig, SiteConfig
-from tests.test_approval import app, packed
+from polyclinic.configs.schema.site import CoordinatorConfig, SiteConfig
+from tests.factories import app, packed
 
 
 def test_flower_takes_messages_in_where_the_guard_stands() -> None:
-    """Fails when a new Flower moves what client/supernode.py stands around."""
+    """Fails when a new Flower moves what client/node/supernode.py stands around."""
     takes_in = inspect.signature(getattr(internal, TAKES_IN)).parameters
     assert set(ASKED_FOR) <= set(takes_in)
     assert list(inspect.signature(getattr(internal, PUTS_BACK)).parameters) == [

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from polyclinic.configs.run import ConfigError
-from polyclinic.server.folder import to_toml
-from polyclinic.simulation.tradeoff import Setting, next_folder, settings_of, table
+from polyclinic.server.runs.folder import to_toml
+from polyclinic.simulation.experiments.tradeoff import Setting, next_folder, settings_of, table
 from tests.conftest import TINY
 
 

@@ -5,50 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch.fx import GraphModule
 
-from polyclinic.client.dataset import Examples
-from polyclinic.client.device import DeviceError, compiled, dtype_of, find_device
-from polyclinic.client.evaluate import EvaluationError, evaluate
-from polyclinic.client.train import (
+from polyclinic.client.data.dataset import Examples
+from polyclinic.client.training.device import DeviceError, compiled, dtype_of, find_device
+from polyclinic.client.training.evaluate import EvaluationError, evaluate
+from polyclinic.client.training.local_round import (
     Round,
     TrainingError,
     class_weights_of,
     learning_rate,
     train_one_round,
 )
-from polyclinic.configs.run import DataConfig, LossConfig, TrainConfig
+from polyclinic.configs.run import LossConfig, TrainConfig
 from polyclinic.mtl_model.metrics import compute
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.sums import Classes
 from polyclinic.mtl_model.tasks import TASKS
-from tests.test_network import small
-
-DATA = DataConfig(image_height=32, image_width=32)
-CPU = torch.device("cpu")
-
-
-def some(n: int = 12, masks: bool = True, labels: bool = True) -> Examples:
-    """Bright squares, tall for class 1 and wide for class 0."""
-    rng = np.random.default_rng(0)
-    mask = np.zeros((n, 32, 32, 1), np.uint8)
-    label = np.arange(n) % 2
-    for i in range(n):
-        height, width = (16, 6) if label[i] else (6, 16)
-        top, left = rng.integers(2, 12, 2)
-        mask[i, top : top + height, left : left + width] = 1
-    images = rng.integers(0, 60, (n, 32, 32, 1)) + 150 * mask
-    return Examples(
-        images.astype(np.uint8),
-        mask * np.uint8(masks),
-        np.full((n, 1), masks),
-        np.eye(2, dtype=np.uint8)[label] * np.uint8(labels),
-        np.full(n, labels),
-        np.array([f"patient {i // 2}" for i in range(n)]),
-    )
+from tests.factories import CPU, DATA, changed_parts, same, small, some
 
 
 def trained(
@@ -65,20 +41,6 @@ def trained(
         device=CPU,
     )
     return model, result
-
-
-def changed_parts(model: MultiTaskUNet) -> set[str]:
-    before = small(size=(32, 32)).state_dict()
-    return {
-        name.partition(".")[0]
-        for name, tensor in model.state_dict().items()
-        if not torch.equal(tensor, before[name])
-    }
-
-
-def same(a: MultiTaskUNet, b: MultiTaskUNet) -> bool:
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_a_round_changes_every_part_and_tells_its_losses() -> None:

@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from polyclinic.client.train import Round, train_one_round
+from polyclinic.client.training.local_round import Round, train_one_round
 from polyclinic.configs.run import LossConfig, TrainConfig
 from polyclinic.mtl_model.losses import multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet, Prediction, build_model, network_of
 from polyclinic.mtl_model.uncertainty import Uncertainty
-from tests.test_losses import batch
-from tests.test_network import SMALL, ModelConfig
-from tests.test_train import CPU, DATA, some
+from tests.factories import CPU, DATA, SMALL, ModelConfig, batch, some
 
 LEARNED = LossConfig(weighting="uncertainty", classification_weight=0.25)
 

@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import polyclinic.client.unit_gradients
-from polyclinic.client.unit_gradients import _gradients, _squares_of_weight, units_of_network
+import polyclinic.client.privacy.unit_gradients
+from polyclinic.client.privacy.unit_gradients import (
+    _gradients,
+    _squares_of_weight,
+    units_of_network,
+)
 from polyclinic.configs.run import LossConfig
 from polyclinic.mtl_model.losses import Targets, multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.uncertainty import Uncertainty
-from tests.test_network import VARIANTS, small, some_targets, without_chance
+from tests.factories import VARIANTS, small, some_targets, without_chance
 
 SIZE = (64, 48)
 CLIP = 0.5
@@ -96,7 +100,9 @@ def ghosts_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[type]:
         met.extend([type(layer)] if found else [])
         return found
 
-    monkeypatch.setattr(polyclinic.client.unit_gradients.GhostUnits, "_norm_is_enough", enough)
+    monkeypatch.setattr(
+        polyclinic.client.privacy.unit_gradients.GhostUnits, "_norm_is_enough", enough
+    )
     return met
 
 

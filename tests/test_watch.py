@@ -14,11 +14,11 @@ import pytest
 
 from polyclinic.configs.run import ConfigError, RoundsConfig
 from polyclinic.server.app import run
-from polyclinic.server.events import Events
-from polyclinic.server.federation import RunFailed
-from polyclinic.server.folder import RunFolder, append_line
-from polyclinic.server.logs import JsonLines, log_to_stream
-from polyclinic.server.watch import longest_silence
+from polyclinic.server.rounds.federation import RunFailed
+from polyclinic.server.runs.events import Events
+from polyclinic.server.runs.folder import RunFolder, append_line
+from polyclinic.server.runs.logs import JsonLines, log_to_stream
+from polyclinic.server.runs.watch import longest_silence
 from tests.memory_grid import MemoryGrid
 
 
@@ -135,11 +135,11 @@ def test_log_lines_are_json_on_request(capsys) -> None:
     handler = next(h for h in logging.getLogger("polyclinic.server").handlers if h.name)
     assert isinstance(handler.formatter, JsonLines)
     record = logging.LogRecord(
-        "polyclinic.server.rounds", logging.WARNING, "", 1, "%s is late", ("x",), None
+        "polyclinic.server.rounds.loop", logging.WARNING, "", 1, "%s is late", ("x",), None
     )
     line = json.loads(handler.formatter.format(record))
     assert (line["level"], line["module"], line["message"]) == (
-        *("warning", "polyclinic.server.rounds"),
+        *("warning", "polyclinic.server.rounds.loop"),
         "x is late",
     )
     log_to_stream("text")

@@ -21,7 +21,8 @@ from typing import IO
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 TOOLS = ("buildah", "mmdebstrap", "podman", "runc")  # Debian's packages have the same names
 BASE = "localhost/polyclinic-base:bookworm"
 # crun, podman's own choice, asks for more than some machines that are containers themselves allow

@@ -19,13 +19,13 @@ import psutil
 from flwr.app import Array, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-import polyclinic.server.rounds as rounds
+import polyclinic.server.rounds.loop as rounds
 from polyclinic.client.app import Simulated, client_app
 from polyclinic.configs import wire
-from polyclinic.server.aggregate import Combination
+from polyclinic.server.aggregation.averaging import Combination
 from polyclinic.server.app import server_app
-from polyclinic.server.rounds import Rounds
-from polyclinic.simulation.sites import ledger_folder, memory_folder, phantom_root
+from polyclinic.server.rounds.loop import Rounds
+from polyclinic.simulation.local.sites import ledger_folder, memory_folder, phantom_root
 
 FAULTS = Path(os.environ["POLYCLINIC_FAULTS"])
 WAIT_S = 250.0  # that a process waits for a test to let it go on

@@ -28,11 +28,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from polyclinic.configs.run import RunConfig
-from polyclinic.server.folder import RunFolder, to_toml
-from polyclinic.simulation.phantom import write_phantoms
+from polyclinic.server.runs.folder import RunFolder, to_toml
+from polyclinic.simulation.phantom.writer import write_phantoms
+from tests import ROOT
 from tests.conftest import TINY, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(sys.executable).parent
 LEFT_OUT = (
     ".git",

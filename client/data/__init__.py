@@ -1,0 +1,1 @@
+"""From a hospital's files to arrays: manifest, images, splits, augmentation."""

@@ -1,0 +1,1 @@
+"""Append-only records on the site's disk: privacy budget and outgoing messages."""

@@ -1,0 +1,1 @@
+"""Running as a deployed site: start, preflight, keys, status."""

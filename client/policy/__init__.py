@@ -1,0 +1,1 @@
+"""What the site allows: its policy, releases and approvals."""

@@ -1,0 +1,1 @@
+"""Differential privacy: DP-SGD, per-unit gradients and their accounting."""

@@ -1,0 +1,1 @@
+"""Checks of a machine, its network and its services."""

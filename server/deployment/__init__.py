@@ -1,0 +1,1 @@
+"""Operating a coordinator: certificates, registry, processes, backup."""

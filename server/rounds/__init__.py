@@ -1,0 +1,1 @@
+"""Asking sites and reading their replies, round by round."""

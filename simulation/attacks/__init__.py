@@ -1,0 +1,1 @@
+"""Attacks on a run: privacy audit and gradient inversion."""

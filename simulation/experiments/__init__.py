@@ -1,0 +1,1 @@
+"""Comparing runs: against local and pooled training, and by privacy."""

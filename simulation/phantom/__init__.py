@@ -1,0 +1,1 @@
+"""Phantom hospitals: synthetic images with masks and labels."""
