@@ -26,10 +26,10 @@ container-tools:  ## what that needs, from Debian's packages
 	    --no-install-recommends podman buildah runc mmdebstrap catatonit netavark aardvark-dns iptables; }
 
 long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, every ONNX option
-	$(BIN)/python -m pytest -m "long" --ignore tests/test_faults.py
+	$(BIN)/python -m pytest -m "long" --ignore tests/deployment/test_faults.py
 
 faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; well over an hour
-	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/test_faults.py
+	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/deployment/test_faults.py
 
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"

@@ -28,8 +28,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     """A power of two of groups, 32 at most, each of 16 channels or more (Wu and He, 2018).
 
     Of channels that are no power of two the groups are few and large (48: one, 320: four), which
-    keeps more of what a pretrained EfficientNet's channels say (tests/test_pretrained.py) than
-    many would.
+    keeps more of what a pretrained EfficientNet's channels say (tests/mtl_model/test_pretrained.py)
+    than many would.
     """
     return nn.GroupNorm(math.gcd(32, max(channels // 16, 1), channels), channels)
 

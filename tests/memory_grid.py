@@ -1,7 +1,7 @@
 """A federation in one process: what is asked of Flower's Grid, over ClientApps that are called.
 
 Messages are real ones, and pass through Flower's serialisation both ways; only processes, network
-and Ray are left out. tests/test_simulate.py runs the same path through the real runtime.
+and Ray are left out. tests/end_to_end/test_simulate.py runs the same path through the real runtime.
 """
 
 from __future__ import annotations

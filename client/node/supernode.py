@@ -3,7 +3,7 @@
 This is the one module that touches internals of Flower's SuperNode (1.41): its function that takes
 one message in is given a ``get_fab`` that asks ``client.policy.approvals`` first. An app that is
 not approved is neither unpacked nor run; the message is answered with an error that says so.
-tests/test_supernode.py fails when a new Flower moves any of it.
+tests/client/node/test_supernode.py fails when a new Flower moves any of it.
 """
 
 from __future__ import annotations

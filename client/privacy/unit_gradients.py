@@ -16,7 +16,8 @@ Two ways to the same numbers:
   gradient a unit computed at once by the layer's own kernel. What differs from the papers: units
   of several examples, whose places are taken together.
 
-tests/test_unit_gradients.py holds the two against each other and against one unit at a time.
+tests/client/privacy/test_unit_gradients.py holds the two against each other and against one unit at
+a time.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ What has to hold for this to be worth what is accounted, and how it does:
   system's entropy.
 
 Flower's wrappers do clipping, noise and the adaptive norm. What they get wrong is mended here, each
-with a test that shows it (tests/test_central.py).
+with a test that shows it (tests/server/aggregation/test_central_dp.py).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ leads to the same program through ``FrontDoor``, which lets registered sites in 
 path. Whoever may log in on the coordinator's machine, or into its container, is the coordinator.
 
 This is the one module that touches internals of Flower's SuperLink: how it starts uvicorn, its hook
-for middleware, its client for the control API. tests/test_front_door.py fails when a new
-Flower moves any of it.
+for middleware, its client for the control API. tests/server/deployment/test_front_door.py fails
+when a new Flower moves any of it.
 """
 
 from __future__ import annotations

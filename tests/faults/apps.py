@@ -1,4 +1,4 @@
-"""The apps of a release that fails on command: what tests/test_faults.py gives to a real SuperLink.
+"""The apps of a release that fails on command: tests/deployment/test_faults.py starts them.
 
 It takes the place of the project's apps.py in a copy of the project; everything else is what is
 shipped. A fault is a file in the folder that POLYCLINIC_FAULTS names, called after a point in a

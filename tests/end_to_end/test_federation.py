@@ -1,4 +1,7 @@
-"""A whole run in one process: real messages, real apps, no Ray (tests/test_simulate.py has Ray)."""
+"""A whole run in one process: real messages, real apps, no Ray.
+
+tests/end_to_end/test_simulate.py runs the same with Ray.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The coordinator's public port: registered sites reach what sites need; nobody reaches more.
 
-tests/test_deployment.py has the same with real processes over TLS.
+tests/deployment/test_deployment.py has the same with real processes over TLS.
 """
 
 from __future__ import annotations

@@ -273,7 +273,8 @@ def test_what_a_coordinator_looks_at_does_not_wait_for_torch() -> None:
     """Seconds, each time that ``polyclinic server status`` or ``runs show`` is called."""
     code = (
         "import sys; import polyclinic as p; p.command_line(); "
-        "from polyclinic.server import history, report, status, watch; "
+        "from polyclinic.server.deployment import status; "
+        "from polyclinic.server.runs import history, tables, watch; "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

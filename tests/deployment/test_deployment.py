@@ -1,7 +1,8 @@
 """A real coordinator and real sites from generated kits, and everybody who should not come in.
 
-Processes over TLS, as docs/deploy.md starts them without containers; tests/test_containers.py has
-the containers. tests/test_front_door.py and tests/test_supernode.py say the same of single parts.
+Processes over TLS, as docs/deploy.md starts them without containers;
+tests/deployment/test_containers.py has the containers. tests/server/deployment/test_front_door.py
+and tests/client/node/test_supernode.py say the same of single parts.
 """
 
 from __future__ import annotations
@@ -335,7 +336,7 @@ def test_a_release_without_the_sites_gate_is_not_run(consortium: Consortium) -> 
     place.polyclinic("site", "approve", place.site_file("site-1"), "--withdraw", digest)
 
 
-@pytest.mark.long  # tests/test_front_door.py has a revoked key in CI
+@pytest.mark.long  # tests/server/deployment/test_front_door.py has a revoked key in CI
 def test_a_revoked_site_is_cut_off_in_the_middle_and_comes_back_with_a_new_kit(
     consortium: Consortium,
 ) -> None:

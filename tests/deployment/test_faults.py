@@ -235,7 +235,7 @@ def killed(
     assert resumed == [number - 1 for number, _ in faults]
 
 
-@pytest.mark.long  # tests/test_simulate.py has one killed in CI
+@pytest.mark.long  # tests/end_to_end/test_simulate.py has one killed in CI
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("phases", ["checkpointing", "all others"])
 def test_the_server_app_is_killed(there: Deployment, table: list[Row], phases: str) -> None:

@@ -1,6 +1,6 @@
 """The guard around Flower's SuperNode: that it stands where Flower passes, and what it lets by.
 
-tests/test_deployment.py has the same with real processes.
+tests/deployment/test_deployment.py has the same with real processes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What docker/ ships, read as files: every option that hardens a service, and what a build may see.
 
-tests/test_containers.py builds the images and runs them.
+tests/deployment/test_containers.py builds the images and runs them.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def test_bf16_says_nearly_the_same(changes: dict[str, object]) -> None:
         torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * largest)
 
 
-# one of each kind that stands in tests/test_backbone.py
+# one of each kind that stands in tests/mtl_model/test_backbone.py
 BACKBONES = (
     *("resnet34d", "resnet50", "efficientnet_lite0", "tf_efficientnet_lite0"),
     *("mobilenetv3_small_050", "regnety_002", "convnext_atto", "densenet121"),

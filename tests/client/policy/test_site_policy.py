@@ -346,7 +346,7 @@ def test_the_outgoing_log_shows_what_left_and_that_it_was_changed(
 
 
 def test_a_release_has_one_digest_wherever_it_lies(tmp_path: Path, cli) -> None:
-    """As ``flwr build`` packs it: tests/test_bundle.py has that itself."""
+    """As ``flwr build`` packs it: tests/end_to_end/test_bundle.py has that itself."""
     fab = tmp_path / "app.fab"
     with zipfile.ZipFile(fab, "w") as packed:
         for room in ("client", "configs", "mtl_model", "server", "simulation"):

@@ -201,7 +201,7 @@ def test_a_planted_bug_is_caught(bug: str) -> None:
 
 
 def test_noise_that_is_a_third_of_what_is_counted_is_caught_and_a_half_is_not() -> None:
-    """How fine the audit is; tests/test_privacy.py measures the noise itself."""
+    """How fine the audit is; tests/client/privacy/test_dp_sgd.py measures the noise itself."""
     third, half = (audit(MORE_NOISE, 0, broken(noise_multiplier=2.0 / factor)) for factor in (3, 2))
     assert half.at_least < half.accounted < third.at_least
 

@@ -29,39 +29,39 @@ PAGES = (
 )
 # where the command is run for real
 RUN_ELSEWHERE = {
-    "make demo": "tests/test_readme.py::test_the_demo_begins_as_the_readme_says",
+    "make demo": "tests/end_to_end/test_readme.py::test_the_demo_begins_as_the_readme_says",
     "make test": ".ci/run",
     "make quick": ".ci/run",  # the same tests and more
     "make containers": "",  # by hand: too long for CI
     "make long": "",  # by hand: too long for CI
     "make faults": "",  # likewise; a dozen of them in .ci/run
-    "polyclinic simulate": "tests/test_simulate.py",
-    "polyclinic runs": "tests/test_commands.py",
-    "polyclinic compare": "tests/test_commands.py",
-    "polyclinic settings": "tests/test_simulate.py",
-    "polyclinic phantom": "tests/test_commands.py",
-    "polyclinic model info": "tests/test_commands.py",
-    "polyclinic bench model": "tests/test_bench.py",
-    "polyclinic bench privacy": "tests/test_bench.py",
-    "polyclinic bench memory": "tests/test_bench.py",
-    "polyclinic bench audit": "tests/test_audit.py",
-    "polyclinic bench inversion": "tests/test_inversion.py",
-    "polyclinic tradeoff": "tests/test_tradeoff.py",
-    "polyclinic site ledger": "tests/test_ledger_commands.py",
-    "polyclinic site lower-delta": "tests/test_ledger_commands.py",
-    "polyclinic site outgoing": "tests/test_gate.py",
-    "polyclinic site release": "tests/test_gate.py",
-    "polyclinic site approve": "tests/test_approval.py",
-    "polyclinic site keygen": "tests/test_provision.py",
-    "polyclinic site": "tests/test_deployment.py",  # preflight, start, status, health
-    "polyclinic server sign": "tests/test_approval.py",
-    "polyclinic server": "tests/test_deployment.py",
-    "polyclinic export": "tests/test_export.py",
-    "polyclinic predict": "tests/test_predict.py",
-    "flwr build": "tests/test_bundle.py",
-    "flwr run": "tests/test_simulate.py",
+    "polyclinic simulate": "tests/end_to_end/test_simulate.py",
+    "polyclinic runs": "tests/end_to_end/test_commands.py",
+    "polyclinic compare": "tests/end_to_end/test_commands.py",
+    "polyclinic settings": "tests/end_to_end/test_simulate.py",
+    "polyclinic phantom": "tests/end_to_end/test_commands.py",
+    "polyclinic model info": "tests/end_to_end/test_commands.py",
+    "polyclinic bench model": "tests/simulation/benchmarks/test_bench.py",
+    "polyclinic bench privacy": "tests/simulation/benchmarks/test_bench.py",
+    "polyclinic bench memory": "tests/simulation/benchmarks/test_bench.py",
+    "polyclinic bench audit": "tests/simulation/attacks/test_audit.py",
+    "polyclinic bench inversion": "tests/simulation/attacks/test_inversion.py",
+    "polyclinic tradeoff": "tests/simulation/experiments/test_tradeoff.py",
+    "polyclinic site ledger": "tests/client/ledger/test_ledger_commands.py",
+    "polyclinic site lower-delta": "tests/client/ledger/test_ledger_commands.py",
+    "polyclinic site outgoing": "tests/client/policy/test_site_policy.py",
+    "polyclinic site release": "tests/client/policy/test_site_policy.py",
+    "polyclinic site approve": "tests/client/policy/test_approvals.py",
+    "polyclinic site keygen": "tests/server/deployment/test_provision.py",
+    "polyclinic site": "tests/deployment/test_deployment.py",  # preflight, start, status, health
+    "polyclinic server sign": "tests/client/policy/test_approvals.py",
+    "polyclinic server": "tests/deployment/test_deployment.py",
+    "polyclinic export": "tests/server/export/test_export.py",
+    "polyclinic predict": "tests/client/test_predict.py",
+    "flwr build": "tests/end_to_end/test_bundle.py",
+    "flwr run": "tests/end_to_end/test_simulate.py",
     "tensorboard": "",  # not ours
-    "export": "tests/test_simulate.py",
+    "export": "tests/end_to_end/test_simulate.py",
     "git clone": "",
 }
 
