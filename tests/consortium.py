@@ -125,6 +125,7 @@ class Consortium(Deployment):
         """Exit status, and all that was said."""
         done = subprocess.run(
             [str(PROGRAMS / "polyclinic"), *map(str, arguments)],
+            cwd=self.working_folder,
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ import pytest
 
 from tests import ROOT
 from tests.conftest import TINY
+from tests.faults.deployment import plant_foreign_packages
 
 PROGRAM = str(Path(sys.executable).parent / "polyclinic")
 
@@ -93,10 +94,12 @@ def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path: Path) -> None:
 def test_a_killed_simulation_ends_with_1_and_goes_on_to_its_results_as_json(tmp_path: Path) -> None:
     """On the README's data of one's own: written with `polyclinic phantom`, given as --data."""
     data, out = tmp_path / "my-phantoms", tmp_path / "runs"
+    elsewhere = plant_foreign_packages(tmp_path / "elsewhere")
     written = [PROGRAM, "phantom", "--out", str(data), "--sites", "3", "--examples", "12"]
     subprocess.run([*written, "--size", "48"], check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen(
         command(*(out, "--data", str(data), "--sites", "site-1,site-3", "--rounds", "1000")),
+        cwd=elsewhere,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -119,6 +122,7 @@ def test_a_killed_simulation_ends_with_1_and_goes_on_to_its_results_as_json(tmp_
             *(PROGRAM, "simulate", "--resume", folder.name, "--out", str(out)),
             *("--rounds", str(done + 1), "--json"),
         ],
+        cwd=elsewhere,
         capture_output=True,
         text=True,
         timeout=500,
@@ -166,6 +170,7 @@ def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
         "FLWR_TELEMETRY_ENABLED": "0",
     }
     changes = {**TINY, "run.output-dir": str(tmp_path), "run.name": "by-flwr"}
+    elsewhere = plant_foreign_packages(tmp_path / "elsewhere")
     settings = tmp_path / "run.toml"
     with settings.open("w") as file:
         words = [w for key, value in changes.items() for w in ("--set", f"{key}={value}")]
@@ -177,6 +182,7 @@ def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
                 *(str(folder / "flwr"), "run", str(ROOT), "local", "--stream"),
                 *("-c", str(settings), "--federation-config", "num-supernodes=3"),
             ],
+            cwd=elsewhere,
             env=environment,
             capture_output=True,
             text=True,

@@ -43,7 +43,6 @@ LEFT_OUT = (
     "docker",
     ".*_cache",
     "__pycache__",
-    "*.egg-info",
 )
 
 
@@ -119,6 +118,15 @@ class Wire:
         del other[other.pop(end)]
 
 
+def plant_foreign_packages(folder: Path) -> Path:
+    """Write packages that have our folders' names and raise when they are imported."""
+    for name in ("client", "configs", "mtl_model", "server", "simulation"):
+        (folder / name).mkdir(parents=True)
+        code = f'raise RuntimeError("the foreign package {name} was imported")\n'
+        (folder / name / "__init__.py").write_text(code)
+    return folder
+
+
 def _reset(end: socket.socket) -> None:
     """Close a connection as a machine does whose program is gone.
 
@@ -147,6 +155,7 @@ class Deployment:
         self.last_run = ""
         for part in ("faults", "home", "keys", "runs", "state", "logs"):
             (folder / part).mkdir()
+        self.working_folder = plant_foreign_packages(folder / "elsewhere")
         self.app = _app_with_faults(folder / "app")
         _certificates(folder / "keys")
         for name in self.names:
@@ -285,6 +294,7 @@ class Deployment:
     def flwr(self, *arguments: str) -> str:
         done = subprocess.run(
             [str(PROGRAMS / "flwr"), *arguments],
+            cwd=self.working_folder,
             env=self.environment,
             capture_output=True,
             text=True,
@@ -350,6 +360,7 @@ class Deployment:
         with (self.folder / "logs" / f"{name}.log").open("ab") as out:
             process = psutil.Popen(
                 [str(PROGRAMS / program) if program != "sh" else "sh", *arguments],
+                cwd=self.working_folder,
                 env=self.environment | (environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -374,7 +385,11 @@ def events(folder: RunFolder) -> list[dict]:
 
 
 def _app_with_faults(folder: Path) -> Path:
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    def left_out(at: str, names: list[str]) -> set[str]:
+        patterns = LEFT_OUT if Path(at) == ROOT else ("__pycache__",)  # server/runs is needed
+        return shutil.ignore_patterns(*patterns)(at, names)
+
+    shutil.copytree(ROOT, folder, ignore=left_out)
     shutil.copy(ROOT / "tests" / "faults" / "apps.py", folder / "apps.py")
     return folder
 
