@@ -1,4 +1,4 @@
-"""Files written by the code before modules moved into sub-packages are read with the same result."""
+"""Files that the code before the sub-packages wrote are read with the same result."""
 
 from __future__ import annotations
 
