@@ -54,8 +54,8 @@ def main() -> None:
     """Run the command line; user errors print one line and end with exit status 2."""
     from polyclinic.client.data.manifest import DataError
     from polyclinic.client.ledger.hash_chain import LedgerError
+    from polyclinic.configs.errors import ConfigError
     from polyclinic.configs.passport import ModelFileError
-    from polyclinic.configs.run import ConfigError
 
     try:
         command_line()()

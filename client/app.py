@@ -51,16 +51,16 @@ from polyclinic.client.policy.site_policy import (
     check_size,
     check_steps,
     check_update,
-    supported,
-    told_reason,
-    told_sums,
+    redact_reason,
+    redact_sums,
+    suppress_small_groups,
 )
 from polyclinic.client.site import (
     SITE_CONFIG,
+    BudgetReport,
     PhantomRoot,
+    PrivacyDeclaration,
     Site,
-    Spending,
-    Standing,
     load,
     memory_folder,
     open_site,
@@ -71,7 +71,11 @@ from polyclinic.client.training.evaluate import EvaluationError, evaluate
 from polyclinic.client.training.local_round import Proximal, Round, TrainingError, train_one_round
 from polyclinic.client.training.personal_state import SiteMemory
 from polyclinic.configs import VERSION, wire
-from polyclinic.configs.run import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.distance import DistanceError, check_distances
 from polyclinic.mtl_model.network import MultiTaskUNet, network_of
@@ -110,7 +114,7 @@ def client_app(simulated: Simulated) -> ClientApp:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestContext:
     """A message, with what this site is and has."""
 
     message: Message
@@ -118,19 +122,19 @@ class Asked:
     config: RunConfig
     site: Site
     data: SiteData
-    standing: Standing | None  # None: without privacy
+    standing: PrivacyDeclaration | None  # None: without privacy
     memories: Path  # folder for what the site keeps of each run
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A reply, and what it did to the site's privacy budget."""
 
     reply: Message
-    spending: Spending | None = None
+    spending: BudgetReport | None = None
 
 
-Handler = Callable[[Asked], Answer]
+Handler = Callable[[RequestContext], Response]
 
 REASONS = (
     BackboneError,  # this site's timm has another list of networks
@@ -171,7 +175,7 @@ def _answer_of(
     config: RunConfig,
     site: Site,
     simulated: Simulated,
-) -> Answer:
+) -> Response:
     kind = message.metadata.message_type
     try:
         check_release(site.policy, own_release())
@@ -181,19 +185,19 @@ def _answer_of(
         private = config.privacy.mode != "off"
         declared = standing(site, data, run, simulated.ledgers()) if private else None
         memories = memory_folder(site, simulated.memories())
-        return handle(Asked(message, run, config, site, data, declared, memories))
+        return handle(RequestContext(message, run, config, site, data, declared, memories))
     except Decline as error:
         log.warning("declined %s: %s", kind, error)
-        return Answer(declined(message, str(error)))
+        return Response(declined(message, str(error)))
     except REASONS_OF_FILES as error:
         log.warning("refused %s: %s", kind, error)
-        return Answer(refusal(message, told_reason(site.policy, str(error))))
+        return Response(refusal(message, redact_reason(site.policy, str(error))))
     except REASONS as error:
         log.warning("refused %s: %s", kind, error)
-        return Answer(refusal(message, str(error)))
+        return Response(refusal(message, str(error)))
 
 
-def _describe(asked: Asked) -> Answer:
+def _describe(asked: RequestContext) -> Response:
     device = find_device(asked.config.train.device)
     if asked.config.evaluate.hd95:
         check_distances()
@@ -202,12 +206,12 @@ def _describe(asked: Asked) -> Answer:
     versions = {"polyclinic": VERSION, "flwr": flwr.__version__, "torch": torch.__version__}
     versions["release"] = own_release()[:12]
     policy, declared = asked.site.policy, asked.standing
-    return Answer(
+    return Response(
         describe_reply(asked.message, asked.data, policy, str(device), versions, declared)
     )
 
 
-def _train(asked: Asked) -> Answer:
+def _train(asked: RequestContext) -> Response:
     config, policy, declared = asked.config, asked.site.policy, asked.standing
     examples = asked.data.splits[wire.TRAIN_SPLIT]
     check_hours(policy, datetime.now())
@@ -256,10 +260,10 @@ def _train(asked: Asked) -> Answer:
     if own:
         network.memory.keep(request.number, own, request.best)
     reply = train_reply(asked.message, asked.data, weights, result, declared, spending)
-    return Answer(reply, spending)
+    return Response(reply, spending)
 
 
-def _evaluate(asked: Asked) -> Answer:
+def _evaluate(asked: RequestContext) -> Response:
     started = time.perf_counter()
     config, policy = asked.config, asked.site.policy
     check_evaluation(policy)
@@ -270,7 +274,9 @@ def _evaluate(asked: Asked) -> Answer:
         raise ProtocolError(
             f"{wire.SPLIT}: expected {wire.VAL_SPLIT} or {wire.TEST_SPLIT}, got {request.split!r}"
         )
-    examples, withheld = supported(policy, asked.data.splits[request.split], config.data)
+    examples, withheld = suppress_small_groups(
+        policy, asked.data.splits[request.split], config.data
+    )
     sums = evaluate(
         model,
         examples,
@@ -281,12 +287,12 @@ def _evaluate(asked: Asked) -> Answer:
         hd95=config.evaluate.hd95,
     )
     seconds = time.perf_counter() - started
-    told = told_sums(policy, sums)
-    return Answer(evaluate_reply(asked.message, asked.data, told, withheld, seconds))
+    told = redact_sums(policy, sums)
+    return Response(evaluate_reply(asked.message, asked.data, told, withheld, seconds))
 
 
 @dataclass(frozen=True)
-class Network:
+class LoadedModel:
     """The network of the config, holding the weights that came and the site's own."""
 
     model: MultiTaskUNet
@@ -296,7 +302,7 @@ class Network:
     memory: SiteMemory
 
 
-def _received(asked: Asked, back: int) -> Network:
+def _received(asked: RequestContext, back: int) -> LoadedModel:
     """Read a message's weights into the network.
 
     Args:
@@ -312,7 +318,7 @@ def _received(asked: Asked, back: int) -> Network:
     own = memory.recall(request.number - back) if names else None
     state = shared.unpack(request.weights) | personal.unpack(own or request.initial)
     model.load_state_dict(state)
-    return Network(model, request, shared, personal, memory)
+    return LoadedModel(model, request, shared, personal, memory)
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ import typer
 from polyclinic.client.ledger.budget import (
     LEDGER,
     Account,
-    Round,
+    LedgerRound,
     lower_delta,
     read_accounts,
     verify_ledger,
@@ -23,8 +23,8 @@ from polyclinic.client.ledger.budget import (
 from polyclinic.client.ledger.hash_chain import Entry
 from polyclinic.client.ledger.outgoing import OUTGOING, read_outgoing
 from polyclinic.client.policy.releases import own_release
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.ports import SITE_HEALTH
-from polyclinic.configs.run import ConfigError
 from polyclinic.configs.schema.site import read_site_config
 from polyclinic.configs.security.release import check_signature, read_release
 
@@ -345,12 +345,12 @@ def preflight_command(
     1 if anything fails.
     """
     from polyclinic.client.node.preflight import preflight
-    from polyclinic.client.node.supernode import knock
-    from polyclinic.configs.diagnostics.checks import failed, tell
-    from polyclinic.configs.run import load_run_config
+    from polyclinic.client.node.supernode import probe_registration
+    from polyclinic.configs.diagnostics.checks import failed, report_checks
+    from polyclinic.configs.presets import load_run_config
 
-    looks = preflight(site_file, load_run_config(preset, ()).data, knock)
-    if failed(tell(looks, typer.echo, as_json)):
+    looks = preflight(site_file, load_run_config(preset, ()).data, probe_registration)
+    if failed(report_checks(looks, typer.echo, as_json)):
         raise typer.Exit(1)
 
 
@@ -364,7 +364,7 @@ def start(
     that is not 0 when the connection is lost for good; have it started again (compose, systemd).
     """
     from polyclinic.client.node.start import start_site
-    from polyclinic.configs.run import load_run_config
+    from polyclinic.configs.presets import load_run_config
 
     start_site(site_file, load_run_config(preset, ()).data, health, typer.echo)
 
@@ -405,7 +405,7 @@ def _counted(words: Any) -> Any:  # noqa: ANN401
     return watch
 
 
-def _rounds_table(cohort: str, rounds: Sequence[Round]) -> Any:  # noqa: ANN401
+def _rounds_table(cohort: str, rounds: Sequence[LedgerRound]) -> Any:  # noqa: ANN401
     from rich.table import Table
 
     table = Table(title=f"Rounds of cohort {cohort}", title_justify="left")

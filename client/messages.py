@@ -11,8 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from polyclinic.client.data.dataset import Examples, SiteData
 from polyclinic.client.ledger.outgoing import Sent
-from polyclinic.client.policy.site_policy import told_counts, told_skipped
-from polyclinic.client.site import Spending, Standing
+from polyclinic.client.policy.site_policy import redact_counts, redact_skipped
+from polyclinic.client.site import BudgetReport, PrivacyDeclaration
 from polyclinic.client.training.local_round import TrainResult
 from polyclinic.configs import wire
 from polyclinic.configs.schema.site import PolicyConfig
@@ -111,7 +111,7 @@ def describe_reply(
     policy: PolicyConfig,
     device: str,
     versions: dict[str, str],
-    standing: Standing | None = None,
+    standing: PrivacyDeclaration | None = None,
 ) -> Message:
     """Say who this site is and what it has, by split and class.
 
@@ -125,12 +125,12 @@ def describe_reply(
         private = standing is not None and name == wire.TRAIN_SPLIT
         counts[name] = _counts(examples, standing if private else None)
         if not private:
-            counts[f"{name}.{wire.CLASSES}"] = told_counts(policy, examples.class_counts())
+            counts[f"{name}.{wire.CLASSES}"] = redact_counts(policy, examples.class_counts())
     about = ConfigRecord(
         {
             wire.NAME: site.site,
             wire.FINGERPRINT: "" if standing else site.fingerprint,
-            wire.SKIPPED: [] if standing else list(told_skipped(policy, site.skipped)),
+            wire.SKIPPED: [] if standing else list(redact_skipped(policy, site.skipped)),
             wire.DEVICE: device,
             wire.VERSIONS: json.dumps(versions),
         }
@@ -143,8 +143,8 @@ def train_reply(
     site: SiteData,
     weights: Packed,
     result: TrainResult,
-    standing: Standing | None = None,
-    spending: Spending | None = None,
+    standing: PrivacyDeclaration | None = None,
+    spending: BudgetReport | None = None,
 ) -> Message:
     """Send a round's weights home, with the counts that weigh them.
 
@@ -200,7 +200,7 @@ def declined(message: Message, reason: str) -> Message:
 
 
 def sent(
-    message: Message, reply: Message, run: str, release: str, spending: Spending | None
+    message: Message, reply: Message, run: str, release: str, spending: BudgetReport | None
 ) -> Sent:
     """What a reply carries, for the site's outgoing log."""
     about = reply.content.config_records[wire.SITE]
@@ -228,7 +228,7 @@ def _reply(message: Message, about: ConfigRecord, sums: MetricRecord) -> Message
     return Message(RecordDict({wire.SITE: about, wire.SUMS: sums}), reply_to=message)
 
 
-def _counts(examples: Examples, standing: Standing | None = None) -> list[int]:
+def _counts(examples: Examples, standing: PrivacyDeclaration | None = None) -> list[int]:
     """Images, those with a mask, those with a label; declared ones of one with a standing."""
     if standing is None:
         return [len(examples), examples.with_mask, examples.with_label]

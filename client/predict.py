@@ -22,8 +22,9 @@ from torch import Tensor
 from polyclinic.client.data.dataset import normalised
 from polyclinic.client.data.images import Picture, Unusable, read_picture
 from polyclinic.configs import VERSION
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.passport import outputs
-from polyclinic.configs.run import ConfigError, DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.mtl_model.measure import predicted_masks
 from polyclinic.mtl_model.saved import SavedModel
 
@@ -32,7 +33,7 @@ PREDICTIONS = "predictions.json"
 _COLOURS = ((255, 64, 64), (64, 224, 64), (64, 160, 255), (255, 208, 0), (224, 64, 255))  # RGB
 
 
-class NotFiniteError(ValueError):
+class NonFinitePredictionError(ValueError):
     """A model's answer to an image is no number."""
 
 
@@ -99,7 +100,7 @@ def predict(
             continue
         try:
             finding = find(model, picture)
-        except NotFiniteError as error:
+        except NonFinitePredictionError as error:
             yield Outcome(image, None, f"image {image}: {error}")
             continue
         files = _write_masks(out, name, finding, data)
@@ -127,13 +128,14 @@ def find(model: SavedModel, picture: Picture) -> Finding:
     """Put one picture through a model.
 
     Raises:
-        NotFiniteError: if its answer holds NaN or infinity, which no threshold tells from a no.
+        NonFinitePredictionError: if its answer holds NaN or infinity, which no threshold tells from
+        a no.
     """
     data = model.passport.data
     pixels = torch.from_numpy(picture.pixels).unsqueeze(0)
     masks, classes = model.logits(normalised(pixels, data.normalise))
     if not (masks.isfinite().all() and classes.isfinite().all()):
-        raise NotFiniteError("expected finite logits of the model, got NaN or infinity")
+        raise NonFinitePredictionError("expected finite logits of the model, got NaN or infinity")
     planes = predicted_masks(at_original_size(masks, picture), len(data.mask_classes))[0]
     logits = classes[0].double()
     several = data.label_kind == "multi-label"

@@ -9,17 +9,19 @@ import torch
 from polyclinic.client.data.dataset import Examples
 from polyclinic.client.ledger.budget import BudgetExceeded, Cohort, Ledger
 from polyclinic.client.policy.site_policy import Decline, check_noise, check_steps, check_unit
-from polyclinic.client.privacy.accounting import Spent, noise_for
+from polyclinic.client.privacy.accounting import DpEvent, noise_for
 from polyclinic.client.privacy.dp_sgd import (
     Adaptation,
     Mechanism,
     sampling,
     train_one_round_privately,
 )
-from polyclinic.client.site import Spending, Standing
+from polyclinic.client.site import BudgetReport, PrivacyDeclaration
 from polyclinic.client.training.local_round import NO_PULL, Proximal, Round, TrainResult
-from polyclinic.configs.run import PrivacyConfig, RunConfig, TrainConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.privacy import PrivacyConfig
 from polyclinic.configs.schema.site import PolicyConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.network import MultiTaskUNet
 
 
@@ -27,12 +29,12 @@ def train_within_budget(
     model: MultiTaskUNet,
     examples: Examples,
     where: Round,
-    standing: Standing,
+    standing: PrivacyDeclaration,
     config: RunConfig,
     policy: PolicyConfig,
     device: torch.device,
     proximal: Proximal = NO_PULL,
-) -> tuple[TrainResult, Spending]:
+) -> tuple[TrainResult, BudgetReport]:
     """Train a round with differential privacy, if the site's budget has room for it.
 
     The round's cost is in the ledger, on the disk, before the first step; steps not taken come
@@ -49,7 +51,7 @@ def train_within_budget(
     check_noise(policy, mechanism.noise_multiplier)
     check_steps(policy, mechanism.steps)
     cohort, delta, cap = _terms(config.privacy, standing)
-    cost = Spent(mechanism.noise_multiplier, mechanism.sample_rate, mechanism.steps)
+    cost = DpEvent(mechanism.noise_multiplier, mechanism.sample_rate, mechanism.steps)
     with Ledger(standing.ledger, cohort, delta, cap) as ledger:
         before = ledger.spent()
         try:
@@ -69,11 +71,11 @@ def train_within_budget(
             proximal=proximal,
         )
         ledger.settle(reservation, result.steps)
-        return result, Spending(before, ledger.spent(), delta, cap)
+        return result, BudgetReport(before, ledger.spent(), delta, cap)
 
 
 def mechanism_of(
-    train: TrainConfig, privacy: PrivacyConfig, rounds: int, standing: Standing
+    train: TrainConfig, privacy: PrivacyConfig, rounds: int, standing: PrivacyDeclaration
 ) -> Mechanism:
     """What one round will do, from settings and declared numbers alone.
 
@@ -99,7 +101,9 @@ def mechanism_of(
 _noise_for = lru_cache(maxsize=8)(noise_for)  # seconds, and the same in every round
 
 
-def _terms(privacy: PrivacyConfig, standing: Standing) -> tuple[Cohort, float, float | None]:
+def _terms(
+    privacy: PrivacyConfig, standing: PrivacyDeclaration
+) -> tuple[Cohort, float, float | None]:
     """The ledger's cohort, delta and cap: the site's own, which no run can move."""
     cohort = Cohort(standing.cohort, privacy.unit, standing.units(privacy.unit))
     if standing.budget is None:

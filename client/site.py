@@ -16,9 +16,11 @@ from polyclinic.client.data.dataset import SiteData, load_site
 from polyclinic.client.data.manifest import DataError, Manifest, chosen_sites, read_site, read_sites
 from polyclinic.client.data.split_key import split_key
 from polyclinic.client.ledger.budget import LEDGER
-from polyclinic.client.policy.site_policy import OPEN, permitted
+from polyclinic.client.policy.site_policy import OPEN, restrict_to_allowed_tasks
 from polyclinic.configs import wire
-from polyclinic.configs.run import ConfigError, DataConfig, PhantomConfig, RunConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.data import DataConfig, PhantomConfig
 from polyclinic.configs.schema.site import (
     BudgetConfig,
     CohortConfig,
@@ -67,11 +69,11 @@ def load(site: Site, data: DataConfig) -> SiteData:
     """
     key = split_key(site.config.state) if site.config and site.config.private else None
     edited = site.manifest.path.stat().st_mtime_ns
-    return permitted(site.policy, _loaded(site.manifest, data, edited, key))
+    return restrict_to_allowed_tasks(site.policy, _loaded(site.manifest, data, edited, key))
 
 
 @dataclass(frozen=True)
-class Standing:
+class PrivacyDeclaration:
     """What a site declares of the patients it trains on, and the ledger of what they have spent.
 
     Declared, not counted: numbers that follow from the images may not leave a site that trains
@@ -90,7 +92,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Spending:
+class BudgetReport:
     """What a round did to its cohort's budget: epsilon at delta, of all that was ever spent."""
 
     before: float
@@ -99,7 +101,7 @@ class Spending:
     cap: float | None  # the most that may ever be spent; None of a site without a budget
 
 
-def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> Standing:
+def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> PrivacyDeclaration:
     """Find out what a site declares.
 
     Args:
@@ -117,12 +119,14 @@ def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> Standing:
                 "delta, unit) in its site.yaml, without which it does not train privately; "
                 "docs/privacy.md has both"
             )
-        return Standing(
+        return PrivacyDeclaration(
             run, own.cohort_name, cohort.examples, cohort.patients, own.state / LEDGER, own.budget
         )
     train = data.splits[wire.TRAIN_SPLIT]
     patients = len(set(train.group.tolist()))
-    return Standing(run, data.site, len(train), patients, ledgers / run / data.site / LEDGER, None)
+    return PrivacyDeclaration(
+        run, data.site, len(train), patients, ledgers / run / data.site / LEDGER, None
+    )
 
 
 def memory_folder(site: Site, memories: Path) -> Path:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyclinic.configs import VERSION
-from polyclinic.configs.run import ConfigError, DataConfig, Flat, RunConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.base import Flat
+from polyclinic.configs.schema.data import DataConfig
 
-EDITION = "1"  # of these entries; a reader refuses one that it does not know
+SCHEMA_VERSION = "1"  # of these entries; a reader refuses one that it does not know
 KEYS = (
     "passport",
     "polyclinic-version",
@@ -55,7 +58,7 @@ class ModelFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Passport:
+class ModelMetadata:
     """Where a model comes from, and how to use it."""
 
     config: RunConfig  # the settings that a finished model needs; all others are defaults
@@ -73,7 +76,7 @@ class Passport:
         """Text entries for a file's metadata, those of ``KEYS``."""
         data = self.data
         return {
-            "passport": EDITION,
+            "passport": SCHEMA_VERSION,
             "polyclinic-version": self.version,
             "run": self.run,
             "round": str(self.round),
@@ -86,7 +89,7 @@ class Passport:
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], *, network: bool) -> Passport:
+    def from_metadata(cls, metadata: Mapping[str, str], *, network: bool) -> ModelMetadata:
         """Read what ``to_metadata`` wrote, or a checkpoint's metadata.
 
         Args:
@@ -99,9 +102,9 @@ class Passport:
         """
         version = metadata.get("polyclinic-version", "an earlier version")
         try:
-            edition = metadata.get("passport", EDITION)
-            if edition != EDITION:
-                raise ValueError(f"passport: expected edition {EDITION}, got {edition!r}")
+            edition = metadata.get("passport", SCHEMA_VERSION)
+            if edition != SCHEMA_VERSION:
+                raise ValueError(f"passport: expected edition {SCHEMA_VERSION}, got {edition!r}")
             flat = json.loads(metadata["config"])
             if not isinstance(flat, dict):
                 raise ValueError(f"config: expected a table, got {flat!r}")

@@ -46,7 +46,7 @@ STEPS = "steps"
 SECONDS = "seconds"  # of a round with privacy absent, as they tell how many images it drew
 LOSS_SEGMENTATION = "loss-segmentation"  # absent with privacy, which they would not have
 LOSS_CLASSIFICATION = "loss-classification"
-# Spent by the site's cohort so far, this round included; absent without privacy
+# DpEvent by the site's cohort so far, this round included; absent without privacy
 EPSILON = "epsilon"
 DELTA = "delta"
 BUDGET = "budget"  # the most that the cohort may ever spend; absent of a site that has no such rule

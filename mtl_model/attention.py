@@ -75,7 +75,7 @@ def _cached_offset_index(window: int, rows: int, columns: int, device: torch.dev
 
 
 @dataclass(frozen=True)
-class Strip:
+class Band:
     """Neighbouring windows of one height (or width) along an axis."""
 
     start: int
@@ -87,15 +87,15 @@ class Strip:
         return self.start + self.size * self.count
 
 
-def strips(length: int, window: int, shift: int) -> list[Strip]:
+def window_bands(length: int, window: int, shift: int) -> list[Band]:
     """Cut an axis at ``shift`` and then every ``window`` tokens: three strips at most.
 
     The windows of Swin are these, without its roll and its mask: tokens that a roll would bring
     together from opposite edges must not see each other anyway.
     """
     whole = max(length - shift, 0) // window
-    cut = [Strip(0, min(shift, length), 1), Strip(shift, window, whole)]
-    cut.append(Strip(cut[1].end, length - cut[1].end, 1))
+    cut = [Band(0, min(shift, length), 1), Band(shift, window, whole)]
+    cut.append(Band(cut[1].end, length - cut[1].end, 1))
     return [strip for strip in cut if strip.size > 0 and strip.count > 0]
 
 
@@ -122,14 +122,14 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
-        columns = strips(x.shape[2], self.window, self.shift)
+        columns = window_bands(x.shape[2], self.window, self.shift)
         rows = [
             _joined([self._attend(x, qkv, down, across) for across in columns], dim=2)
-            for down in strips(x.shape[1], self.window, self.shift)
+            for down in window_bands(x.shape[1], self.window, self.shift)
         ]
         return self.out(_joined(rows, dim=1))
 
-    def _attend(self, x: Tensor, qkv: Tensor, down: Strip, across: Strip) -> Tensor:
+    def _attend(self, x: Tensor, qkv: Tensor, down: Band, across: Band) -> Tensor:
         """The windows where two strips cross: (B, down, across, C)."""
         b, heads = x.shape[0], self.heads
         part = qkv[:, down.start : down.end, across.start : across.end]

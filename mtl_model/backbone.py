@@ -30,7 +30,7 @@ _STRIDES = (4, 8, 16, 32)  # of the four maps in a timm model as it comes
 _PROBE = 64  # side of the image that a cut model is tried on, in pixels
 
 
-class _Own(nn.Module):
+class CloneIfView(nn.Module):
     """A tensor of its own in place of a view that a hook made: timm's ResNet blocks add to it in
     place, which autograd forbids for views of that kind. torch.compile writes nothing in place.
 
@@ -116,7 +116,7 @@ class ConvPath(nn.Module):
     def stemmed(self, image: Tensor) -> Tensor:
         return recomputed(self.stem, image) if self.grad_checkpointing else self.stem(image)
 
-    def staged(self, k: int, x: Tensor) -> Tensor:
+    def forward_stage(self, k: int, x: Tensor) -> Tensor:
         """The map of stage k; of the largest maps, activations may be computed again."""
         again = self.grad_checkpointing and k < RECOMPUTED_STAGES
         return recomputed(self.stages[k], x) if again else self.stages[k](x)
@@ -148,7 +148,7 @@ def build_conv_path(
     """
     model = timm_model(name, in_channels, width, depths)
     if weights is None:
-        _wake(model)
+        reset_zero_init(model)
     else:
         model.load_state_dict(weights)
     stem, *stages = parts = _cut(model, name)
@@ -232,7 +232,7 @@ def timm_model(
     return model
 
 
-def _wake(model: nn.Module) -> None:
+def reset_zero_init(model: nn.Module) -> None:
     """Let no residual branch start at zero: its inner layers would get no gradient at first.
 
     Such a branch ends in a gain of 0 (a norm's weight, NFNet's gain), or, in a few models, in a
@@ -331,7 +331,7 @@ def _keep_outputs(part: nn.Module) -> None:
         if "inplace" in vars(module):
             vars(module)["inplace"] = False
         if isinstance(module, BasicBlock | Bottleneck):
-            module.drop_path = _Own()
+            module.drop_path = CloneIfView()
 
 
 def _fix_padding(module: nn.Module) -> None:

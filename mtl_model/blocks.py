@@ -98,7 +98,7 @@ class ConvNorm(nn.Sequential):
         )
 
 
-class JoinedConv(nn.Module):
+class SplitConv(nn.Module):
     """Convolution of several maps as if they were concatenated, without laying them side by side.
 
     A convolution of a concatenation is the sum of each map's own. Apart they need no copy, and

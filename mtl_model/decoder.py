@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyclinic.mtl_model.blocks import JoinedConv, NormLayer
+from polyclinic.mtl_model.blocks import NormLayer, SplitConv
 
 
 class DecoderStage(nn.Module):
@@ -38,7 +38,7 @@ class DecoderStage(nn.Module):
                 nn.Conv2d(deep_channels, channels, kernel_size=1),
                 nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
             )
-        self.merge = JoinedConv([channels, channels], channels, 3)
+        self.merge = SplitConv([channels, channels], channels, 3)
         self.merge_norm = norm(channels)
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from polyclinic.mtl_model.blocks import ConvNorm, JoinedConv, NormLayer, SpatialAttention
+from polyclinic.mtl_model.blocks import ConvNorm, NormLayer, SpatialAttention, SplitConv
 
 
 def build_dfe(
@@ -50,7 +50,7 @@ class ConcatEnhancement(nn.Module):
         self.dilated = nn.ModuleList(
             ConvNorm(channels, channels, 3, norm, dilation=rate) for rate in rates
         )
-        self.fuse = JoinedConv([channels] * (1 + len(rates)), channels, 3)
+        self.fuse = SplitConv([channels] * (1 + len(rates)), channels, 3)
         self.fuse_norm = norm(channels)
         self.shortcut = ConvNorm(channels, channels, 1, norm, act=False)
         self.attention = SpatialAttention()

@@ -137,7 +137,7 @@ class ResFormer(nn.Module):
         maps: list[Tensor] = []
         into_stage, into_tokens = self.cnn.stemmed(image), image
         for k, (tokens, swin) in enumerate(zip(self.tokens, self.swins, strict=True)):
-            maps.append(swin(self.cnn.staged(k, into_stage) + tokens(into_tokens)))
+            maps.append(swin(self.cnn.forward_stage(k, into_stage) + tokens(into_tokens)))
             into_stage = into_tokens = maps[-1]
         return maps
 
@@ -145,10 +145,10 @@ class ResFormer(nn.Module):
         into_stage, into_swin = self.cnn.stemmed(image), self.tokens[0](image)
         if self.cnn.stem_fits:
             into_stage = into_swin = into_stage + into_swin
-        maps = [self.cnn.staged(0, into_stage) + self.swins[0](into_swin)]
+        maps = [self.cnn.forward_stage(0, into_stage) + self.swins[0](into_swin)]
         for k in range(1, STAGES):
             into_swin = self.tokens[k](maps[-1])
-            maps.append(self.cnn.staged(k, maps[-1]) + self.swins[k](into_swin))
+            maps.append(self.cnn.forward_stage(k, maps[-1]) + self.swins[k](into_swin))
         return maps
 
 

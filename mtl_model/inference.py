@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from polyclinic.mtl_model.blocks import JoinedConv
+from polyclinic.mtl_model.blocks import SplitConv
 from polyclinic.mtl_model.network import MultiTaskUNet, Prediction
 from polyclinic.mtl_model.tasks import TASKS, Task
 
@@ -66,7 +66,7 @@ def _fold(parent: nn.Module) -> None:
     own = type(parent).__module__.startswith("polyclinic.mtl_model.")
     if not (in_sequence or own or type(parent) in _IN_ORDER):
         return
-    before: tuple[str, nn.Conv2d | JoinedConv] | None = None
+    before: tuple[str, nn.Conv2d | SplitConv] | None = None
     for name, child in list(parent.named_children()):
         if isinstance(child, nn.BatchNorm2d):
             if before is not None and before[1].out_channels == child.num_features:
@@ -74,13 +74,13 @@ def _fold(parent: nn.Module) -> None:
                 rest = [child.get_submodule(n) for n in ("drop", "act") if hasattr(child, n)]
                 setattr(parent, name, nn.Sequential(*rest))  # timm's norms drop and act too
             before = None
-        elif isinstance(child, nn.Conv2d | JoinedConv):
+        elif isinstance(child, nn.Conv2d | SplitConv):
             before = name, child
         elif not isinstance(child, nn.Identity):
             before = None
 
 
-def _folded(conv: nn.Conv2d | JoinedConv, norm: nn.BatchNorm2d) -> nn.Module:
+def _folded(conv: nn.Conv2d | SplitConv, norm: nn.BatchNorm2d) -> nn.Module:
     if isinstance(conv, nn.Conv2d):
         return fuse_conv_bn_eval(conv, norm)
     parts = [part for part in conv.parts if isinstance(part, nn.Conv2d)]

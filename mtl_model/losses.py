@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyclinic.configs.run import LossConfig
+from polyclinic.configs.schema.loss import LossConfig
 from polyclinic.mtl_model.network import Prediction
 
 

@@ -22,7 +22,7 @@ from polyclinic.mtl_model.sums import (
 )
 
 
-class NotFiniteError(ValueError):
+class NonFiniteOutputError(ValueError):
     """A prediction holds what is no number, and cannot be counted."""
 
 
@@ -39,7 +39,7 @@ def batch_sums(
         hd95: measure distances too; see ``hausdorff_95``.
 
     Raises:
-        NotFiniteError: if a logit is not finite.
+        NonFiniteOutputError: if a logit is not finite.
         ValueError: if shapes do not belong together.
     """
     _check(prediction, targets, classes)
@@ -67,7 +67,7 @@ def _check(prediction: Prediction, targets: Targets, classes: Classes) -> None:
         )
     for name, logits in (("mask", prediction.mask_logits), ("class", prediction.class_logits)):
         if logits is not None and not logits.isfinite().all():
-            raise NotFiniteError(f"expected finite {name} logits, got others")
+            raise NonFiniteOutputError(f"expected finite {name} logits, got others")
 
 
 def predicted_masks(logits: Tensor, mask_classes: int) -> Tensor:
@@ -87,11 +87,11 @@ def _count_masks(sums: MetricSums, predicted: Tensor, targets: Targets) -> None:
     has = a > 0
     union = p + a - overlap
     sums.lesions[:] = has.any(axis=1).sum()
-    sums.masked[:] = _numpy(keep).sum(0)
-    sums.with_class[:] = has.sum(0)
+    sums.annotated[:] = _numpy(keep).sum(0)
+    sums.present[:] = has.sum(0)
     sums.dice[:] = np.where(has, 2 * overlap / np.maximum(p + a, 1), 0).sum(0)
     sums.iou[:] = np.where(has, overlap / np.maximum(union, 1), 0).sum(0)
-    sums.false_alarms[:] = (~has & (p > 0)).sum(0)
+    sums.false_positives[:] = (~has & (p > 0)).sum(0)
     sums.overlap[:] = overlap.sum(0)
     sums.predicted[:] = p.sum(0)
     sums.actual[:] = a.sum(0)
@@ -111,12 +111,12 @@ def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: 
     sums.labelled[:] = len(logits)
     if multi_label:
         score = logits
-        sums.right[:] = int(((logits > 0) == true).all(1).sum())
+        sums.exact_matches[:] = int(((logits > 0) == true).all(1).sum())
     else:
         score = _log_odds(logits)
         pair = _numpy(true.int().argmax(1)), _numpy(logits.argmax(1))
         np.add.at(sums.confusion, tuple(index.astype(np.int64) for index in pair), 1)
-        sums.right[:] = np.trace(sums.confusion)
+        sums.exact_matches[:] = np.trace(sums.confusion)
     # upper edges belong to their bin: a logit of exactly 0 is not above 0
     half = BINS // 2
     scale = half / math.asinh(LARGEST_LOGIT / SMALL_LOGIT)

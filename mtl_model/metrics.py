@@ -109,7 +109,7 @@ def compute(sums: MetricSums, classes: Classes) -> Metrics:
         iou=_mean(m.iou for m in masks.values()),
         pooled_dice=_mean(m.pooled_dice for m in masks.values()),
         false_positive_rate=_mean(m.false_positive_rate for m in masks.values()),
-        accuracy=_ratio(sums.right[0], sums.labelled[0]),
+        accuracy=_ratio(sums.exact_matches[0], sums.labelled[0]),
         balanced_accuracy=_balanced(list(images.values()), classes.multi_label),
         sensitivity=positive.sensitivity,
         specificity=positive.specificity,
@@ -122,12 +122,12 @@ def compute(sums: MetricSums, classes: Classes) -> Metrics:
 
 def _mask_class(sums: MetricSums, k: int) -> MaskClass:
     return MaskClass(
-        annotated=int(sums.masked[k]),
-        present=int(sums.with_class[k]),
-        dice=_ratio(sums.dice[k], sums.with_class[k]),
-        iou=_ratio(sums.iou[k], sums.with_class[k]),
+        annotated=int(sums.annotated[k]),
+        present=int(sums.present[k]),
+        dice=_ratio(sums.dice[k], sums.present[k]),
+        iou=_ratio(sums.iou[k], sums.present[k]),
         pooled_dice=_ratio(2 * sums.overlap[k], sums.predicted[k] + sums.actual[k]),
-        false_positive_rate=_ratio(sums.false_alarms[k], sums.masked[k] - sums.with_class[k]),
+        false_positive_rate=_ratio(sums.false_positives[k], sums.annotated[k] - sums.present[k]),
         hd95=_ratio(sums.hd95[k], sums.hd95_images[k]),
         hd95_images=int(sums.hd95_images[k]),
     )
@@ -138,8 +138,8 @@ def _one_of_all(sums: MetricSums, k: int) -> ImageClass:
     confusion = sums.confusion
     right, positives = confusion[k, k], confusion[k].sum()
     negatives = confusion.sum() - positives
-    false_alarms = confusion[:, k].sum() - right
-    return _image_class(sums, k, right, positives, negatives - false_alarms, negatives)
+    false_positives = confusion[:, k].sum() - right
+    return _image_class(sums, k, right, positives, negatives - false_positives, negatives)
 
 
 def _one_of_several(sums: MetricSums, k: int) -> ImageClass:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyclinic.configs.run import DataConfig, LossConfig, ModelConfig
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.backbone import STAGES, build_conv_path
 from polyclinic.mtl_model.blocks import norm_layer
 from polyclinic.mtl_model.decoder import Decoder

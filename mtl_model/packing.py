@@ -27,7 +27,7 @@ _LONGEST_HEADER = 1024  # bytes before the values of a .npy file; NumPy writes 1
 
 
 @dataclass(frozen=True)
-class Entry:
+class LayoutEntry:
     """One tensor of a network's state."""
 
     name: str
@@ -60,13 +60,13 @@ def group_of_key(key: str) -> Group:
 class Layout:
     """The order in which a network's state lies in its packed arrays."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[LayoutEntry, ...]
 
     @classmethod
     def of(cls, network: nn.Module) -> Layout:
         return cls(
             tuple(
-                Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+                LayoutEntry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
                 for name, tensor in network.state_dict().items()
             )
         )
@@ -85,7 +85,7 @@ class Layout:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
-    def by_key(self) -> dict[str, tuple[Entry, ...]]:
+    def by_key(self) -> dict[str, tuple[LayoutEntry, ...]]:
         """Entries of each packed array, keys in a fixed order."""
         keys = sorted({entry.key for entry in self.entries})
         return {key: tuple(e for e in self.entries if e.key == key) for key in keys}

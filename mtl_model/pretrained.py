@@ -8,7 +8,7 @@ import timm
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from polyclinic.configs.run import ModelConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.backbone import build_conv_path, names_of_path, timm_model
 from polyclinic.mtl_model.blocks import norm_layer
 from polyclinic.mtl_model.network import MultiTaskUNet

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polyclinic.configs.passport import KEYS, ModelFileError, Passport
+from polyclinic.configs.passport import KEYS, ModelFileError, ModelMetadata
 from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.network import MultiTaskUNet, network_of
 from polyclinic.mtl_model.packing import Layout
@@ -40,7 +40,7 @@ Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 class SavedModel:
     """A model that is ready to be used."""
 
-    passport: Passport
+    passport: ModelMetadata
     sha256: str  # of the file
     logits: Logits
 
@@ -82,7 +82,7 @@ def open_model(path: Path) -> SavedModel:
     return SavedModel(passport, digest, logits)
 
 
-def open_network(path: Path) -> tuple[Passport, MultiTaskUNet]:
+def open_network(path: Path) -> tuple[ModelMetadata, MultiTaskUNet]:
     """Build the network of a safetensors file and give it its weights, ready for evaluation.
 
     Raises:
@@ -117,14 +117,14 @@ def open_network(path: Path) -> tuple[Passport, MultiTaskUNet]:
     return passport, network.eval()
 
 
-def _passport(path: Path, metadata: dict[str, str], *, network: bool) -> Passport:
+def _passport(path: Path, metadata: dict[str, str], *, network: bool) -> ModelMetadata:
     try:
-        return Passport.from_metadata(metadata, network=network)
+        return ModelMetadata.from_metadata(metadata, network=network)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
 
 
-def _open_safetensors(path: Path) -> tuple[Passport, Logits]:
+def _open_safetensors(path: Path) -> tuple[ModelMetadata, Logits]:
     passport, network = open_network(path)
 
     @torch.inference_mode()
@@ -149,7 +149,7 @@ def check_onnx(*packages: str) -> None:
         )
 
 
-def _open_onnx(path: Path) -> tuple[Passport, Logits]:
+def _open_onnx(path: Path) -> tuple[ModelMetadata, Logits]:
     check_onnx("onnxruntime")
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
@@ -178,7 +178,7 @@ def _open_onnx(path: Path) -> tuple[Passport, Logits]:
     return passport, logits
 
 
-def _open_torchscript(path: Path) -> tuple[Passport, Logits]:
+def _open_torchscript(path: Path) -> tuple[ModelMetadata, Logits]:
     entries: dict[str, str | bytes] = dict.fromkeys(KEYS, "")
     try:
         with torchscript_deprecated():
@@ -207,7 +207,7 @@ def torchscript_deprecated() -> Iterator[None]:
         yield
 
 
-_OPENERS: dict[Format, Callable[[Path], tuple[Passport, Logits]]] = {
+_OPENERS: dict[Format, Callable[[Path], tuple[ModelMetadata, Logits]]] = {
     "safetensors": _open_safetensors,
     "onnx": _open_onnx,
     "torchscript": _open_torchscript,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 
 Floats = NDArray[np.float64]
 
@@ -50,18 +50,18 @@ class MetricSums:
 
     images: Floats  # (1,)
     lesions: Floats  # (1,) images in which any annotated mask class is present
-    masked: Floats  # (M,) images in which the mask class is annotated
-    with_class: Floats  # (M,) of those, images in which it is present
+    annotated: Floats  # (M,) images in which the mask class is annotated
+    present: Floats  # (M,) of those, images in which it is present
     dice: Floats  # (M,) sum over images with the class
     iou: Floats  # (M,) sum over images with the class
-    false_alarms: Floats  # (M,) images without the class in which a pixel was predicted
+    false_positives: Floats  # (M,) images without the class in which a pixel was predicted
     overlap: Floats  # (M,) pixels, over all images with a mask annotation, like the next two
     predicted: Floats  # (M,)
     actual: Floats  # (M,)
     hd95: Floats  # (M,) sum of pixels, over the images of the next
     hd95_images: Floats  # (M,) images with the class in which a pixel was predicted, if asked for
     labelled: Floats  # (1,) images with a label
-    right: Floats  # (1,) of those, images whose classes are all predicted, and no others
+    exact_matches: Floats  # (1,) of those, images whose classes are all predicted, and no others
     confusion: Floats  # (K, K) images by true and predicted class; 0 where they may have several
     scores: Floats  # (K, 2, BINS) images by class, whether they are of it, and score
 
@@ -106,20 +106,24 @@ class MetricSums:
     def _check(self, size: tuple[int, int], multi_label: bool) -> None:
         with_label = self.scores.sum(axis=(1, 2))
         bounds = (
-            ("masked", self.masked, self.images),
-            ("with_class", self.with_class, self.masked),
-            ("lesions", self.lesions, np.minimum(self.images, self.with_class.sum())),
-            ("dice", self.dice, self.with_class),
-            ("iou", self.iou, self.with_class),
-            ("false_alarms", self.false_alarms, self.masked - self.with_class),
-            ("predicted", self.predicted, self.masked * math.prod(size)),
-            ("actual", self.actual, self.with_class * math.prod(size)),
+            ("masked", self.annotated, self.images),
+            ("present", self.present, self.annotated),
+            ("lesions", self.lesions, np.minimum(self.images, self.present.sum())),
+            ("dice", self.dice, self.present),
+            ("iou", self.iou, self.present),
+            ("false_positives", self.false_positives, self.annotated - self.present),
+            ("predicted", self.predicted, self.annotated * math.prod(size)),
+            ("actual", self.actual, self.present * math.prod(size)),
             ("overlap", self.overlap, np.minimum(self.predicted, self.actual)),
-            ("hd95_images", self.hd95_images, self.with_class),
+            ("hd95_images", self.hd95_images, self.present),
             ("hd95", self.hd95, self.hd95_images * math.hypot(*size)),
             ("labelled", self.labelled, self.images),
             ("confusion", self.confusion.sum(), 0.0 if multi_label else self.labelled),
-            ("right", self.right, self.labelled if multi_label else np.trace(self.confusion)),
+            (
+                "right",
+                self.exact_matches,
+                self.labelled if multi_label else np.trace(self.confusion),
+            ),
             ("scores", with_label, self.labelled),
         )
         for name, value, largest in bounds:

@@ -18,7 +18,8 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from polyclinic.configs import VERSION
-from polyclinic.configs.run import RoundsConfig, RunConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.rounds import RoundsConfig
 from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.metrics import Metrics
 from polyclinic.mtl_model.network import MultiTaskUNet
@@ -31,7 +32,7 @@ from polyclinic.server.aggregation.central_dp import (
 )
 from polyclinic.server.aggregation.initial import initial_network
 from polyclinic.server.aggregation.parameters import Parts
-from polyclinic.server.rounds.federation import Door, Federation, RunRefused
+from polyclinic.server.rounds.federation import Federation, GridClient, RunRefused
 from polyclinic.server.rounds.loop import Evaluation, Rounds
 from polyclinic.server.rounds.messages import RunIdentity, question
 from polyclinic.server.runs.checkpoint import ResumeError, ServerState, load_latest
@@ -57,7 +58,7 @@ def server_app() -> ServerApp:
     return app
 
 
-def run(grid: Door, config: RunConfig) -> RunFolder:
+def run(grid: GridClient, config: RunConfig) -> RunFolder:
     """Run a run from its settings to its results, or go on with one (``run.resume``).
 
     Whatever ends it, the run folder says how (outcome.json), and what ended it is raised so that
@@ -77,7 +78,7 @@ def run(grid: Door, config: RunConfig) -> RunFolder:
         return _run(grid, config, folder, events)
 
 
-def _run(grid: Door, config: RunConfig, folder: RunFolder, events: Events) -> RunFolder:
+def _run(grid: GridClient, config: RunConfig, folder: RunFolder, events: Events) -> RunFolder:
     started = time.time()
     status, reason, rounds = "failed", "", None
     try:
@@ -90,8 +91,8 @@ def _run(grid: Door, config: RunConfig, folder: RunFolder, events: Events) -> Ru
         federation = Federation(
             grid, config.rounds, config.data, lambda: question(identity), events.notify
         )
-        federation.book.restore(state.sites)
-        federation.gather(config)
+        federation.roster.restore(state.sites)
+        federation.wait_for_sites(config)
         federation.closed = config.central.mode != "off"
         _check_sampling(config.rounds, len(federation.reports))
         reports = dict(sorted(federation.reports.items()))

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from polyclinic.configs.run import ConfigError, load_run_config
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.presets import load_run_config, read_run_config
 from polyclinic.server.deployment.commands import coordinator
 
 if TYPE_CHECKING:  # it brings torch
@@ -135,7 +136,7 @@ def show(
         sys.stdout.write(json.dumps({**_summary(folder), "history": content}, indent=2) + "\n")
         return
     console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
-    config = load_run_config(folder / "config.toml")
+    config = read_run_config(folder / "config.toml")
     data = config.data
     pooled = {
         f"round {line.round}": line.metrics

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.presets import load_run_config
+from polyclinic.configs.run import RunConfig
 from polyclinic.server.commands import ConfigOption, SetOption
 
 app = typer.Typer()

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from polyclinic.client.data.split_key import SPLIT_KEY
 from tests.conftest import free_port
 from tests.faults.deployment import PROGRAMS, Deployment
 
@@ -99,8 +100,15 @@ class Consortium(Deployment):
         content["data-root"] = str(self.folder / "data" / name)
         content["state"] = str(self.folder / "state" / name)
         content["server"]["port"] = self.start_wire(name).port
-        content["policy"]["least-support"] = 1
+        content["policy"]["min-support"] = 1
+        self.write_split_key(self.folder / "state" / name)
         file.write_text(yaml.safe_dump(content | changes))
+
+    def write_split_key(self, state: Path) -> None:
+        """The same split in every session: with a random one, few images may leave none to test."""
+        state.mkdir(parents=True, exist_ok=True)
+        (state / SPLIT_KEY).write_text("07" * 32 + "\n")
+        (state / SPLIT_KEY).chmod(0o600)
 
     def well(self, name: str) -> bool:
         """What the container's health check asks."""

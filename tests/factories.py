@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from polyclinic.client.data.dataset import Examples
 from polyclinic.configs import VERSION, wire
 from polyclinic.configs.diagnostics.network import ABOUT
-from polyclinic.configs.run import DataConfig, LossConfig, ModelConfig, RunConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.federation import FederationConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.losses import Targets, multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet, Prediction, build_model, network_of
 

@@ -35,7 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import polyclinic.client.private_round
 from polyclinic.client.ledger.budget import LEDGER, Ledger, Reservation
 from polyclinic.client.policy.site_policy import OPEN, Decline
-from polyclinic.client.privacy.accounting import Spent
+from polyclinic.client.privacy.accounting import DpEvent
 from polyclinic.client.private_round import train_within_budget
 from polyclinic.client.site import Standing
 from polyclinic.client.training.local_round import Round
@@ -71,10 +71,10 @@ def say(word: str, number: int) -> None:
     os.write(1, f"{run_now} {word} {number}\n".encode())
 
 
-class TellingLedger(Ledger):
+class ReportingLedger(Ledger):
     """A ledger that says what it is doing."""
 
-    def reserve(self, run: str, round: int, spent: Spent) -> Reservation:
+    def reserve(self, run: str, round: int, spent: DpEvent) -> Reservation:
         say("reserving", round)
         reservation = super().reserve(run, round, spent)
         say("reserved", round)
@@ -86,10 +86,10 @@ class TellingLedger(Ledger):
         say("settled", reservation.round)
 
 
-class LateLedger(TellingLedger):
+class LateLedger(ReportingLedger):
     """What must not be: a round is written down when it is over."""
 
-    def reserve(self, run: str, round: int, spent: Spent) -> Reservation:
+    def reserve(self, run: str, round: int, spent: DpEvent) -> Reservation:
         return Reservation(0, run, round, spent)
 
     def settle(self, reservation: Reservation, steps_taken: int) -> None:
@@ -101,7 +101,7 @@ class LateLedger(TellingLedger):
 def live(state: Path, run: str, cap: float, late: bool) -> None:
     """Train until killed, or refused."""
     global round_now
-    polyclinic.client.private_round.Ledger = LateLedger if late else TellingLedger  # type: ignore[misc]
+    polyclinic.client.private_round.Ledger = LateLedger if late else ReportingLedger  # type: ignore[misc]
     budget = BudgetConfig(epsilon=cap, delta=DELTA, unit="patient")
     standing = Standing(run, "north", EXAMPLES, PATIENTS, state / LEDGER, budget)
     say("ready", 0)

@@ -18,7 +18,7 @@ from polyclinic.client.data.augment import Augmentation
 from polyclinic.client.data.images import Pixels, Unusable, read_pixels
 from polyclinic.client.data.manifest import MASK_OF, DataError, Manifest, Row
 from polyclinic.client.data.splits import split_rows
-from polyclinic.configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig
+from polyclinic.configs.schema.data import LABEL_SEPARATOR, NO_LABEL, DataConfig
 from polyclinic.mtl_model.losses import Targets
 from polyclinic.mtl_model.tasks import Task
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from polyclinic.client.data.manifest import Row
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 
-# A corrupt file shows as any of these, depending on where Pillow meets it.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import LABEL_SEPARATOR, NO_LABEL, LabelKind
+from polyclinic.configs.schema.data import LABEL_SEPARATOR, NO_LABEL, LabelKind
 
 MANIFEST = "labels.csv"
 MASK_OF = "mask-"  # a column for each class of overlapping masks: mask-mass, mask-vessel

@@ -12,7 +12,7 @@ import secrets
 import tempfile
 from pathlib import Path
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

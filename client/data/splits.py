@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from polyclinic.client.data.manifest import DataError, Manifest, Row
 from polyclinic.configs import wire
-from polyclinic.configs.run import LABEL_SEPARATOR, NO_LABEL, DataConfig, LabelKind
+from polyclinic.configs.schema.data import LABEL_SEPARATOR, NO_LABEL, DataConfig, LabelKind
 
 Splits = dict[str, list[Row]]
 Groups = dict[str, list[Row]]

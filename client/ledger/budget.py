@@ -27,9 +27,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-from polyclinic.client.ledger.hash_chain import Chain, Entry, Head, LedgerError, LedgerTampered
+from polyclinic.client.ledger.hash_chain import Entry, HashChain, Head, LedgerError, LedgerTampered
 from polyclinic.client.privacy import accounting
-from polyclinic.client.privacy.accounting import Spent
+from polyclinic.client.privacy.accounting import DpEvent
 
 LEDGER = "ledger.db"  # in a site's state folder
 ACCOUNTANTS_DIFFER = 0.01  # relative, between what was computed then and what is computed now
@@ -43,9 +43,9 @@ __all__ = [
     "Cohort",
     "Ledger",
     "LedgerError",
+    "LedgerRound",
     "LedgerTampered",
     "Reservation",
-    "Round",
     "Terms",
     "accounts_in",
     "lower_delta",
@@ -96,11 +96,11 @@ class Reservation:
     number: int  # of its entry
     run: str
     round: int
-    spent: Spent
+    spent: DpEvent
 
 
 @dataclass
-class Round:
+class LedgerRound:
     """A round of an account, for tables."""
 
     number: int  # of the entry that reserved it
@@ -114,9 +114,9 @@ class Round:
     epsilon: float | None = None  # of all that was spent then; None: without a cap, not computed
 
     @property
-    def spent(self) -> Spent:
+    def spent(self) -> DpEvent:
         steps = self.reserved if self.taken is None else self.taken
-        return Spent(self.noise_multiplier, self.sample_rate, steps)
+        return DpEvent(self.noise_multiplier, self.sample_rate, steps)
 
 
 @dataclass
@@ -125,13 +125,13 @@ class Account:
 
     cohort: str
     terms: list[Terms] = field(default_factory=list)  # oldest first; the last one holds
-    rounds: list[Round] = field(default_factory=list)
+    rounds: list[LedgerRound] = field(default_factory=list)
 
     @property
     def now(self) -> Terms:
         return self.terms[-1]
 
-    def history(self) -> list[Spent]:
+    def history(self) -> list[DpEvent]:
         """What counts as spent: steps settled, and all that were reserved and never settled."""
         return [each.spent for each in self.rounds]
 
@@ -147,7 +147,7 @@ class Account:
         cap = self.now.cap
         return math.inf if cap is None else max(cap - self.spent(), 0.0)
 
-    def by_round(self) -> list[Round]:
+    def by_round(self) -> list[LedgerRound]:
         """Every round with the epsilon after it, computed where no cap made it be written down."""
         history = self.history()
         return [
@@ -194,7 +194,7 @@ class Ledger:
         _check_terms(cohort.name, cohort.unit, cohort.units, delta, cap)
         self.cohort, self.delta, self.cap = cohort, delta, cap
         self._mine: set[int] = set()  # reservations of this object that are not settled
-        self._chain = Chain(path, timeout_s=timeout_s)
+        self._chain = HashChain(path, timeout_s=timeout_s)
         try:
             if not self._agreed(self.account()):
                 with self._chain.turn():
@@ -242,11 +242,11 @@ class Ledger:
         """Epsilon that is left under the cap; infinity without one."""
         return self.account().left()
 
-    def by_round(self) -> list[Round]:
+    def by_round(self) -> list[LedgerRound]:
         """Every round with the epsilon after it."""
         return self.account().by_round()
 
-    def reserve(self, run: str, round: int, spent: Spent) -> Reservation:
+    def reserve(self, run: str, round: int, spent: DpEvent) -> Reservation:
         """Count a round's steps as spent, before the first of them is taken.
 
         Raises:
@@ -345,7 +345,7 @@ class Ledger:
             terms = Terms("", self.cohort.unit, self.cohort.units, self.delta, self.cap)
             _write_terms(self._chain, name, terms)
 
-    def _afford(self, account: Account, spent: Spent) -> float | None:
+    def _afford(self, account: Account, spent: DpEvent) -> float | None:
         """Epsilon after some more steps; None without a cap, which nobody need compute.
 
         Raises:
@@ -370,7 +370,7 @@ def read_accounts(path: Path) -> dict[str, Account]:
     """
     if not _is_there(path):
         return {}
-    with Chain(path, read_only=True) as chain:
+    with HashChain(path, read_only=True) as chain:
         return accounts_in(chain.entries, path)
 
 
@@ -386,7 +386,7 @@ def verify_ledger(path: Path, watch: Watch = iter) -> int:
     """
     if not _is_there(path):
         return 0
-    with Chain(path, read_only=True) as chain:
+    with HashChain(path, read_only=True) as chain:
         _verify(chain, watch)
         return len(chain.entries)
 
@@ -402,7 +402,7 @@ def lower_delta(path: Path, cohort: str, delta: float) -> None:
     """
     if cohort not in read_accounts(path):
         raise LedgerError(f"{path}: has no cohort {cohort}")
-    with Chain(path) as chain, chain.turn():
+    with HashChain(path) as chain, chain.turn():
         now = accounts_in(chain.entries, path)[cohort].now
         if not 0 < delta < now.delta:
             raise LedgerError(
@@ -439,10 +439,10 @@ def _book(accounts: dict[str, Account], entry: Entry, path: Path) -> Account:
                 raise ValueError("it breaks a promise")
             account.terms.append(Terms(content["time"], unit, units, delta, cap))
         elif entry.kind == "reserve":
-            spent = Spent(content["noise"], content["rate"], content["steps"])
+            spent = DpEvent(content["noise"], content["rate"], content["steps"])
             if not account.terms or not spent.steps:
                 raise ValueError("it reserves nothing, or for nobody")
-            row = Round(
+            row = LedgerRound(
                 number=entry.number,
                 time=content["time"],
                 run=content["run"],
@@ -472,7 +472,7 @@ def _book(accounts: dict[str, Account], entry: Entry, path: Path) -> Account:
     return account
 
 
-def _verify(chain: Chain, watch: Watch) -> None:
+def _verify(chain: HashChain, watch: Watch) -> None:
     chain.verify()
     accounts: dict[str, Account] = {}
     for entry in watch(chain.entries):
@@ -504,7 +504,7 @@ def _check_epsilon(account: Account, entry: Entry, path: Path) -> None:
         )
 
 
-def _write_terms(chain: Chain, cohort: str, terms: Terms) -> None:
+def _write_terms(chain: HashChain, cohort: str, terms: Terms) -> None:
     chain.append(
         "terms",
         cohort=cohort,

@@ -13,7 +13,8 @@ turns: who writes sees all that was written before.
 
 The head file is made before the first entry and written after each commit. So it may be behind
 (a crash in between, which the next who opens the file repairs), and never ahead. Whoever may write
-in the folder can forge all of it together; a copy of ``Chain.head`` elsewhere shows that as well.
+in the folder can forge all of it together; a copy of ``HashChain.head`` elsewhere shows that as
+well.
 
 LedgerError           the file cannot be used; nothing was written
 └── LedgerTampered    what it holds is not what was written
@@ -94,7 +95,7 @@ class Entry:
         return datetime.fromisoformat(self.content["time"])
 
 
-class Chain:
+class HashChain:
     """An append-only file, open.
 
     To be used by one thread, and not across a fork.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyclinic.client.ledger.hash_chain import Chain
+from polyclinic.client.ledger.hash_chain import HashChain
 
 OUTGOING = "outgoing.db"  # in a site's state folder
 
@@ -54,7 +54,7 @@ def write_down(state: Path, sent: Sent) -> None:
     Raises:
         LedgerError: if it cannot be written; then the reply must not leave.
     """
-    with Chain(state / OUTGOING) as chain, chain.turn():
+    with HashChain(state / OUTGOING) as chain, chain.turn():
         chain.append(
             "sent",
             message=sent.kind,
@@ -80,5 +80,5 @@ def read_outgoing(state: Path) -> list[Mapping[str, Any]]:
     path = state / OUTGOING
     if not path.exists() and not path.with_name(f"{path.name}.head").exists():
         return []
-    with Chain(path, read_only=True) as chain:
+    with HashChain(path, read_only=True) as chain:
         return [entry.content for entry in chain.entries]

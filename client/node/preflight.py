@@ -17,23 +17,24 @@ from polyclinic.client.ledger.budget import LEDGER, read_accounts
 from polyclinic.client.ledger.hash_chain import LedgerError
 from polyclinic.client.policy.approvals import Approvals
 from polyclinic.configs import VERSION
-from polyclinic.configs.diagnostics.checks import Check, ok, see_validity
+from polyclinic.configs.diagnostics.checks import Check, check_validity, ok
 from polyclinic.configs.diagnostics.machine import (
-    see_address,
-    see_disk,
-    see_memory,
-    see_shared_memory,
-    see_writable,
+    check_address,
+    check_disk,
+    check_memory,
+    check_shared_memory,
+    check_writable,
 )
 from polyclinic.configs.diagnostics.network import (
     ask_about,
+    check_proxy,
+    check_tls,
     compare_clocks,
     connect,
     resolve,
-    see_proxy,
-    shake_hands,
 )
-from polyclinic.configs.run import ConfigError, DataConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.site import CoordinatorConfig, SiteConfig, read_site_config
 from polyclinic.configs.security.credentials import (
     key_of,
@@ -46,13 +47,16 @@ from polyclinic.configs.security.credentials import (
     vouched_for,
 )
 
-Knock = Callable[[CoordinatorConfig], str]
+RegistrationProbe = Callable[[CoordinatorConfig], str]
 RENEW = "ask the coordinator for a new kit"
 SHOWN = 3  # rows that cannot be read, by name
 
 
 def preflight(
-    site_file: Path, data: DataConfig, knock: Knock, health: str | None = None
+    site_file: Path,
+    data: DataConfig,
+    probe_registration: RegistrationProbe,
+    health: str | None = None,
 ) -> Iterator[Check]:
     """Look at everything, one after the other; what another check needs comes first.
 
@@ -82,17 +86,19 @@ def preflight(
         return
     kit = list(_kit(site, site.server))
     yield from kit
-    yield from _coordinator(site.server, knock, any(check.level == "fail" for check in kit))
+    yield from _coordinator(
+        site.server, probe_registration, any(check.level == "fail" for check in kit)
+    )
 
 
 def _machine(site: SiteConfig, health: str | None) -> Iterator[Check]:
-    yield see_writable("state", site.state)
-    yield see_disk("disk", site.state)
-    yield see_memory()
-    yield see_shared_memory()
+    yield check_writable("state", site.state)
+    yield check_disk("disk", site.state)
+    yield check_memory()
+    yield check_shared_memory()
     yield _gpu()
     if health is not None:
-        yield see_address("health port", health)
+        yield check_address("health port", health)
 
 
 def _gpu() -> Check:
@@ -230,11 +236,13 @@ def _kit(site: SiteConfig, server: CoordinatorConfig) -> Iterator[Check]:
         seen = f"the kit is of site {name_of(certificate)}, site.yaml says {site.name}"
         yield Check("kit", "fail", seen, "give site.yaml the name in the kit")
         return
-    yield see_validity("kit", validity_of(certificate), now_utc(), RENEW)
+    yield check_validity("kit", validity_of(certificate), now_utc(), RENEW)
 
 
-def _coordinator(server: CoordinatorConfig, knock: Knock, kit_failed: bool) -> Iterator[Check]:
-    yield see_proxy(server.address)
+def _coordinator(
+    server: CoordinatorConfig, probe_registration: RegistrationProbe, kit_failed: bool
+) -> Iterator[Check]:
+    yield check_proxy(server.address)
     reached = resolve(server.address, server.port)
     yield reached
     if reached.level == "fail":
@@ -243,7 +251,7 @@ def _coordinator(server: CoordinatorConfig, knock: Knock, kit_failed: bool) -> I
     yield reached
     if reached.level == "fail" or not server.ca.is_file():
         return
-    shaken = shake_hands(server.address, server.port, server.ca)
+    shaken = check_tls(server.address, server.port, server.ca)
     yield shaken
     if shaken.level == "fail":
         return
@@ -259,7 +267,7 @@ def _coordinator(server: CoordinatorConfig, knock: Knock, kit_failed: bool) -> I
     if kit_failed:
         return
     try:
-        refused = knock(server)
+        refused = probe_registration(server)
     except OSError as error:
         yield Check("key", "fail", str(error), "try again; the coordinator may be restarting")
         return

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from polyclinic.client.node.preflight import preflight
-from polyclinic.configs.diagnostics.checks import failures, tell
+from polyclinic.configs.diagnostics.checks import failures, report_checks
 from polyclinic.configs.diagnostics.health import ask_health
-from polyclinic.configs.run import ConfigError, DataConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.site import SiteConfig, read_site_config
 from polyclinic.configs.security.credentials import now_utc
 
@@ -30,11 +31,11 @@ def start_site(
         ConfigError: if something fails that would keep the site from working.
     """
     from polyclinic.client.node.supernode import (  # Flower's; seconds to import
-        knock,
+        probe_registration,
         start_supernode,
     )
 
-    wrong = failures(tell(preflight(site_file, data, knock, health), say))
+    wrong = failures(report_checks(preflight(site_file, data, probe_registration, health), say))
     if wrong:
         raise ConfigError(f"{site_file}: the site does not start: {wrong}")
     start_supernode(site_file, read_site_config(site_file), health)

@@ -36,7 +36,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from polyclinic.client.policy.approvals import Approvals
 from polyclinic.configs import VERSION, wire
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.schema.site import CoordinatorConfig, SiteConfig
 from polyclinic.configs.security.credentials import now_utc, read_private_key
 from polyclinic.configs.security.release import open_release
@@ -92,8 +92,8 @@ def start_supernode(site_file: Path, site: SiteConfig, health: str | None) -> No
     os.environ.setdefault("FLWR_HOME", str(site.state / "flwr"))
     os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    gate = Gatekeeper(Approvals(site.state), site.state / CONTACT, place)
-    setattr(internal, TAKES_IN, gate.around(getattr(internal, TAKES_IN)))
+    gate = ReleaseGuard(Approvals(site.state), site.state / CONTACT, place)
+    setattr(internal, TAKES_IN, gate.wrap(getattr(internal, TAKES_IN)))
     status = 1
     try:
         flower_supernode()
@@ -107,7 +107,7 @@ def start_supernode(site_file: Path, site: SiteConfig, health: str | None) -> No
     os._exit(status)
 
 
-def knock(server: CoordinatorConfig) -> str:
+def probe_registration(server: CoordinatorConfig) -> str:
     """Ask the coordinator's SuperLink whether it takes this site's key, and leave again.
 
     Returns:
@@ -140,7 +140,7 @@ def knock(server: CoordinatorConfig) -> str:
     return ""
 
 
-class Gatekeeper:
+class ReleaseGuard:
     """Stands between Flower and the code that a coordinator ships.
 
     Args:
@@ -156,7 +156,7 @@ class Gatekeeper:
         self._working = False
         self._releases: dict[str, str] = {}  # Flower's hash of a packed app: the release's digest
 
-    def around(self, take_in: Callable[..., int | None]) -> Callable[..., int | None]:
+    def wrap(self, take_in: Callable[..., int | None]) -> Callable[..., int | None]:
         """Flower's function that takes one message in, with the check inside."""
 
         def guarded(**given: Any) -> int | None:  # noqa: ANN401
@@ -166,13 +166,13 @@ class Gatekeeper:
 
             def receive_and_note() -> Any:  # noqa: ANN401
                 found = receive()
-                self.heard(working=found is not None)
+                self.record_contact(working=found is not None)
                 if found is not None:
                     taken.append(found[0])
                     run = state.get_run(found[0].metadata.run_id)
                     if run is not None:  # it may have been withdrawn since its first message
                         self.check(self._releases[run.fab_hash])
-                        self.heard(working=True, release=self._releases[run.fab_hash])
+                        self.record_contact(working=True, release=self._releases[run.fab_hash])
                 return found
 
             def get_run_of_clients(run_id: int) -> Any:  # noqa: ANN401
@@ -186,7 +186,7 @@ class Gatekeeper:
                 if hashlib.sha256(fab.content).hexdigest() != fab_hash:
                     raise Unapproved(f"{wire.UNAPPROVED}: its content is not what its hash says")
                 self._releases[fab_hash] = self.check_content(fab.content)
-                self.heard(working=True, release=self._releases[fab_hash])
+                self.record_contact(working=True, release=self._releases[fab_hash])
                 return fab
 
             try:
@@ -236,7 +236,7 @@ class Gatekeeper:
                 "approve shows and approves one"
             )
 
-    def heard(self, working: bool, release: str = "") -> None:
+    def record_contact(self, working: bool, release: str = "") -> None:
         """Note that the coordinator answered, seldom while there is nothing to do.
 
         Args:

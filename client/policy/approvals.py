@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.security.credentials import now_utc
 from polyclinic.configs.security.release import Release, open_release
 
@@ -37,7 +37,7 @@ class Approval:
 
 
 @dataclass(frozen=True)
-class Change:
+class FileChange:
     """What a release does to one file of the one before."""
 
     name: str
@@ -45,7 +45,7 @@ class Change:
     lines: tuple[str, ...]  # a unified diff, safe to print
 
 
-def changes(before: Release | None, after: Release) -> Iterator[Change]:
+def changes(before: Release | None, after: Release) -> Iterator[FileChange]:
     """What a release changes, file by file; all of it is new where there is none before."""
     old = before.files if before else {}
     for name in sorted({*old, *after.files}):
@@ -56,7 +56,7 @@ def changes(before: Release | None, after: Release) -> Iterator[Change]:
             kind = "new"
         elif name not in after.files:
             kind = "gone"
-        yield Change(name, kind, tuple(_diff(old.get(name, b""), after.files.get(name, b""))))
+        yield FileChange(name, kind, tuple(_diff(old.get(name, b""), after.files.get(name, b""))))
 
 
 def _diff(before: bytes, after: bytes) -> Iterator[str]:

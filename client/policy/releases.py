@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.security.release import PROJECT, digest_of
 
 ROOMS = ("client", "configs", "mtl_model", "server", "simulation")

@@ -1,9 +1,9 @@
 """What the site allows, whatever the server asks: site.yaml's policy, applied.
 
 Plain functions, each of which returns nothing or raises ``Decline`` with what the policy says and
-what was asked; ``supported`` and ``permitted`` take away what may not leave. They are called where
-the thing in question is first known: a request before any image is read, steps and noise before
-the first step, an update before it is packed into a reply.
+what was asked; ``suppress_small_groups`` and ``restrict_to_allowed_tasks`` take away what may not
+leave. They are called where the thing in question is first known: a request before any image is
+read, steps and noise before the first step, an update before it is packed into a reply.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.client.data.dataset import Examples, SiteData
-from polyclinic.configs.run import DataConfig, PrivacyConfig, RunConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.privacy import PrivacyConfig
 from polyclinic.configs.schema.site import BudgetConfig, PolicyConfig, SiteConfig, opening_hours
 from polyclinic.mtl_model.packing import Packed
 from polyclinic.mtl_model.sums import MetricSums
@@ -88,27 +90,28 @@ def check_unit(budget: BudgetConfig, privacy: PrivacyConfig) -> None:
 def check_size(policy: PolicyConfig, examples: int, patients: int) -> None:
     """Whether there are enough images and patients for one to be lost among them."""
     for key, found in (("examples", examples), ("patients", patients)):
-        least = getattr(policy, f"least_{key}")
+        least = getattr(policy, f"min_{key}")
         if found < least:
             raise Decline(
-                f"policy.least-{key}: this site trains with {least} {key} or more, it has {found}"
+                f"policy.min-{key}: this site trains with {least} {key} or more, it has {found}"
             )
 
 
 def check_steps(policy: PolicyConfig, steps: int) -> None:
     """Whether a round is not too long."""
-    if policy.most_steps is not None and steps > policy.most_steps:
+    if policy.max_steps is not None and steps > policy.max_steps:
         raise Decline(
-            f"policy.most-steps: this site takes {policy.most_steps} steps a round at most, the "
+            f"policy.max-steps: this site takes {policy.max_steps} steps a round at most, the "
             f"run asks for {steps}"
         )
 
 
 def check_noise(policy: PolicyConfig, noise_multiplier: float) -> None:
     """Whether a private round has noise enough, whatever it costs."""
-    if noise_multiplier < policy.least_noise:
+    if noise_multiplier < policy.min_noise_multiplier:
         raise Decline(
-            f"policy.least-noise: this site adds noise of {policy.least_noise:g} times the "
+            "policy.min-noise-multiplier: this site adds noise of "
+            f"{policy.min_noise_multiplier:g} times the "
             f"clipping norm or more, the run asks for {noise_multiplier:.4g}"
         )
 
@@ -116,18 +119,18 @@ def check_noise(policy: PolicyConfig, noise_multiplier: float) -> None:
 def check_update(policy: PolicyConfig, before: Packed, after: Packed) -> None:
     """Whether what a round made of the weights may leave."""
     size = sum(array.nbytes for array in after.values()) / 1e6
-    if policy.most_update_mb is not None and size > policy.most_update_mb:
+    if policy.max_update_mb is not None and size > policy.max_update_mb:
         raise Decline(
-            f"policy.most-update-mb: this site sends {policy.most_update_mb:g} MB at most, these "
+            f"policy.max-update-mb: this site sends {policy.max_update_mb:g} MB at most, these "
             f"weights have {size:.1f}"
         )
-    if policy.most_update_norm is None:
+    if policy.max_update_norm is None:
         return
     norm = float(np.sqrt(sum(_square(after[key], before[key]) for key in after)))
-    if norm > policy.most_update_norm:
+    if norm > policy.max_update_norm:
         raise Decline(
-            f"policy.most-update-norm: this site sends updates of norm "
-            f"{policy.most_update_norm:g} at most, this round's has {norm:.4g}"
+            f"policy.max-update-norm: this site sends updates of norm "
+            f"{policy.max_update_norm:g} at most, this round's has {norm:.4g}"
         )
 
 
@@ -137,7 +140,7 @@ def _square(after: NDArray[Any], before: NDArray[Any]) -> float:
     return float(np.square(after.astype(np.float64) - before).sum())
 
 
-def permitted(policy: PolicyConfig, data: SiteData) -> SiteData:
+def restrict_to_allowed_tasks(policy: PolicyConfig, data: SiteData) -> SiteData:
     """The site's data with the annotations of the policy's tasks alone."""
     if set(policy.tasks) == {"segmentation", "classification"}:
         return data
@@ -154,7 +157,7 @@ def permitted(policy: PolicyConfig, data: SiteData) -> SiteData:
     )
 
 
-def supported(
+def suppress_small_groups(
     policy: PolicyConfig, examples: Examples, data: DataConfig
 ) -> tuple[Examples, tuple[str, ...]]:
     """Images to evaluate on, those of too rare a kind taken as not annotated.
@@ -165,7 +168,7 @@ def supported(
     Returns:
         The examples, and what is withheld, for the server to tell.
     """
-    least, words = policy.least_support, []
+    least, words = policy.min_support, []
     has_label, has_mask = examples.has_label.copy(), examples.has_mask.copy()
     if "classification" not in policy.metrics:
         has_label[:] = False
@@ -192,7 +195,7 @@ def supported(
 _METRICS = ("segmentation", "classification", "scores", "distances")
 
 
-def told_sums(policy: PolicyConfig, sums: MetricSums) -> MetricSums:
+def redact_sums(policy: PolicyConfig, sums: MetricSums) -> MetricSums:
     """The sums without those kinds that the policy keeps at home."""
     zeros: Mapping[str, NDArray[np.float64]] = {
         name: np.zeros_like(getattr(sums, name))
@@ -203,17 +206,17 @@ def told_sums(policy: PolicyConfig, sums: MetricSums) -> MetricSums:
     return replace(sums, **zeros)
 
 
-def told_counts(policy: PolicyConfig, counts: NDArray[np.int64]) -> list[int]:
+def redact_counts(policy: PolicyConfig, counts: NDArray[np.int64]) -> list[int]:
     """Images by class; those of too rare a class count as none."""
-    return [int(n) if n >= policy.least_support else 0 for n in counts]
+    return [int(n) if n >= policy.min_support else 0 for n in counts]
 
 
-def told_reason(policy: PolicyConfig, reason: str) -> str:
+def redact_reason(policy: PolicyConfig, reason: str) -> str:
     """A reason that may name files, as it goes to the server."""
     return reason if policy.name_files else UNNAMED
 
 
-def told_skipped(policy: PolicyConfig, skipped: tuple[str, ...]) -> tuple[str, ...]:
+def redact_skipped(policy: PolicyConfig, skipped: tuple[str, ...]) -> tuple[str, ...]:
     """Rows left out, as they are told to the server."""
     if policy.name_files or not skipped:
         return skipped
@@ -223,4 +226,4 @@ def told_skipped(policy: PolicyConfig, skipped: tuple[str, ...]) -> tuple[str, .
 UNNAMED = "its images or settings cannot be used; the site's log says why"
 
 # Of simulated sites, whose images are on the coordinator's own machine.
-OPEN = PolicyConfig(least_support=1, name_files=True)
+OPEN = PolicyConfig(min_support=1, name_files=True)

@@ -46,7 +46,7 @@ _LARGEST_LOSS = 690.0  # exp of it, divided by LEAST_RATE, is still a double
 
 
 @dataclass(frozen=True)
-class Spent:
+class DpEvent:
     """A stretch of steps of the Poisson-subsampled Gaussian mechanism.
 
     Attributes:
@@ -80,7 +80,7 @@ class Bound:
     by: Literal["prv", "rdp"]
 
 
-def epsilon(history: Iterable[Spent], delta: float) -> float:
+def epsilon(history: Iterable[DpEvent], delta: float) -> float:
     """The smaller of two upper bounds, PRV's where it can be trusted and RDP's.
 
     Infinity without noise, or with too little for either. Order does not matter, and equal noise
@@ -92,7 +92,7 @@ def epsilon(history: Iterable[Spent], delta: float) -> float:
     return bound(history, delta).epsilon
 
 
-def epsilon_rdp(history: Iterable[Spent], delta: float) -> float:
+def epsilon_rdp(history: Iterable[DpEvent], delta: float) -> float:
     """The RDP bound alone: looser, by other means, and never in doubt.
 
     Raises:
@@ -101,7 +101,7 @@ def epsilon_rdp(history: Iterable[Spent], delta: float) -> float:
     return _rdp(_merged(history, delta), delta)
 
 
-def bound(history: Iterable[Spent], delta: float) -> Bound:
+def bound(history: Iterable[DpEvent], delta: float) -> Bound:
     """What ``epsilon`` gives, with whose bound it is.
 
     Raises:
@@ -115,7 +115,7 @@ def noise_for(
     delta: float,
     sample_rate: float,
     steps: int,
-    before: Sequence[Spent] = (),
+    before: Sequence[DpEvent] = (),
 ) -> float:
     """The smallest noise multiplier with which steps, composed with ``before``, stay in a target.
 
@@ -134,8 +134,8 @@ def noise_for(
             "noise leaves room for another step"
         )
 
-    def cost(noise: float, of: Callable[[Iterable[Spent], float], float]) -> float:
-        return of((*before, Spent(noise, sample_rate, steps)), delta)
+    def cost(noise: float, of: Callable[[Iterable[DpEvent], float], float]) -> float:
+        return of((*before, DpEvent(noise, sample_rate, steps)), delta)
 
     # RDP is quick and never the smaller bound, so what fits by it fits
     enough = 1.0
@@ -182,7 +182,7 @@ def _least(
     return enough
 
 
-def _merged(history: Iterable[Spent], delta: float) -> tuple[Spent, ...]:
+def _merged(history: Iterable[DpEvent], delta: float) -> tuple[DpEvent, ...]:
     """Stretches in a canonical order, each noise and rate once, none empty.
 
     Noise and rate are brought within what can be computed, to the costlier side: less noise and a
@@ -194,23 +194,23 @@ def _merged(history: Iterable[Spent], delta: float) -> tuple[Spent, ...]:
     for spent in history:
         key = (min(spent.noise_multiplier, MOST_NOISE), max(spent.sample_rate, LEAST_RATE))
         steps[key] = steps.get(key, 0) + spent.steps
-    return tuple(Spent(*key, count) for key, count in sorted(steps.items()) if count)
+    return tuple(DpEvent(*key, count) for key, count in sorted(steps.items()) if count)
 
 
-def _grouped(stretches: tuple[Spent, ...], most: int) -> tuple[Spent, ...]:
+def _grouped(stretches: tuple[DpEvent, ...], most: int) -> tuple[DpEvent, ...]:
     """Put like stretches together until few are left, each group at its least noise, highest rate.
 
     Noise and rate of a group lie within a ratio that grows only as far as it must.
     """
     ratio = 1.005
     while len(stretches) > most:
-        groups: dict[tuple[int, int], list[Spent]] = {}
+        groups: dict[tuple[int, int], list[DpEvent]] = {}
         for spent in stretches:
             numbers = (spent.noise_multiplier, spent.sample_rate)
             noise, rate = (math.floor(math.log(value, ratio)) for value in numbers)
             groups.setdefault((noise, rate), []).append(spent)
         stretches = tuple(
-            Spent(
+            DpEvent(
                 min(spent.noise_multiplier for spent in group),
                 max(spent.sample_rate for spent in group),
                 sum(spent.steps for spent in group),
@@ -222,7 +222,7 @@ def _grouped(stretches: tuple[Spent, ...], most: int) -> tuple[Spent, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _bound(stretches: tuple[Spent, ...], delta: float) -> Bound:
+def _bound(stretches: tuple[DpEvent, ...], delta: float) -> Bound:
     rdp = _rdp(stretches, delta)
     if rdp in (0.0, math.inf) or delta < _LEAST_DELTA:
         return Bound(rdp, "rdp")
@@ -230,7 +230,7 @@ def _bound(stretches: tuple[Spent, ...], delta: float) -> Bound:
     return Bound(prv, "prv") if prv is not None and prv < rdp else Bound(rdp, "rdp")
 
 
-def _prv(stretches: tuple[Spent, ...], delta: float, rdp: float) -> float | None:
+def _prv(stretches: tuple[DpEvent, ...], delta: float, rdp: float) -> float | None:
     """Opacus's PRV bound; None where it would take too much, or cannot be trusted.
 
     Its grid reaches from -L to L, L being RDP's epsilon at a far smaller delta, with a mesh of
@@ -268,7 +268,7 @@ def _prv(stretches: tuple[Spent, ...], delta: float, rdp: float) -> float | None
     return max(found, 0.0) if math.isfinite(found) else None
 
 
-def _rdp(stretches: tuple[Spent, ...], delta: float) -> float:
+def _rdp(stretches: tuple[DpEvent, ...], delta: float) -> float:
     if not stretches:
         return 0.0
     if stretches[0].noise_multiplier < LEAST_NOISE:  # the smallest comes first

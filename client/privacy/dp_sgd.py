@@ -36,12 +36,15 @@ from polyclinic.client.training.local_round import (
     class_weights_of,
     learning_rate,
 )
-from polyclinic.configs.run import DataConfig, LossConfig, PrivacyConfig, TrainConfig
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.privacy import PrivacyConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.losses import multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.tasks import Task, group_of
 
-Places = NDArray[np.int64]  # of examples, in their split
+Positions = NDArray[np.int64]  # of examples, in their split
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def sampling(train: TrainConfig, examples: int) -> tuple[float, int]:
     return rate, train.local_steps or train.local_epochs * -(-examples // train.batch_size)
 
 
-def units_of(examples: Examples, unit: str) -> list[Places]:
+def units_of(examples: Examples, unit: str) -> list[Positions]:
     """The places of each unit's examples: one each, or all of a patient's."""
     if unit == "example":
         return [np.array([place]) for place in range(len(examples))]
@@ -142,15 +145,17 @@ def train_one_round_privately(
                     group["lr"] = learning_rate(train, where, step, mechanism.steps)
                 chosen = np.flatnonzero(random.random(len(units)) < mechanism.sample_rate)
                 norms = [torch.empty(0)]
-                for pack in packs([units[k] for k in chosen], privacy.physical_batch_size):
-                    for chunk in pack:
-                        batch = default_collate([dataset[int(place)] for place in chunk.places])
+                for microbatch in microbatches(
+                    [units[k] for k in chosen], privacy.physical_batch_size
+                ):
+                    for chunk in microbatch:
+                        batch = default_collate([dataset[int(place)] for place in chunk.positions])
                         images, targets = to_batch(batch, data.normalise, device)
                         with autocast(device, train.precision):
                             prediction = network.forward(images, tasks)
                         losses = multi_task_loss(prediction, targets, loss, class_weights)
                         unit = torch.from_numpy(chunk.unit).to(device)
-                        network.backward(losses.total.sum(), unit, alone=len(pack) > 1)
+                        network.backward(losses.total.sum(), unit, alone=len(microbatch) > 1)
                     norms.append(network.clip(clipping.norm, gradient.sums).cpu())
                 gradient.release(clipping.deviation)
                 clipping.move(torch.cat(norms))
@@ -177,17 +182,17 @@ def _only_those_of(model: MultiTaskUNet, tasks: tuple[Task, ...]) -> list[nn.Par
 class Chunk:
     """Examples that go through the network together."""
 
-    places: Places
+    positions: Positions
     unit: NDArray[np.int64]  # (len(places),) which of its pack's units each belongs to
 
 
-def packs(units: Sequence[Places], most: int) -> Iterator[list[Chunk]]:
+def microbatches(units: Sequence[Positions], most: int) -> Iterator[list[Chunk]]:
     """Share a step's units out to passes of ``most`` examples at most.
 
     A pack is what is clipped at once, and no unit is in two: several whole units in one chunk, or
     one that is too large for a pass in several.
     """
-    together: list[Places] = []
+    together: list[Positions] = []
     for unit in units:
         if len(unit) > most:
             yield [
@@ -203,7 +208,7 @@ def packs(units: Sequence[Places], most: int) -> Iterator[list[Chunk]]:
         yield [_chunk(together)]
 
 
-def _chunk(units: Sequence[Places]) -> Chunk:
+def _chunk(units: Sequence[Positions]) -> Chunk:
     return Chunk(np.concatenate(units), np.repeat(np.arange(len(units)), [len(u) for u in units]))
 
 

@@ -298,8 +298,8 @@ class GhostUnits:
             return False
         outs, ins = layer.weight.shape[0], layer.weight[0].numel()
         most = max(span.stop - span.start for span in self._spans)
-        places = most * backprops[0].numel() // outs
-        return places * (ins + outs) < ins * outs
+        positions = most * backprops[0].numel() // outs
+        return positions * (ins + outs) < ins * outs
 
     def _of_units(
         self, call: _Call[nn.Module], backprops: Tensor, wanted: set[nn.Parameter]
@@ -377,8 +377,8 @@ def _gradients(
 
 def _few_places(layer: Placed, backprops: Tensor) -> bool:
     """Whether a product of matrices is quicker than one call of the layer's kernel an example."""
-    places = backprops[0].numel() // layer.weight.shape[0]
-    return isinstance(layer, nn.Linear) or places < layer.weight[0].numel()
+    positions = backprops[0].numel() // layer.weight.shape[0]
+    return isinstance(layer, nn.Linear) or positions < layer.weight[0].numel()
 
 
 def _examples_by_places(layer: Placed, x: Tensor, backprops: Tensor) -> dict[nn.Parameter, Tensor]:

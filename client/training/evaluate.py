@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader
 
 from polyclinic.client.data.dataset import ExampleDataset, Examples, to_batch
 from polyclinic.client.training.device import dtype_of
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.mtl_model.inference import InferenceForm
-from polyclinic.mtl_model.measure import NotFiniteError, batch_sums
+from polyclinic.mtl_model.measure import NonFiniteOutputError, batch_sums
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.sums import Classes, MetricSums, empty_sums
 
@@ -47,7 +47,7 @@ def evaluate(
         prediction = ready(images, examples.tasks)
         try:
             sums = sums + batch_sums(prediction, targets, classes, hd95)
-        except NotFiniteError:
+        except NonFiniteOutputError:
             raise EvaluationError(
                 "the model's output is not finite; try a smaller train.learning-rate or "
                 "train.precision = 'fp32'"

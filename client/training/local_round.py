@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 from polyclinic.client.data.augment import Augmentation
 from polyclinic.client.data.dataset import ExampleDataset, Examples, to_batch
 from polyclinic.client.training.device import autocast, compiled
-from polyclinic.configs.run import DataConfig, LossConfig, TrainConfig
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.losses import Targets, balanced_class_weights, multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.uncertainty import LogVariance

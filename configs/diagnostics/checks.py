@@ -27,7 +27,7 @@ def ok(name: str, seen: str) -> Check:
     return Check(name, "OK", seen)
 
 
-def see_validity(name: str, validity: Validity, now: datetime, renew: str) -> Check:
+def check_validity(name: str, validity: Validity, now: datetime, renew: str) -> Check:
     """Whether what is valid for some time is now, and still will be in a month.
 
     Args:
@@ -44,7 +44,9 @@ def see_validity(name: str, validity: Validity, now: datetime, renew: str) -> Ch
     return ok(name, f"good until {validity.end:%Y-%m-%d}")
 
 
-def tell(checks: Iterable[Check], say: Callable[[str], None], in_json: bool = False) -> list[Check]:
+def report_checks(
+    checks: Iterable[Check], say: Callable[[str], None], in_json: bool = False
+) -> list[Check]:
     """Look at everything, and say each check as soon as it is known, or all as JSON."""
     found = []
     for check in checks:

@@ -18,7 +18,7 @@ MEMORY_WARN = 6.0  # GB; a round with the full-size network
 SHM_WARN = 0.25  # GB; torch hands batches over in it
 
 
-def see_disk(name: str, folder: Path) -> Check:
+def check_disk(name: str, folder: Path) -> Check:
     """Room on the disk of a folder that may not be there yet."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free / GB
@@ -30,7 +30,7 @@ def see_disk(name: str, folder: Path) -> Check:
     return ok(name, seen)
 
 
-def see_writable(name: str, folder: Path) -> Check:
+def check_writable(name: str, folder: Path) -> Check:
     """Whether this process may write to a folder, by writing."""
     who = f"uid {os.geteuid()}, gid {os.getegid()}"
     try:
@@ -50,7 +50,7 @@ def see_writable(name: str, folder: Path) -> Check:
     return ok(name, f"{folder} can be written to ({who})")
 
 
-def see_memory() -> Check:
+def check_memory() -> Check:
     """Main memory, or what the container may have of it."""
     total = psutil.virtual_memory().total / GB
     for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.limit_in_bytes")):
@@ -64,7 +64,7 @@ def see_memory() -> Check:
     return ok("memory", seen)
 
 
-def see_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
+def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
     """The size of /dev/shm, which containers often keep at 64 MB."""
     if not folder.is_dir():
         return Check("shm", "warn", f"{folder} is not there", "give the container one (shm_size)")
@@ -75,15 +75,15 @@ def see_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
     return ok("shm", seen)
 
 
-def see_address(name: str, address: str) -> Check:
+def check_address(name: str, address: str) -> Check:
     """Whether an address as 127.0.0.1:9098 is one, and free."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         return Check(name, "fail", f"{address!r} is no address", "give one as 127.0.0.1:9098")
-    return see_port(name, host.strip("[]"), int(port))
+    return check_port(name, host.strip("[]"), int(port))
 
 
-def see_port(name: str, host: str, port: int) -> Check:
+def check_port(name: str, host: str, port: int) -> Check:
     """Whether a port is free to listen on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:

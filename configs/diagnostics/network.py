@@ -59,7 +59,7 @@ def connect(host: str, port: int) -> Check:
         )
 
 
-def shake_hands(host: str, port: int, authority: Path) -> Check:
+def check_tls(host: str, port: int, authority: Path) -> Check:
     """Whether TLS can be begun with a server that an authority vouches for."""
     try:
         context = ssl.create_default_context(cafile=str(authority))
@@ -129,7 +129,7 @@ def compare_clocks(about: About) -> Check:
     return ok("clock", seen)
 
 
-def see_proxy(host: str) -> Check:
+def check_proxy(host: str) -> Check:
     """Whether a proxy of the environment stands in the way."""
     proxy = getproxies().get("https") or getproxies().get("all")
     if proxy is None:

@@ -9,7 +9,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from polyclinic.configs.ports import PUBLIC
-from polyclinic.configs.run import Section
+from polyclinic.configs.schema.base import Section
 from polyclinic.configs.schema.site import NAME, read_yaml
 
 FEDERATION = "federation.yaml"

@@ -9,10 +9,12 @@ from typing import Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.messages import explain
 from polyclinic.configs.ports import PUBLIC
-from polyclinic.configs.run import ConfigError, DataConfig, LabelKind, Names, Section, kebab
+from polyclinic.configs.schema.base import Names, Section, kebab, known_keys
+from polyclinic.configs.schema.data import DataConfig, LabelKind
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -85,21 +87,21 @@ class PolicyConfig(Section):
         description="Annotations of other tasks are taken as absent.",
     )
     evaluation: bool = Field(True, description="Whether models are tested on the site's images.")
-    least_examples: int = Field(1, ge=1, description="Training images below which none trains.")
-    least_patients: int = Field(1, ge=1, description="Their patients, likewise.")
-    most_steps: int | None = Field(None, ge=1, description="Optimiser steps of one round.")
-    least_noise: float = Field(
+    min_examples: int = Field(1, ge=1, description="Training images below which none trains.")
+    min_patients: int = Field(1, ge=1, description="Their patients, likewise.")
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps of one round.")
+    min_noise_multiplier: float = Field(
         0.0, ge=0, description="Noise multiplier of a private round, beside the budget's epsilon."
     )
-    most_update_mb: float | None = Field(None, gt=0, description="Of the weights that leave.")
-    most_update_norm: float | None = Field(
+    max_update_mb: float | None = Field(None, gt=0, description="Of the weights that leave.")
+    max_update_norm: float | None = Field(
         None, gt=0, description="L2 norm of what a round changed in all weights together."
     )
     metrics: tuple[Literal["segmentation", "classification", "scores", "distances"], ...] = Field(
         ("segmentation", "classification", "scores", "distances"),
         description="Sums that may leave; scores are histograms, which AUC needs.",
     )
-    least_support: int = Field(
+    min_support: int = Field(
         10, ge=1, description="Images of a kind below which their sums and counts are withheld."
     )
     releases: tuple[str, ...] | None = Field(
@@ -264,18 +266,10 @@ def read_yaml(path: Path, kind: type[File], what: str, keys: str) -> File:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_explained(detail) for detail in error.errors())
+        problems = "; ".join(explain(detail, known_keys(kind)) for detail in error.errors())
         raise ConfigError(f"{path}: {problems}") from None
 
 
 def _placed(site_file: Path, path: Path) -> Path:
     """A path of a site.yaml, which is relative to it."""
     return (site_file.parent / path.expanduser()).resolve()
-
-
-def _explained(detail: ErrorDetails) -> str:
-    """A fault of a file's key, in one line."""
-    if detail["type"] == "value_error":  # raised by our own validators, which name their key
-        return str(detail["ctx"]["error"])
-    key = ".".join(kebab(str(part)) for part in detail["loc"])
-    return f"{key}: {detail['msg']}, got {detail['input']!r}"

@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 
 WARN = timedelta(days=30)
 

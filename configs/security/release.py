@@ -24,9 +24,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 
-# What reading a file that somebody made up may raise; encrypted entries are RuntimeErrors
 UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError),
     *(KeyError, ValueError, TypeError, OSError),

@@ -46,13 +46,13 @@ from numpy.random import mtrand
 from numpy.typing import NDArray
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import CentralConfig
+from polyclinic.configs.schema.central import CentralConfig
 from polyclinic.mtl_model.packing import Packed, group_of_key
 from polyclinic.mtl_model.tasks import Group
 from polyclinic.server.aggregation.averaging import Contribution, average_by_task
 from polyclinic.server.aggregation.central_accounting import central_epsilon
 from polyclinic.server.aggregation.strategies import AverageByTask, message_of, packed_of, record_of
-from polyclinic.server.runs.central_releases import Release, read_releases, write_releases
+from polyclinic.server.runs.central_releases import CentralRelease, read_releases, write_releases
 from polyclinic.server.runs.reports import SiteReport
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class CentralPrivacy:
     def average(
         self, number: int, contributions: Sequence[Contribution], current: Packed
     ) -> Packed:
-        """Release one round's average, in the place of ``average_by_task``.
+        """CentralRelease one round's average, in the place of ``average_by_task``.
 
         The release is on disk as spent before the average is handed out: a crash in between costs
         privacy that was not needed, never privacy that is not counted.
@@ -183,7 +183,7 @@ class CentralPrivacy:
 
     def _remember(self, number: int, clip_norm: float) -> None:
         multipliers = [*(r.noise_multiplier for r in self.releases), self.config.noise_multiplier]
-        release = Release(
+        release = CentralRelease(
             round=number,
             sites=self.sites["encoder"],
             noise_multiplier=self.config.noise_multiplier,

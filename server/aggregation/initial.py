@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from polyclinic.configs.run import DataConfig, LossConfig, ModelConfig
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.network import MultiTaskUNet, network_of
 from polyclinic.mtl_model.pretrained import PretrainedError, load_pretrained
 

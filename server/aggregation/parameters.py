@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from polyclinic.configs.run import StrategyConfig
+from polyclinic.configs.schema.strategy import StrategyConfig
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.packing import Layout, Packed
 from polyclinic.mtl_model.personal import personal_names

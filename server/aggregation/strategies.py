@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import (
 )
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import ROBUST, StrategyConfig
+from polyclinic.configs.schema.strategy import ROBUST, StrategyConfig
 from polyclinic.mtl_model.packing import Packed, group_of_key
 from polyclinic.mtl_model.tasks import GROUPS, Group
 from polyclinic.server.aggregation.averaging import (

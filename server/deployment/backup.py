@@ -11,7 +11,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.server.deployment.startup import DATABASE
 
 RUNS = "runs"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyclinic.configs.diagnostics.checks import failed, tell
+from polyclinic.configs.diagnostics.checks import failed, report_checks
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.ports import CONTROL, SERVER_HEALTH
-from polyclinic.configs.run import ConfigError
 from polyclinic.configs.schema.federation import read_federation
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def preflight(
     from polyclinic.server.deployment.startup import preflight as look
 
     looks = look(kit.resolve(), state.resolve(), host, control, health, running)
-    if failed(tell(looks, typer.echo, as_json)):
+    if failed(report_checks(looks, typer.echo, as_json)):
         raise typer.Exit(1)
 
 

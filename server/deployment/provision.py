@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509 import Certificate
 
 from polyclinic.configs import VERSION
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.schema.federation import FEDERATION, FederationConfig, Member
 from polyclinic.configs.security.credentials import (
     WARN,
@@ -53,7 +53,7 @@ SERVER = "server"  # in --renew, and where its kit lies
 
 
 @dataclass(frozen=True)
-class Change:
+class KitChange:
     """Something that was done to the kits."""
 
     what: str  # the authority, the server, or a site's name
@@ -70,7 +70,9 @@ class Expiry:
     fingerprint: str
 
 
-def provision(federation: FederationConfig, out: Path, renew: Collection[str] = ()) -> list[Change]:
+def provision(
+    federation: FederationConfig, out: Path, renew: Collection[str] = ()
+) -> list[KitChange]:
     """Make kits, or bring those that are there up to date.
 
     Args:
@@ -87,7 +89,7 @@ def provision(federation: FederationConfig, out: Path, renew: Collection[str] = 
         raise ConfigError(f"--renew: expected sites of the federation, got {', '.join(unknown)}")
     if not (TEMPLATES / "compose.site.yml").is_file():
         raise ConfigError(f"{TEMPLATES}: expected the project's docker folder; use a checkout")
-    changes: list[Change] = []
+    changes: list[KitChange] = []
     authority = _authority(federation, out / "authority", changes)
     _server_kit(federation, authority, out / SERVER, SERVER in renew, changes)
     for member in federation.sites:
@@ -125,7 +127,7 @@ def soon(expiry: Expiry) -> bool:
     return expiry.days < WARN.days
 
 
-def _authority(federation: FederationConfig, folder: Path, changes: list[Change]) -> Authority:
+def _authority(federation: FederationConfig, folder: Path, changes: list[KitChange]) -> Authority:
     key_file, certificate_file = folder / "ca.key", folder / "ca.crt"
     if certificate_file.exists():
         certificate = read_certificate(certificate_file)
@@ -139,7 +141,7 @@ def _authority(federation: FederationConfig, folder: Path, changes: list[Change]
     authority = Authority.make(federation.name)
     _write(key_file, private_pem(authority.key), private=True)
     _write(certificate_file, pem(authority.certificate))
-    changes.append(Change("authority", f"made; keep {key_file} safe, and in a backup"))
+    changes.append(KitChange("authority", f"made; keep {key_file} safe, and in a backup"))
     return authority
 
 
@@ -148,7 +150,7 @@ def _server_kit(
     authority: Authority,
     folder: Path,
     renew: bool,
-    changes: list[Change],
+    changes: list[KitChange],
 ) -> None:
     names = tuple(dict.fromkeys((*federation.server.names, *LOOPBACK)))
     key_file, certificate_file = folder / "server.key", folder / "server.crt"
@@ -164,7 +166,7 @@ def _server_kit(
         _write(key_file, private_pem(key), private=True)
         _give(key_file)
         _write(certificate_file, pem(certificate))
-        changes.append(Change(SERVER, f"{why}; copy its kit and restart it"))
+        changes.append(KitChange(SERVER, f"{why}; copy its kit and restart it"))
     _write(folder / "ca.crt", pem(authority.certificate))
     content = federation.model_dump(mode="json", by_alias=True)
     _write(folder / FEDERATION, yaml.safe_dump(content, sort_keys=False).encode())
@@ -184,7 +186,7 @@ def _site_kit(
     authority: Authority,
     out: Path,
     renew: bool,
-    changes: list[Change],
+    changes: list[KitChange],
 ) -> None:
     folder = out / "sites" / member.name
     certificate_file, key_file = folder / "site.crt", folder / "site.key"
@@ -202,7 +204,7 @@ def _site_kit(
             _give(key_file)
         before = authority.issue_site(member.name, public, federation.days)
         _write(certificate_file, pem(before))
-        changes.append(Change(member.name, f"{why}; send it its kit"))
+        changes.append(KitChange(member.name, f"{why}; send it its kit"))
     assert before is not None
     _write(registered, pem(before))
     _write(folder / "ca.crt", pem(authority.certificate))
@@ -246,13 +248,13 @@ def _own_key(member: Member) -> ec.EllipticCurvePublicKey:
     return key
 
 
-def _remove(folder: Path, out: Path, changes: list[Change]) -> None:
+def _remove(folder: Path, out: Path, changes: list[KitChange]) -> None:
     """Set a kit aside; a running server turns the site away within seconds."""
     stamp = now_utc().strftime("%Y%m%d-%H%M%S")
     aside = out / "removed" / f"{folder.name}-{stamp}"
     aside.parent.mkdir(exist_ok=True)
     folder.replace(aside)
-    changes.append(Change(folder.name, f"removed; its kit lies in {aside}"))
+    changes.append(KitChange(folder.name, f"removed; its kit lies in {aside}"))
 
 
 def _names(federation: FederationConfig) -> dict[str, str]:

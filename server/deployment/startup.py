@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from polyclinic.configs import VERSION
-from polyclinic.configs.diagnostics.checks import Check, failures, ok, see_validity, tell
+from polyclinic.configs.diagnostics.checks import Check, check_validity, failures, ok, report_checks
 from polyclinic.configs.diagnostics.health import ask_health
 from polyclinic.configs.diagnostics.machine import (
-    see_address,
-    see_disk,
-    see_memory,
-    see_port,
-    see_shared_memory,
-    see_writable,
+    check_address,
+    check_disk,
+    check_memory,
+    check_port,
+    check_shared_memory,
+    check_writable,
 )
-from polyclinic.configs.diagnostics.network import ask_about, resolve, see_proxy
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.diagnostics.network import ask_about, check_proxy, resolve
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.schema.federation import FEDERATION, FederationConfig, read_federation
 from polyclinic.configs.security.credentials import (
     WARN,
@@ -53,32 +53,32 @@ def preflight(
     yield ok("kit", f"{kit}: federation {federation.name}, {len(federation.sites)} sites")
     yield ok("versions", f"polyclinic {VERSION}, flwr {version('flwr')}")
     yield from _certificates(kit, federation)
-    yield see_writable("state", state)
-    yield see_disk("disk", state)
-    yield see_memory()
-    yield see_shared_memory()
+    yield check_writable("state", state)
+    yield check_disk("disk", state)
+    yield check_memory()
+    yield check_shared_memory()
     yield _database(state / DATABASE)
     found = resolve(federation.server.address, federation.server.port)
     if found.level == "fail":  # sites may know a name that the server itself does not
         found = Check("DNS", "warn", found.seen, "see that the sites can resolve it")
     yield found
-    yield see_proxy("127.0.0.1")
+    yield check_proxy("127.0.0.1")
     if running:
         return
     public = federation.server.port
-    yield see_port("public port", host, public)
+    yield check_port("public port", host, public)
     if control == public:
         seen = f"{control} is the public port too"
         yield Check("control port", "fail", seen, "give another --control")
     else:
-        yield see_port("control port", "127.0.0.1", control)
+        yield check_port("control port", "127.0.0.1", control)
     # Flower's health service shares a port that somebody listens on already, without a word
     taken = {str(public): "the public port", str(control): "the control port"}
     if of := taken.get(health.rpartition(":")[2]):
         advice = "give another --health, or POLYCLINIC_HEALTH"
         yield Check("health port", "fail", f"{health}: the number is {of}'s too", advice)
     else:
-        yield see_address("health port", health)
+        yield check_address("health port", health)
 
 
 def _certificates(kit: Path, federation: FederationConfig) -> Iterator[Check]:
@@ -97,7 +97,7 @@ def _certificates(kit: Path, federation: FederationConfig) -> Iterator[Check]:
         yield Check("certificate", "fail", "files of two kits are mixed", "copy the kit again")
         return
     now = now_utc()
-    yield see_validity("certificate", validity_of(certificate), now, renew)
+    yield check_validity("certificate", validity_of(certificate), now, renew)
     late = {s.name: s for s in sites.values() if s.validity.left(now) < WARN}
     if late:
         told = ", ".join(f"{name} ({s.validity.end:%Y-%m-%d})" for name, s in late.items())
@@ -141,20 +141,20 @@ def start_server(
     """
     kit, state = kit.resolve(), state.resolve()
     looks = preflight(kit, state, host, control, health, running=False)
-    wrong = failures(tell(looks, say))
+    wrong = failures(report_checks(looks, say))
     if wrong:
         raise ConfigError(f"{kit}: the coordinator does not start: {wrong}")
 
     from polyclinic.server.deployment.superlink import (  # Flower's; seconds
         Credentials,
-        Doors,
+        Endpoints,
         start_superlink,
     )
 
     files = Credentials(kit / "ca.crt", kit / "server.crt", kit / "server.key")
     port = read_federation(kit / FEDERATION).server.port
     registry = Registry(kit)
-    start_superlink(Doors(host, port, control, health, registry), files, state)
+    start_superlink(Endpoints(host, port, control, health, registry), files, state)
 
 
 def server_health(kit: Path, health: str) -> str:

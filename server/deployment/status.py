@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.server.deployment.registry import Registry
 from polyclinic.server.deployment.superlink import control_client, list_nodes
 from polyclinic.server.runs.folder import read_lines

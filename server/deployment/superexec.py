@@ -21,7 +21,7 @@ REST_S = 1.0  # after its end; doubled while it goes on ending
 MOST_REST_S = 60.0
 
 
-def look_after_superexec(control: int, authority: Path) -> None:
+def supervise_superexec(control: int, authority: Path) -> None:
     """Start it now, and again for as long as this process is there, which it does not outlive."""
     command = [
         "flower-superexec",

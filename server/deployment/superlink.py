@@ -3,8 +3,9 @@
 Flower 1.41 serves three things on one port: what sites ask (``/v1/fleet``), what starts and stops
 runs (``/v1/control``) and what server apps ask (``/v1/runtime``); the last two ask nobody who they
 are. Here the SuperLink listens on loopback, for the coordinator alone, and a second, public port
-leads to the same program through ``FrontDoor``, which lets registered sites in and knows no other
-path. Whoever may log in on the coordinator's machine, or into its container, is the coordinator.
+leads to the same program through ``SiteAuthMiddleware``, which lets registered sites in and knows
+no other path. Whoever may log in on the coordinator's machine, or into its container, is the
+coordinator.
 
 This is the one module that touches internals of Flower's SuperLink: how it starts uvicorn, its hook
 for middleware, its client for the control API. tests/server/deployment/test_front_door.py fails
@@ -56,7 +57,7 @@ from polyclinic.configs import VERSION
 from polyclinic.configs.diagnostics.network import ABOUT
 from polyclinic.configs.security.credentials import fingerprint, now_utc, public_line
 from polyclinic.server.deployment.registry import Registry
-from polyclinic.server.deployment.superexec import look_after_superexec
+from polyclinic.server.deployment.superexec import supervise_superexec
 
 log = logging.getLogger("flwr.polyclinic")
 
@@ -78,7 +79,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class Doors:
+class Endpoints:
     """Where the SuperLink listens, and who may come in."""
 
     host: str  # of the public port
@@ -108,7 +109,7 @@ class Node:
     since: str  # of that status, UTC; empty if never connected
 
 
-def start_superlink(doors: Doors, files: Credentials, state: Path) -> NoReturn:
+def start_superlink(doors: Endpoints, files: Credentials, state: Path) -> NoReturn:
     """Run the SuperLink until it is stopped, and keep its sites those of the registry.
 
     Args:
@@ -131,19 +132,19 @@ def start_superlink(doors: Doors, files: Credentials, state: Path) -> NoReturn:
         *("--log-rotation-interval-hours", "24", "--log-rotation-backup-count", "30"),
     ]
     extensions.get_middleware = lambda: (
-        Middleware(FrontDoor, registry=doors.registry, port=doors.port),
+        Middleware(SiteAuthMiddleware, registry=doors.registry, port=doors.port),
     )
     uvicorn.run = lambda app, **options: _serve(app, doors, options)
-    look_after_superexec(doors.control, files.authority)
+    supervise_superexec(doors.control, files.authority)
     registrar = Registrar(doors.registry)
     threading.Thread(
-        target=registrar.keep_in_step, args=(doors.control, files.authority), daemon=True
+        target=registrar.sync_forever, args=(doors.control, files.authority), daemon=True
     ).start()
     flower_superlink()
     sys.exit(0)
 
 
-def _serve(app: Any, doors: Doors, options: dict[str, Any]) -> None:  # noqa: ANN401
+def _serve(app: Any, doors: Endpoints, options: dict[str, Any]) -> None:  # noqa: ANN401
     """Flower's ``uvicorn.run``, on two ports."""
     server, sockets = _server(app, doors, options)
     log.info("sites come in at %s:%d", doors.host, doors.port)
@@ -152,18 +153,18 @@ def _serve(app: Any, doors: Doors, options: dict[str, Any]) -> None:  # noqa: AN
 
 def _server(
     app: Any,  # noqa: ANN401
-    doors: Doors,
+    doors: Endpoints,
     options: dict[str, Any],
 ) -> tuple[uvicorn.Server, list[socket.socket]]:
     """Bind the private and the public port, and make the one server of both."""
-    http = partial(Patient, public=doors.port)
+    http = partial(IdleTimeout, public=doors.port)
     options = {**options, "proxy_headers": False, "http": http, "ws": "none"}
     private = uvicorn.Config(app, **options)
     public = uvicorn.Config(app, **{**options, "host": doors.host, "port": doors.port})
     return uvicorn.Server(private), [private.bind_socket(), public.bind_socket()]
 
 
-class FrontDoor:
+class SiteAuthMiddleware:
     """Lets registered sites through to what sites need. On the loopback port it lets all through.
 
     Args:
@@ -277,7 +278,7 @@ async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class Patient(HttpToolsProtocol):
+class IdleTimeout(HttpToolsProtocol):
     """Close connections to the public port that are too many, too slow or have too large a head.
 
     The loopback port has none of these limits, so that strangers cannot keep the coordinator from
@@ -287,7 +288,7 @@ class Patient(HttpToolsProtocol):
         public: number of the public port; the other arguments are uvicorn's.
     """
 
-    _open: ClassVar[set[Patient]] = set()  # connections to the public port
+    _open: ClassVar[set[IdleTimeout]] = set()  # connections to the public port
     _logged: ClassVar[dict[str, float]] = {}  # by kind of message: when it was last logged
 
     def __init__(self, *args: Any, public: int, **kwargs: Any) -> None:  # noqa: ANN401
@@ -322,7 +323,7 @@ class Patient(HttpToolsProtocol):
             self._open, MOST_CONNECTIONS
         )
 
-    def _full(self, connections: set[Patient], most: int) -> bool:
+    def _full(self, connections: set[IdleTimeout], most: int) -> bool:
         """Count open connections; where they seem too many, drop those that are closing first."""
         if len(connections) < most:
             return False
@@ -476,7 +477,7 @@ class Registrar:
         self.registry = registry
         self._told: set[tuple[str, str]] = set()
 
-    def keep_in_step(self, control: int, authority: Path) -> NoReturn:
+    def sync_forever(self, control: int, authority: Path) -> NoReturn:
         """Whenever the registry changes, for ever; also after what went wrong."""
         done: object = None
         while True:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from polyclinic.configs import VERSION
-from polyclinic.configs.passport import ModelFileError, Passport
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.passport import ModelFileError, ModelMetadata
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.saved import Format, check_onnx, open_model, open_network
 from polyclinic.server.export.formats import OUTPUTS, WRITERS
@@ -52,7 +52,7 @@ class Exported:
 
     path: Path
     format: Format
-    passport: Passport
+    passport: ModelMetadata
     sha256: str
     parity: tuple[Parity, ...]
     inputs: tuple[tuple[int, ...], ...]  # (B, C, H, W) of each that was tried
@@ -125,7 +125,7 @@ def export_model(checkpoint: Path, run: str, kind: Format, out: Path, tolerance:
     )
 
 
-def trial_images(passport: Passport) -> list[Tensor]:
+def trial_images(passport: ModelMetadata) -> list[Tensor]:
     """Noise to try a file with: the trained size, and other batches and sizes, not square, and no
     multiple of anything; and one half black, as images are that were padded."""
     data = passport.data

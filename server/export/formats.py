@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from polyclinic.configs.passport import ModelFileError, Passport
+from polyclinic.configs.passport import ModelFileError, ModelMetadata
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.portable import portable_form
 from polyclinic.mtl_model.saved import Format, torchscript_deprecated
@@ -25,18 +25,18 @@ OPSET = 20  # the first with Gelu as one operator
 ONNX_LIMIT = 2**31  # bytes: a larger file would need its weights beside it
 
 
-def _safetensors(network: MultiTaskUNet, passport: Passport) -> bytes:
+def _safetensors(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
     return save(network.state_dict(), passport.to_metadata())
 
 
-def _example(passport: Passport) -> Tensor:
+def _example(passport: ModelMetadata) -> Tensor:
     """What exporters follow. No size of it may be 1, or be the trained one: they would take either
     for a constant."""
     data = passport.data
     return torch.zeros(2, data.channels, data.image_height + 16, data.image_width + 8)
 
 
-def _torchscript(network: MultiTaskUNet, passport: Passport) -> bytes:
+def _torchscript(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
     portable = portable_form(network)
     buffer = io.BytesIO()
     with torchscript_deprecated():
@@ -65,7 +65,7 @@ def _without_source_lines(archive: bytes) -> bytes:
     return out.getvalue()
 
 
-def _onnx(network: MultiTaskUNet, passport: Passport) -> bytes:
+def _onnx(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
     import onnx
     from torch.export import Dim
 
@@ -107,7 +107,7 @@ def _drop_source_lines(graph: onnx.GraphProto) -> None:
         del part.metadata_props[:]
 
 
-WRITERS: dict[Format, Callable[[MultiTaskUNet, Passport], bytes]] = {
+WRITERS: dict[Format, Callable[[MultiTaskUNet, ModelMetadata], bytes]] = {
     "safetensors": _safetensors,
     "onnx": _onnx,
     "torchscript": _torchscript,

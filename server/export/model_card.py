@@ -15,7 +15,8 @@ from rich.table import Table
 
 from polyclinic.configs import wire
 from polyclinic.configs.passport import outputs, preprocessing
-from polyclinic.configs.run import RunConfig, load_run_config
+from polyclinic.configs.presets import read_run_config
+from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.metrics import Metrics
 from polyclinic.mtl_model.sums import BINS
 from polyclinic.server.export.export import Exported
@@ -39,7 +40,7 @@ class Evaluated:
 
 def model_card(folder: RunFolder, exported: Exported) -> str:
     """Write the card of an exported model, as Markdown."""
-    config = load_run_config(folder.config)
+    config = read_run_config(folder.config)
     environment = _json(folder.environment.read_text(encoding="utf-8"))
     sites = dict(environment.get("sites", {}))
     number = exported.passport.round

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.mtl_model.saved import Format
 
 _RUN: dict[Format, tuple[str, str]] = {

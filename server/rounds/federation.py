@@ -21,7 +21,9 @@ from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import DataConfig, RoundsConfig, RunConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.rounds import RoundsConfig
 from polyclinic.server.rounds.messages import (
     Declined,
     Late,
@@ -30,7 +32,7 @@ from polyclinic.server.rounds.messages import (
     Unreachable,
     read_description,
 )
-from polyclinic.server.rounds.roster import SiteBook, named
+from polyclinic.server.rounds.roster import SiteRoster, named
 from polyclinic.server.runs.events import Notify
 from polyclinic.server.runs.history import POOLED
 from polyclinic.server.runs.reports import SiteReport
@@ -49,7 +51,7 @@ Answer = TypeVar("Answer")
 Result = TypeVar("Result")
 
 
-class Door(Protocol):
+class GridClient(Protocol):
     """What is asked of Flower's Grid."""
 
     def get_nodes(self) -> Iterable[NodeInfo]:
@@ -114,7 +116,7 @@ class Federation:
 
     def __init__(
         self,
-        grid: Door,
+        grid: GridClient,
         rounds: RoundsConfig,
         data: DataConfig,
         greeting: Callable[[], RecordDict],
@@ -125,17 +127,17 @@ class Federation:
         self.data = data
         self.greeting = greeting
         self.notify = notify
-        self.book = SiteBook(rounds.set_aside_after, rounds.set_aside_rounds)
+        self.roster = SiteRoster(rounds.suspend_after, rounds.suspend_rounds)
         self.reports: dict[str, SiteReport] = {}
         self.closed = False  # to sites that were not there when the run began
         self.nodes: dict[str, int] = {}
-        self._bounded = Bounded(max(SUPERLINK_S, rounds.deadline_s), "the SuperLink")
-        self._pulls = Pulls(grid)
+        self._bounded = DeadlineExecutor(max(SUPERLINK_S, rounds.deadline_s), "the SuperLink")
+        self._pulls = ReplyCollector(grid)
         self._registered: dict[int, str] = {}  # node: name of its key; empty in simulation
         self._greeted: dict[str, int] = {}  # message id: node
         self._strangers: dict[int, int] = {}  # node: the round in which it is greeted again
 
-    def gather(self, config: RunConfig) -> None:
+    def wait_for_sites(self, config: RunConfig) -> None:
         """Wait for sites, ask who they are, and check that the run makes sense with their data.
 
         Raises:
@@ -190,7 +192,7 @@ class Federation:
         sites: Sequence[str],
         read: Callable[[Message, str], Answer],
         needed: int,
-        resting: Mapping[str, str] | None = None,
+        suspended: Mapping[str, str] | None = None,
     ) -> Phase[Answer]:
         """Ask sites the same, read every reply as it comes, and wait for the deadline at most.
 
@@ -206,7 +208,7 @@ class Federation:
         """
         there = self._wait_for(number, sites, needed)
         asked = [site for site in sites if site in there]
-        found: Phase[Answer] = Phase(phase, tuple(asked), left_out=dict(resting or {}))
+        found: Phase[Answer] = Phase(phase, tuple(asked), left_out=dict(suspended or {}))
         found.left_out |= {s: "not connected" for s in sites if s not in there}
         self.notify({"event": "phase", "round": number, "phase": phase, "sites": len(asked)})
         waiting: dict[str, str] = {}  # message id: site
@@ -246,7 +248,7 @@ class Federation:
         self._pulls.forget(waiting)
         return found
 
-    def settle(self, number: int, phase: Phase[Answer], needed: int) -> None:
+    def finish_phase(self, number: int, phase: Phase[Answer], needed: int) -> None:
         """Note what came of a phase in the book and the log, and see whether the run can go on.
 
         A site that declines is there and well: the round goes on without it, whatever
@@ -261,10 +263,10 @@ class Federation:
                 word = outcome.replace("_", " ")
                 say("round %d, %s: %s %s: %s", number, phase.name, site, word, reason)
         for site in (*phase.answered, *phase.declined):
-            self.book.answered(site)
+            self.roster.answered(site)
         for site in sorted(phase.lost):
-            if self.book.failed(number, site):
-                again = self.book.standings[site].rests_until
+            if self.roster.failed(number, site):
+                again = self.roster.standings[site].rests_until
                 log.warning("%s is set aside and asked again in round %d", site, again)
                 self.notify({"event": "set aside", "round": number, "site": site, "until": again})
         self.notify(
@@ -282,7 +284,7 @@ class Federation:
             declined = f" and {len(phase.declined)} declined" if phase.declined else ""
             raise RunFailed(
                 f"round {number}, {phase.name}: {len(phase.answered)} of "
-                f"{len(self.book.standings)} sites answered{declined}, {needed} are needed "
+                f"{len(self.roster.standings)} sites answered{declined}, {needed} are needed "
                 f"(rounds.min-sites): {named(missing)}"
             )
 
@@ -364,7 +366,7 @@ class Federation:
             except (Late, Unreachable) as error:  # it has not spoken, and is asked again
                 failed[f"node {node}"] = str(error)
             except ReplyError as error:
-                self._strangers[node] = number + 1 + self.rounds.set_aside_rounds
+                self._strangers[node] = number + 1 + self.rounds.suspend_rounds
                 failed[f"node {node}"] = str(error)
                 log.warning("node %d does not take part: %s", node, error)
         return failed
@@ -398,7 +400,7 @@ class Federation:
             )
         known = name in self.reports
         self.nodes[name], self.reports[name] = node, report
-        self.book.add(name)
+        self.roster.add(name)
         if number or known:
             log.info("round %d: %s %s", number, name, "is back" if known else "joins")
             self.notify({"event": "joined", "round": number, "site": name, "back": known})
@@ -433,7 +435,7 @@ def answered(reply: Message | Unreadable) -> str:
     return str(reply.metadata.reply_to_message_id)
 
 
-class Pulls:
+class ReplyCollector:
     """Takes replies in, so that one which never becomes whole holds up no other.
 
     Of a site that vanishes while it sends, Flower has a reply without all its parts, and
@@ -442,7 +444,7 @@ class Pulls:
     machine does not take all sites' networks in at once.
     """
 
-    def __init__(self, grid: Door) -> None:
+    def __init__(self, grid: GridClient) -> None:
         self.grid = grid
         self._going: dict[str, Future[list[Message]]] = {}
         self._since: dict[str, float] = {}
@@ -505,7 +507,7 @@ class Pulls:
             future.set_exception(error)
 
 
-class Bounded:
+class DeadlineExecutor:
     """Calls what may wait for ever, and waits for it so long at most.
 
     Flower's Grid tries again without end when the SuperLink is gone. All calls are made by one

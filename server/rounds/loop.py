@@ -27,7 +27,7 @@ from polyclinic.server.rounds.messages import (
     task,
 )
 from polyclinic.server.rounds.roster import sample
-from polyclinic.server.rounds.update_checks import Intake, check_counts
+from polyclinic.server.rounds.update_checks import UpdateFilter, check_counts
 from polyclinic.server.runs.checkpoint import Best, ServerState, save_round
 from polyclinic.server.runs.folder import RunFolder, write_json
 from polyclinic.server.runs.history import NOT_DRAWN, POOLED, Line, write_line
@@ -115,7 +115,7 @@ class Rounds:
             outcome: {name: getattr(phase, outcome) for name, phase in phases.items()}
             for outcome, _ in trained.outcomes()
         }
-        for site in (*sorted(self.federation.book.standings), POOLED):
+        for site in (*sorted(self.federation.roster.standings), POOLED):
             asked = tuple(name for name, phase in phases.items() if site in phase.asked)
             why = {
                 outcome: {name: of[site] for name, of in by_phase.items() if site in of}
@@ -185,10 +185,10 @@ class Rounds:
     def train(self, number: int) -> tuple[Phase[None], dict[str, TrainReport]]:
         """A local round at the round's sites, and the next weights from what came of it."""
         federation, settings = self.federation, self.config.rounds
-        due = federation.book.due(number)
-        chosen = sample(due, settings.fraction, self.config.run.seed, number)
-        resting = federation.book.resting(number)
-        resting |= {site: NOT_DRAWN for site in due if site not in chosen}
+        eligible = federation.roster.eligible(number)
+        chosen = sample(eligible, settings.fraction, self.config.run.seed, number)
+        suspended = federation.roster.suspended(number)
+        suspended |= {site: NOT_DRAWN for site in eligible if site not in chosen}
         reports: dict[str, TrainReport] = {}
         gathered: list[Contribution] = []
         combination = combination_of(self.config.strategy, self.weights)
@@ -197,10 +197,10 @@ class Rounds:
         def accept(contribution: Contribution, report: TrainReport, norm: float) -> None:
             take(contribution)
             reports[contribution.site] = report
-            federation.book.moved(contribution.site, norm, report.steps)
+            federation.roster.moved(contribution.site, norm, report.steps)
 
-        usual = federation.book.usual_updates()
-        intake = Intake(self.weights, usual, settings.norm_factor, accept)
+        reference = federation.roster.reference_updates()
+        updates = UpdateFilter(self.weights, reference, settings.norm_factor, accept)
 
         refused: dict[str, str] = {}
 
@@ -208,14 +208,16 @@ class Rounds:
             check_origin(reply, self.identity, number, site)
             contribution, report = read_training(reply, site, self.parts.shared)
             check_counts(contribution, report, federation.reports[site], self.config.train)
-            refused.update(intake.take(contribution, report))
+            refused.update(updates.take(contribution, report))
 
         content = self._task(number, wire.TRAIN_SPLIT)
         needed = self._needed(settings.fraction)
-        phase = federation.ask(number, "train", wire.TRAIN, content, chosen, read, needed, resting)
-        for site, reason in (refused | intake.close()).items():
+        phase = federation.ask(
+            number, "train", wire.TRAIN, content, chosen, read, needed, suspended
+        )
+        for site, reason in (refused | updates.close()).items():
             phase.refuse(site, reason)
-        federation.settle(number, phase, needed)
+        federation.finish_phase(number, phase, needed)
         if self.central is not None:
             combined = self.central.average(number, gathered, self.weights)
         else:
@@ -240,10 +242,10 @@ class Rounds:
             return read_evaluation(reply, data)
 
         current = self.done + 1 if split == wire.VAL_SPLIT else self.done
-        sites, resting = federation.book.due(current), federation.book.resting(current)
+        sites, suspended = federation.roster.eligible(current), federation.roster.suspended(current)
         content, name, needed = self._task(number, split), f"evaluate on {split}", self._needed()
-        phase = federation.ask(number, name, wire.EVALUATE, content, sites, read, needed, resting)
-        federation.settle(current, phase, needed)
+        phase = federation.ask(number, name, wire.EVALUATE, content, sites, read, needed, suspended)
+        federation.finish_phase(current, phase, needed)
         sums = {site: found for site, (found, _) in sorted(phase.answered.items())}
         withheld = {s: words for s, (_, words) in sorted(phase.answered.items()) if words}
         classes = Classes.of(data)
@@ -253,7 +255,7 @@ class Rounds:
 
     def _needed(self, fraction: float = 1.0) -> int:
         """Sites that must be there, of the run's; those that rest are missing too."""
-        sites = math.ceil(fraction * len(self.federation.book.standings))
+        sites = math.ceil(fraction * len(self.federation.roster.standings))
         return sites_needed(self.config.rounds.min_sites, sites)
 
     def _task(self, number: int, split: str) -> RecordDict:
@@ -281,7 +283,7 @@ class Rounds:
             self.parts.unite(self.weights, self.initial),
             self.best,
             moments=self.optimiser.state() if self.optimiser else {},
-            sites=self.federation.book.state(),
+            sites=self.federation.roster.state(),
             central=self.central.state() if self.central else None,
         )
         whole, run = self.parts.whole, self.identity.run

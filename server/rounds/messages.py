@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.mtl_model.packing import Layout, Packed
 from polyclinic.mtl_model.sums import Classes, MetricSums
 from polyclinic.mtl_model.tasks import Group

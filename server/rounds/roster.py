@@ -16,7 +16,7 @@ import numpy as np
 
 
 @dataclass
-class Standing:
+class SiteState:
     """One site in a run."""
 
     failures: int = 0  # in a row: failed, late, refused
@@ -25,7 +25,7 @@ class Standing:
     steps: int | None = None  # that this update took
 
 
-class SiteBook:
+class SiteRoster:
     """The sites of a run by name, and how they stand.
 
     Args:
@@ -36,16 +36,16 @@ class SiteBook:
     def __init__(self, after: int, rounds: int) -> None:
         self.after = after
         self.rounds = rounds
-        self.standings: dict[str, Standing] = {}
+        self.standings: dict[str, SiteState] = {}
 
     def add(self, name: str) -> None:
-        self.standings.setdefault(name, Standing())
+        self.standings.setdefault(name, SiteState())
 
-    def due(self, number: int) -> list[str]:
+    def eligible(self, number: int) -> list[str]:
         """Names of the sites that do not rest in a round, in order."""
         return sorted(n for n, s in self.standings.items() if s.rests_until <= number)
 
-    def resting(self, number: int) -> dict[str, str]:
+    def suspended(self, number: int) -> dict[str, str]:
         """By name, why a site is not asked in a round."""
         return {
             name: f"set aside after {s.failures} failures in a row, until round {s.rests_until}"
@@ -73,7 +73,7 @@ class SiteBook:
         """Note a good update."""
         self.standings[name].update_norm, self.standings[name].steps = update_norm, steps
 
-    def usual_updates(self) -> list[tuple[float, int]]:
+    def reference_updates(self) -> list[tuple[float, int]]:
         """The norms of all sites' last good updates, and the steps that they took."""
         return [
             (s.update_norm, s.steps)
@@ -85,7 +85,7 @@ class SiteBook:
         return {name: asdict(standing) for name, standing in sorted(self.standings.items())}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        self.standings = {name: Standing(**standing) for name, standing in state.items()}
+        self.standings = {name: SiteState(**standing) for name, standing in state.items()}
 
 
 def sample(names: Sequence[str], fraction: float, seed: int, number: int) -> list[str]:

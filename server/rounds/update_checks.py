@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import TrainConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.packing import Packed
 from polyclinic.server.aggregation.averaging import Contribution
 from polyclinic.server.rounds.messages import ReplyError
@@ -84,8 +84,8 @@ def check_norm(update: Update, others: Sequence[Update], factor: float) -> None:
     norm, steps = update
     if not factor or not others:
         return
-    usual, usual_steps = median(n for n, _ in others), median(s for _, s in others)
-    limit = factor * usual * max(1.0, steps / usual_steps)
+    reference, reference_steps = median(n for n, _ in others), median(s for _, s in others)
+    limit = factor * reference * max(1.0, steps / reference_steps)
     if norm > limit > 0:
         raise ReplyError(
             f"update: expected a norm of at most {limit:.3g} ({factor:g} times the sites' median, "
@@ -93,7 +93,7 @@ def check_norm(update: Update, others: Sequence[Update], factor: float) -> None:
         )
 
 
-class Intake:
+class UpdateFilter:
     """Takes one round's contributions in, as they come, and passes the good ones on.
 
     From the second round on each is judged at once, by the sites' last good updates. In the first,
@@ -108,12 +108,12 @@ class Intake:
     def __init__(
         self,
         sent: Packed,
-        usual: Sequence[Update],
+        reference: Sequence[Update],
         factor: float,
         accept: Callable[[Contribution, TrainReport, float], None],
     ) -> None:
         self.sent = sent
-        self.usual = list(usual) if len(usual) >= FEWEST else []
+        self.reference = list(reference) if len(reference) >= FEWEST else []
         self.factor = factor
         self.accept = accept
         self.held: list[tuple[Contribution, TrainReport, float]] = []
@@ -128,14 +128,14 @@ class Intake:
             ReplyError: if this one is refused now.
         """
         norm = update_norm(contribution, self.sent)
-        if self.usual:
-            check_norm((norm, report.steps), self.usual, self.factor)
+        if self.reference:
+            check_norm((norm, report.steps), self.reference, self.factor)
             self.accept(contribution, report, norm)
             return {}
         self.held.append((contribution, report, norm))
         if len(self.held) < HELD:
             return {}
-        self.usual = [(norm, report.steps) for _, report, norm in self.held]
+        self.reference = [(norm, report.steps) for _, report, norm in self.held]
         return self.close()
 
     def close(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ from polyclinic.server.runs.folder import write_json
 
 
 @dataclass(frozen=True)
-class Release:
+class CentralRelease:
     """One average that left with noise, and what it cost together with those before it."""
 
     round: int
@@ -22,14 +22,14 @@ class Release:
     delta: float
 
 
-def write_releases(path: Path, releases: Sequence[Release]) -> None:
+def write_releases(path: Path, releases: Sequence[CentralRelease]) -> None:
     """Write a run's releases, whole or not at all."""
     write_json(path, {"unit": "site", "releases": [asdict(release) for release in releases]})
 
 
-def read_releases(path: Path) -> tuple[Release, ...]:
+def read_releases(path: Path) -> tuple[CentralRelease, ...]:
     """A run's releases in order; none if there is no file."""
     if not path.exists():
         return ()
     content = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(Release(**release) for release in content["releases"])
+    return tuple(CentralRelease(**release) for release in content["releases"])

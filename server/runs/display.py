@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.metrics import Metrics
-from polyclinic.server.runs.central_releases import Release
+from polyclinic.server.runs.central_releases import CentralRelease
 from polyclinic.server.runs.history import NOT_DRAWN, POOLED
 from polyclinic.server.runs.tables import central_text, metrics_table, spent_text
 
@@ -145,7 +145,7 @@ class Display:
         if event["epsilon"]:
             texts.append(spent_text(event["epsilon"], self.config.privacy.unit))
         if event["central"]:
-            texts.append(central_text(Release(**event["central"])))
+            texts.append(central_text(CentralRelease(**event["central"])))
         return texts
 
 

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyclinic.configs.run import ConfigError, RunConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.mtl_model.metrics import Metrics
-from polyclinic.server.runs.central_releases import Release
+from polyclinic.server.runs.central_releases import CentralRelease
 from polyclinic.server.runs.folder import append_line, read_lines
 from polyclinic.server.runs.reports import TrainReport
 
@@ -34,7 +34,7 @@ class Line:
     left_out: dict[str, str] = field(default_factory=dict)  # phase: why it was not asked
     bytes_down: int = 0  # array bytes sent to the site in this round
     bytes_up: int = 0
-    central: Release | None = None  # the round's noisy average; stands at ``pooled`` alone
+    central: CentralRelease | None = None  # the round's noisy average; stands at ``pooled`` alone
 
     @property
     def lost(self) -> dict[str, str]:
@@ -49,7 +49,7 @@ class Line:
         if known.get("train"):
             known["train"] = TrainReport(**known["train"])
         if known.get("central"):
-            known["central"] = Release(**known["central"])
+            known["central"] = CentralRelease(**known["central"])
         known["asked"] = tuple(known.get("asked", ()))
         return cls(**known)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from polyclinic.configs.run import ConfigError, RunConfig, load_run_config, resumed
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.presets import read_run_config
+from polyclinic.configs.run import RunConfig, resumed
 from polyclinic.server.runs.folder import RunFolder
 
 
@@ -17,7 +19,7 @@ def resumed_config(given: RunConfig) -> RunConfig:
             nothing is left to do.
     """
     folder = RunFolder.of(given.run.resume, given.run.output_dir)
-    config = resumed(load_run_config(folder.config), given)
+    config = resumed(read_run_config(folder.config), given)
     place = {"run.name": folder.name, "run.output-dir": str(folder.path.parent)}
     config = RunConfig.from_flat({**config.to_flat(), **place, "run.resume": str(folder.path)})
     done = (folder.checkpoints() or [0])[-1]

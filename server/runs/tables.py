@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from polyclinic.configs.run import DataConfig, RunConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.mtl_model.metrics import Metrics
-from polyclinic.server.runs.central_releases import Release
+from polyclinic.server.runs.central_releases import CentralRelease
 from polyclinic.server.runs.history import POOLED
 
 if TYPE_CHECKING:  # it brings torch
@@ -81,7 +82,7 @@ def withheld_text(withheld: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"withheld by {site}: {'; '.join(words)}" for site, words in withheld.items()]
 
 
-def central_text(release: Release) -> str:
+def central_text(release: CentralRelease) -> str:
     """What the consortium's averages have cost, this run's first to this one."""
     return f"central epsilon (site): {release.epsilon:.2f}, delta {release.delta:g}"
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from polyclinic.configs.run import RoundsConfig, load_run_config
+from polyclinic.configs.presets import read_run_config
+from polyclinic.configs.schema.rounds import RoundsConfig
 from polyclinic.server.runs.display import Display
 from polyclinic.server.runs.folder import RunFolder, read_lines_from
 
@@ -28,7 +29,7 @@ def watch_run(folder: RunFolder, silence_s: float | None = None) -> int:
     Returns:
         The exit status: 0 completed, 1 failed, refused or no longer heard of, 130 left.
     """
-    config = load_run_config(folder.config)
+    config = read_run_config(folder.config)
     silence_s = silence_s or longest_silence(config.rounds)
     words = Console(file=sys.stdout, markup=False, highlight=False)
     position, last, heard = 0, {}, time.monotonic()

@@ -46,14 +46,12 @@ from polyclinic.client.privacy.dp_sgd import (
     units_of,
 )
 from polyclinic.client.training.local_round import Round
-from polyclinic.configs.run import (
-    ConfigError,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    PrivacyConfig,
-    TrainConfig,
-)
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.model import ModelConfig
+from polyclinic.configs.schema.privacy import PrivacyConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.decoder import Decoder
 from polyclinic.mtl_model.encoder import ResFormer
 from polyclinic.mtl_model.head import MultiScaleHead
@@ -168,7 +166,7 @@ class Case:
     @property
     def epsilon(self) -> float:
         """As the ledger counts it."""
-        spent = accounting.Spent(self.noise_multiplier, self.sample_rate, self.steps)
+        spent = accounting.DpEvent(self.noise_multiplier, self.sample_rate, self.steps)
         return accounting.epsilon([spent], DELTA)
 
 

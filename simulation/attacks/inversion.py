@@ -41,14 +41,12 @@ from torch.utils.data import default_collate
 from polyclinic.client.data.dataset import ExampleDataset, Examples, to_batch
 from polyclinic.client.privacy.dp_sgd import Mechanism, train_one_round_privately
 from polyclinic.client.training.local_round import Round, train_one_round
-from polyclinic.configs.run import (
-    ConfigError,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    PrivacyConfig,
-    TrainConfig,
-)
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.model import ModelConfig
+from polyclinic.configs.schema.privacy import PrivacyConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.attention import RelativePositionBias
 from polyclinic.mtl_model.losses import multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model

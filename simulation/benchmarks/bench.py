@@ -28,11 +28,12 @@ from polyclinic.client.training.device import (
     dtype_of,
     find_device,
 )
-from polyclinic.configs.run import ConfigError, ModelConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.inference import InferenceForm
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model
-from polyclinic.simulation.benchmarks.plain import written_plainly
-from polyclinic.simulation.benchmarks.timing import memory_of, print_peak_memory, taken_in_turns
+from polyclinic.simulation.benchmarks.plain import reference_implementation
+from polyclinic.simulation.benchmarks.timing import interleaved, memory_of, print_peak_memory
 
 CHANNELS, MASKS, CLASSES = 3, 1, 3
 BASE = "plain"  # what ratios are to
@@ -123,7 +124,7 @@ def _swin_unetr(features: int) -> Callable[[int], nn.Module]:
 CONTESTANTS: Mapping[str, Contestant] = {
     BASE: Contestant(
         "the published shape, written plainly",
-        lambda size: written_plainly(ours(**PUBLISHED)(size)),
+        lambda size: reference_implementation(ours(**PUBLISHED)(size)),
         plain=True,
     ),
     "ours": Contestant("the published shape", ours(**PUBLISHED)),
@@ -202,7 +203,7 @@ def measure(bench: Bench, names: Sequence[str], words: Console) -> list[Row]:
     }
     for phase in ("inference", "training"):
         steps = {name: _step(bench, CONTESTANTS[name], phase) for name in names}
-        times = taken_in_turns(steps, bench.turns, phase, words)
+        times = interleaved(steps, bench.turns, phase, words)
         del steps  # networks with their optimisers
         for name, row in rows.items():
             setattr(row, f"{phase}_ms", statistics.median(times[name]) / bench.batch * 1e3)

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import ConfigError, RunConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.packing import Packed
 from polyclinic.server.aggregation.parameters import Parts
@@ -161,7 +162,7 @@ def one_round(config: RunConfig, sites: int) -> float:
     for node in range(1, sites + 1):
         name = name_of(node)
         federation.nodes[name] = node
-        federation.book.add(name)
+        federation.roster.add(name)
         federation.reports[name] = SiteReport(name, counts, {}, counts, counts, (), "", "", {})
     rounds = Rounds(config, folder, federation, parts, state, IDENTITY)
     del state

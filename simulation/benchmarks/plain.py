@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyclinic.mtl_model.attention import WindowAttention, offset_index
-from polyclinic.mtl_model.blocks import JoinedConv
+from polyclinic.mtl_model.blocks import SplitConv
 from polyclinic.mtl_model.decoder import Decoder
 from polyclinic.mtl_model.network import MultiTaskUNet
 
 
-def written_plainly(network: MultiTaskUNet) -> MultiTaskUNet:
+def reference_implementation(network: MultiTaskUNet) -> MultiTaskUNet:
     """A copy of a network, in the default memory layout, with its fast forms written out."""
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for module in list(plain.modules()):
@@ -99,7 +99,7 @@ class PlainJoined(nn.Module):
         out:  (B, out_channels, H, W)
     """
 
-    def __init__(self, fast: JoinedConv) -> None:
+    def __init__(self, fast: SplitConv) -> None:
         super().__init__()
         each = [part.get_parameter("weight").detach() for part in fast.parts]
         weight = torch.cat(each, dim=1)
@@ -134,6 +134,6 @@ class PlainDecoder(nn.Module):
 
 _PLAIN = {
     WindowAttention: PlainAttention,
-    JoinedConv: PlainJoined,
+    SplitConv: PlainJoined,
     Decoder: PlainDecoder,
 }

@@ -22,10 +22,13 @@ from polyclinic.client.privacy.dp_sgd import NoisyGradient
 from polyclinic.client.privacy.unit_gradients import Way, units_of_network
 from polyclinic.client.training.device import DeviceError, autocast, find_device
 from polyclinic.client.training.local_round import adamw
-from polyclinic.configs.run import ConfigError, LossConfig, ModelConfig, TrainConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.model import ModelConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.losses import Targets, multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model
-from polyclinic.simulation.benchmarks.timing import memory_of, print_peak_memory, taken_in_turns
+from polyclinic.simulation.benchmarks.timing import interleaved, memory_of, print_peak_memory
 
 WAYS = {
     "plain": "without privacy",
@@ -104,7 +107,7 @@ def measure(
     rows: list[PrivacyRow] = []
     for images in batches:
         steps = {way: _step(bench, way, images) for way in ways}
-        times = taken_in_turns(steps, bench.turns, f"{images} images", words)
+        times = interleaved(steps, bench.turns, f"{images} images", words)
         rows += [PrivacyRow(way, images, statistics.median(t) * 1e3) for way, t in times.items()]
         del steps
     for row in rows:

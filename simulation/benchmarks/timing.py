@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 
-def taken_in_turns(
+def interleaved(
     steps: Mapping[str, Callable[[], object]], turns: int, phase: str, words: Console
 ) -> dict[str, list[float]]:
     """Seconds of each turn, the first of which, a warm-up, is left out."""

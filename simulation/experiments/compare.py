@@ -26,7 +26,9 @@ from polyclinic.client.training.device import find_device
 from polyclinic.client.training.evaluate import evaluate
 from polyclinic.client.training.local_round import Round, train_one_round
 from polyclinic.configs import wire
-from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.presets import read_run_config
+from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.metrics import Metrics, compute
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.sums import Classes, MetricSums, empty_sums
@@ -55,7 +57,7 @@ def compare_run(run: Path, as_json: bool) -> int:
         raise ConfigError(
             f"{folder.path}: expected a completed run, found no {folder.results.name}"
         )
-    config = load_run_config(folder.config)
+    config = read_run_config(folder.config)
     if config.privacy.mode != "off":
         raise ConfigError(
             f"{folder.path}: expected a run without privacy: sites of a private one do not tell "

@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from polyclinic.client.training.device import DeviceError
-from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.presets import read_run_config
+from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.distance import DistanceError
 from polyclinic.mtl_model.pretrained import PretrainedError
@@ -169,7 +171,7 @@ def next_folder(wanted: RunConfig) -> RunFolder:
         if not folder.path.exists():
             return folder
         if folder.results.is_file():
-            was, now = _essential(load_run_config(folder.config)), _essential(wanted)
+            was, now = _essential(read_run_config(folder.config)), _essential(wanted)
             differ = sorted(key for key in now if now[key] != was.get(key))
             if differ:
                 raise ConfigError(

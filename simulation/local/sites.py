@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from polyclinic.client.data.manifest import DataError, Manifest, chosen_sites, read_sites
-from polyclinic.configs.run import DataConfig, PhantomConfig
+from polyclinic.configs.schema.data import DataConfig, PhantomConfig
 from polyclinic.simulation.phantom import writer
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from polyclinic.client.ledger.budget import LEDGER, read_accounts, verify_ledger
-from polyclinic.client.privacy.accounting import Spent, epsilon
+from polyclinic.client.privacy.accounting import DpEvent, epsilon
 from tests import ROOT
 from tests.mortal_site import DELTA, EXAMPLES, NOISE, STEPS
 
 KILLS = 50
-COST = Spent(NOISE, 4 / EXAMPLES, STEPS)  # of a round: batches of 4
+COST = DpEvent(NOISE, 4 / EXAMPLES, STEPS)  # of a round: batches of 4
 
 
 @dataclass

@@ -17,7 +17,7 @@ from polyclinic.client.data.dataset import Example, load_site, to_batch
 from polyclinic.client.data.images import Frame, Picture, read_picture
 from polyclinic.client.data.manifest import read_sites
 from polyclinic.client.predict import find, images_in, names_of, predict
-from polyclinic.configs.passport import ModelFileError, Passport
+from polyclinic.configs.passport import ModelFileError, ModelMetadata
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.measure import predicted_masks
@@ -39,7 +39,7 @@ def seeing(channels: int, **settings: str) -> SavedModel:
         steps = torch.arange(channels)[:, None, None] / 4
         return 20 * (brightness - steps - 0.1), torch.tensor([[2.0, -1.0]])
 
-    return SavedModel(Passport(config, 1, ""), "0" * 64, logits)
+    return SavedModel(ModelMetadata(config, 1, ""), "0" * 64, logits)
 
 
 def pixels_of(path: Path) -> np.ndarray:

@@ -15,11 +15,13 @@ import polyclinic.client.app
 import polyclinic.client.privacy.accounting
 from polyclinic.client.policy.site_policy import Decline
 from polyclinic.client.private_round import mechanism_of
-from polyclinic.client.site import Standing
+from polyclinic.client.site import PrivacyDeclaration
 from polyclinic.client.training.local_round import TrainingError
 from polyclinic.configs import wire
-from polyclinic.configs.run import PrivacyConfig, RunConfig, TrainConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.privacy import PrivacyConfig
 from polyclinic.configs.schema.site import BudgetConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.server.app import run
 from polyclinic.server.export.model_card import _privacy
 from polyclinic.server.rounds.federation import RunFailed
@@ -159,7 +161,7 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> dict[str, BudgetConfig]:
     given: dict[str, BudgetConfig] = {}
     declared = polyclinic.client.app.standing
 
-    def standing(*arguments: object) -> Standing:
+    def standing(*arguments: object) -> PrivacyDeclaration:
         found = declared(*arguments)
         return replace(found, budget=given.get(found.cohort))
 
@@ -210,8 +212,8 @@ def test_a_site_that_protects_patients_declines_to_protect_examples(
     assert "protects patients" in line.declined["train"]
 
 
-def standing_of(examples: int = 1000, patients: int = 400) -> Standing:
-    return Standing("1", "a", examples, patients, Path("unused"), None)
+def standing_of(examples: int = 1000, patients: int = 400) -> PrivacyDeclaration:
+    return PrivacyDeclaration("1", "a", examples, patients, Path("unused"), None)
 
 
 def test_a_mechanism_follows_from_declared_numbers() -> None:

@@ -20,7 +20,8 @@ from polyclinic.client.data.split_key import SPLIT_KEY, split_key
 from polyclinic.client.data.splits import split_rows
 from polyclinic.client.ledger.outgoing import read_outgoing
 from polyclinic.configs import wire
-from polyclinic.configs.run import ConfigError, DataConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.site import read_site_config
 from tests import ROOT
 from tests.site_messages import (

@@ -10,7 +10,7 @@ import pytest
 from polyclinic.client.data.dataset import SiteData
 from polyclinic.client.data.manifest import DataError
 from polyclinic.client.site import load, open_site
-from polyclinic.configs.run import PhantomConfig
+from polyclinic.configs.schema.data import PhantomConfig
 from tests.conftest import rows_of, write_manifest
 
 

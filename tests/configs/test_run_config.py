@@ -11,14 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyclinic.configs import VERSION
-from polyclinic.configs.run import (
-    PRESETS,
-    ConfigError,
-    ModelConfig,
-    RunConfig,
-    load_run_config,
-    read_override,
-)
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.presets import load_run_config, read_override
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.model import MODEL_PRESETS, ModelConfig
 from polyclinic.server.runs.folder import to_toml
 from tests import ROOT
 
@@ -45,12 +41,12 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("training.batch-size", 1, "did you mean train.batch-size"),
         ("train.zzzzzz", 1, "known keys of train: train.local-epochs"),
         ("zzz.q", 1, "known sections: central, data, evaluate"),
-        ("train.batch-size", 0, r"train.batch-size: .*greater than or equal to 1, got 0"),
-        ("train.batch-size", 1.5, r"train.batch-size: .*got 1.5"),
+        ("train.batch-size", 0, r"train.batch-size .*at least 1, got 0"),
+        ("train.batch-size", 1.5, r"train.batch-size .*got 1.5"),
         ("train.batch-size", True, "train.batch-size: expected no true or false"),
         ("train.augment", 1, "train.augment: expected true or false"),
-        ("train.learning-rate", float("nan"), "train.learning-rate: .*finite"),
-        ("train.precision", "fp16", "train.precision: .*'fp32' or 'bf16', got 'fp16'"),
+        ("train.learning-rate", float("nan"), "train.learning-rate .*finite"),
+        ("train.precision", "fp16", "train.precision .*'fp32' or 'bf16', got 'fp16'"),
         ("train.device", "tpu", "train.device"),
         ("rounds.min-sites", "0%", "rounds.min-sites"),
         ("data.classes", "benign", "data.classes: expected at least two"),
@@ -59,15 +55,15 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("data.classes", "", "data.classes: expected at least two names, got ''"),
         ("data.mask-classes", "", "data.mask-classes: expected 1 to 255 names, got 0"),
         ("data.mask-classes", "a,b,a", "data.mask-classes: expected distinct names"),
-        ("data.mask-kind", "both", "data.mask-kind: .*'overlapping'"),
+        ("data.mask-kind", "both", "data.mask-kind .*'overlapping'"),
         ("data.label-kind", "multi-label", "loss.classification: expected soft-margin"),
-        ("data.channels", 2, "data.channels: .*1, 3 or 4"),
+        ("data.channels", 2, "data.channels .*1, 3 or 4"),
         ("data.drop-labels", "benign", "data.drop-labels: benign is also in data.classes"),
         ("data.val-fraction", 0.9, "sum below 1"),
         ("model.depths", "1,2", "model.depths: expected 4 numbers"),
         ("model.depths", "1,2,x,4", "model.depths"),
         ("model.backbone", "ResNet 34", "model.backbone"),
-        ("model.stride", 8, "model.stride: .*2 or 4"),
+        ("model.stride", 8, "model.stride .*2 or 4"),
         ("model.window", 1, "model.window: expected 0 or 2 tokens"),
         ("model.mlp-ratio", 0.01, "model.mlp-ratio"),
         ("model.head-stages", "5", "stages from 1 to 4"),
@@ -75,8 +71,8 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("loss.class-weights", "1,2,3", "loss.class-weights: expected 2 numbers"),
         ("loss.class-weights", "1..2,3", "loss.class-weights"),
         ("loss.class-weights", 5, "loss.class-weights: expected 2 numbers"),
-        ("loss.segmentation", "dice+bce", r"loss.segmentation: .*'dice\+ce'"),
-        ("loss.label-smoothing", 1.0, "loss.label-smoothing: .*less than 1"),
+        ("loss.segmentation", "dice+bce", r"loss.segmentation .*'dice\+ce'"),
+        ("loss.label-smoothing", 1.0, "loss.label-smoothing .*less than 1"),
         ("loss.focal-gamma", -1.0, "loss.focal-gamma"),
         ("run.name", "a/b", "run.name"),
         ("run.name", "..", "run.name"),
@@ -201,5 +197,5 @@ def test_a_preset_written_out_reads_back_the_same() -> None:
     light = RunConfig.from_flat({"model.preset": "light", "model.stride": 2, "model.dfe": "sum"})
     assert light.model.stride == 4  # 2 is the default, and a default cannot be told from none
     assert RunConfig.from_flat(light.to_flat()) == light
-    named = {f"model.{key}": value for key, value in PRESETS["light"].items()}
+    named = {f"model.{key}": value for key, value in MODEL_PRESETS["light"].items()}
     assert RunConfig.from_flat({**named, "model.stride": 2}).model.stride == 2

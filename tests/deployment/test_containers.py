@@ -212,7 +212,7 @@ class Containers:
             }
         for name in sites:  # what a site's engineer fills in
             file = self.kit(name) / "site.yaml"
-            file.write_text(file.read_text().replace("least-support: 10", "least-support: 1"))
+            file.write_text(file.read_text().replace("min-support: 10", "min-support: 1"))
         for path in place.rglob("*"):
             os.chown(path, USER, USER)
 

@@ -28,9 +28,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from polyclinic.client.node.preflight import preflight
-from polyclinic.client.node.supernode import knock
+from polyclinic.client.node.supernode import probe_registration
 from polyclinic.configs import VERSION
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.federation import FederationConfig
 from polyclinic.configs.security.credentials import read_certificate, read_private_key
 from polyclinic.server.deployment.authority import Authority, new_key, pem, private_openssh
@@ -176,7 +176,7 @@ def another_authority(place: Consortium) -> None:
     provision(config, others)
     stranger = others / "sites" / "site-1" / "site.yaml"
     stranger.write_text(stranger.read_text().replace("/var/lib/", f"{others}/"))
-    found = {check.name: check for check in preflight(stranger, DataConfig(), knock)}
+    found = {check.name: check for check in preflight(stranger, DataConfig(), probe_registration)}
     assert found["TLS"].level == "fail"
     assert "this is not the coordinator that the kit is of" in found["TLS"].advice
 
@@ -232,7 +232,7 @@ def a_second_coordinator(place: Consortium) -> None:
 def a_copied_kit_with_another_name(place: Consortium) -> None:
     site_file = place.copy_kit("site-2", "posing")
     site_file.write_text(site_file.read_text().replace("name: site-2", "name: site-1"))
-    found = {check.name: check for check in preflight(site_file, DataConfig(), knock)}
+    found = {check.name: check for check in preflight(site_file, DataConfig(), probe_registration)}
     assert found["kit"].level == "fail"
     assert found["kit"].seen == "the kit is of site site-2, site.yaml says site-1"
 

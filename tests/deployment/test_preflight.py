@@ -25,22 +25,22 @@ from polyclinic.client.policy.approvals import Approvals
 from polyclinic.configs import VERSION
 from polyclinic.configs.diagnostics.checks import Check, as_json, as_lines, failed
 from polyclinic.configs.diagnostics.machine import (
-    see_address,
-    see_disk,
-    see_memory,
-    see_port,
-    see_shared_memory,
-    see_writable,
+    check_address,
+    check_disk,
+    check_memory,
+    check_port,
+    check_shared_memory,
+    check_writable,
 )
 from polyclinic.configs.diagnostics.network import (
     About,
+    check_proxy,
+    check_tls,
     compare_clocks,
     connect,
     resolve,
-    see_proxy,
-    shake_hands,
 )
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.federation import read_federation
 from polyclinic.configs.schema.site import read_site_config
 from polyclinic.configs.security.credentials import now_utc
@@ -115,8 +115,8 @@ Look = Callable[..., dict[str, Check]]
 
 @pytest.fixture
 def look(site_file: Path) -> Look:
-    def call(knock: str = "", health: str | None = None) -> dict[str, Check]:
-        found = preflight(site_file, DataConfig(), lambda server_: knock, health)
+    def call(probe_registration: str = "", health: str | None = None) -> dict[str, Check]:
+        found = preflight(site_file, DataConfig(), lambda server_: probe_registration, health)
         return {check.name: check for check in found}
 
     return call
@@ -254,7 +254,7 @@ def test_another_authority_is_not_gone_on_with(look, kits, site_file, coordinato
 
 
 def test_a_key_that_is_refused_says_by_whom_and_why(look, coordinator) -> None:
-    found = look(knock="key 1234 is not registered")["key"]
+    found = look(probe_registration="key 1234 is not registered")["key"]
     assert found.level == "fail"
     assert "does not take this site's key: key 1234 is not registered" in found.seen
 
@@ -289,7 +289,7 @@ def test_names_routes_and_what_speaks_no_tls(kits: Path) -> None:
     assert resolve("no-such-host.invalid", 1).level == "fail"
     assert connect("127.0.0.1", free_port()).level == "fail"
     with plain_server() as port:
-        found = shake_hands("127.0.0.1", port, kits / "authority" / "ca.crt")
+        found = check_tls("127.0.0.1", port, kits / "authority" / "ca.crt")
         assert found.level == "fail"
         assert "speaks no TLS" in found.advice
 
@@ -310,11 +310,11 @@ def plain_server() -> Iterator[int]:
 def test_a_proxy_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert see_proxy("fl.example.org").level == "OK"
+    assert check_proxy("fl.example.org").level == "OK"
     monkeypatch.setenv("https_proxy", "http://proxy:3128")
-    assert see_proxy("fl.example.org").level == "warn"
+    assert check_proxy("fl.example.org").level == "warn"
     monkeypatch.setenv("no_proxy", "fl.example.org")
-    assert see_proxy("fl.example.org").level == "OK"
+    assert check_proxy("fl.example.org").level == "OK"
 
 
 def test_disk_memory_and_shared_memory_are_measured(tmp_path: Path, monkeypatch) -> None:
@@ -328,33 +328,33 @@ def test_disk_memory_and_shared_memory_are_measured(tmp_path: Path, monkeypatch)
             "disk_usage",
             lambda folder, free=free: Usage(1e12, free),
         )
-        assert see_disk("disk", tmp_path / "not" / "there").level == level
+        assert check_disk("disk", tmp_path / "not" / "there").level == level
     for total, level in ((64 << 20, "warn"), (1 << 30, "OK")):
         monkeypatch.setattr(
             polyclinic.configs.diagnostics.machine.shutil,
             "disk_usage",
             lambda folder, total=total: Usage(total, 1),
         )
-        assert see_shared_memory(tmp_path).level == level
-    assert see_shared_memory(tmp_path / "missing").level == "warn"
+        assert check_shared_memory(tmp_path).level == level
+    assert check_shared_memory(tmp_path / "missing").level == "warn"
     monkeypatch.setattr(polyclinic.configs.diagnostics.machine, "MEMORY_WARN", 1e6)
-    assert see_memory().level == "warn"
+    assert check_memory().level == "warn"
 
 
 def test_ports_and_folders_are_tried(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
-        found = see_port("public port", "127.0.0.1", port)
+        found = check_port("public port", "127.0.0.1", port)
         assert found.level == "fail"
         assert f"127.0.0.1:{port}: Address already in use" in found.seen
     for wrong in ("9098", "localhost:", "localhost:port", "127.0.0.1:99999"):
-        found = see_address("health port", wrong)
+        found = check_address("health port", wrong)
         assert found.seen == f"{wrong!r} is no address"
         assert found.level == "fail"
-    assert see_address("health port", f"127.0.0.1:{free_port()}").level == "OK"
-    assert see_writable("state", tmp_path / "new").level == "OK"
+    assert check_address("health port", f"127.0.0.1:{free_port()}").level == "OK"
+    assert check_writable("state", tmp_path / "new").level == "OK"
     (tmp_path / "file").touch()
-    found = see_writable("state", tmp_path / "file" / "state")
+    found = check_writable("state", tmp_path / "file" / "state")
     assert found.level == "fail"
     assert f"uid {os.geteuid()}" in found.seen
     assert "chown" in found.advice

@@ -243,7 +243,7 @@ def test_model_info_counts_parts_that_add_up_to_the_whole(cli) -> None:
     ("arguments", "said"),
     [
         (["--size", "22x"], "--size: expected pixels as 224 or 256x320, got '22x'"),
-        (["--size", "16"], "data.image-height: expected greater than or equal to 32"),
+        (["--size", "16"], "data.image-height must be at least 32"),
         (["--set", "model.backbone=resnet35"], "timm has no model 'resnet35'; did you mean"),
         (["--set", "model.preset=heavy"], "model.preset: expected 'full' or 'light'"),
     ],

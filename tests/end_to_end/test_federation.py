@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from polyclinic.client.data.dataset import load_site
 from polyclinic.configs import wire
-from polyclinic.configs.run import ConfigError, load_run_config
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.presets import read_run_config
 from polyclinic.mtl_model.packing import Layout
 from polyclinic.server.app import run
 from polyclinic.server.rounds.federation import RunFailed, RunRefused, sites_needed
@@ -49,7 +50,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny, grid) -> None:
     assert first.metrics.images > 0
     assert first.train.steps > 0
     assert first.bytes_up > 0
-    assert load_run_config(folder.config) == config
+    assert read_run_config(folder.config) == config
     environment = json.loads(folder.environment.read_text())
     assert set(environment["sites"]) == set(sites) - {POOLED}
     assert len(environment["sites"]["site-1"]["fingerprint"]) == 64

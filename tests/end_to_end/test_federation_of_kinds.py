@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import load_run_config
+from polyclinic.configs.presets import read_run_config
 from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.packing import Layout
 from polyclinic.server.app import run
@@ -48,7 +48,7 @@ def tables_of(folder) -> str:
     rows = {site: line.metrics for site, line in lines_of(folder).items()}
     console = Console(width=110)
     with console.capture() as shown:
-        for table in class_tables(rows, load_run_config(folder.config).data):
+        for table in class_tables(rows, read_run_config(folder.config).data):
             console.print(table)
     return shown.get()
 

@@ -9,7 +9,7 @@ import numpy as np
 from polyclinic.client.data.dataset import load_site
 from polyclinic.client.data.manifest import read_sites
 from polyclinic.client.data.splits import split_rows
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.server.app import run
 from polyclinic.server.runs.history import POOLED, read_history
 

@@ -11,7 +11,9 @@ from flwr.app import Message
 from safetensors.numpy import load_file
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import ConfigError, RunConfig, load_run_config
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.presets import read_run_config
+from polyclinic.configs.run import RunConfig
 from polyclinic.server.app import run
 from polyclinic.server.rounds.federation import RunFailed, RunRefused
 from polyclinic.server.runs.folder import RunFolder, write_json
@@ -99,7 +101,7 @@ def test_a_resumed_run_has_the_weights_of_one_that_was_not_interrupted(
     results = [json.loads(f.results.read_text()) for f in (whole, folder)]
     assert results[0] == results[1]
     assert json.loads(folder.outcome.read_text())["rounds"] == 3
-    assert load_run_config(folder.config).run.resume == ""
+    assert read_run_config(folder.config).run.resume == ""
 
 
 def resumed_from_defaults(config: RunConfig) -> RunConfig:
@@ -127,7 +129,7 @@ def test_rounds_can_be_raised_and_a_completed_run_needs_it(tiny, grid) -> None:
         resume(tiny, grid)
     folder = resume(tiny, grid, **{"rounds.count": 2})
     assert folder.checkpoints() == [1, 2]
-    assert load_run_config(folder.config).rounds.count == 2
+    assert read_run_config(folder.config).rounds.count == 2
     splits = [(line.round, line.split) for line in read_history(folder.history)]
     assert len([1 for _, split in splits if split == "test"]) == 4
     assert splits[:8] == [(1, "val")] * 4 + [(2, "val")] * 4

@@ -227,7 +227,7 @@ class Deployment:
         site = folder / f"{name}.yaml"
         site.write_text(
             f"name: {name}\ndata-root: data/{name}\nstate: state/{name}\n"
-            "policy: {least-support: 1}\n"
+            "policy: {min-support: 1}\n"
         )
         # started again and again, as a container is: the SuperLink takes a node back only when it
         # has missed its heartbeats, a minute after it was killed

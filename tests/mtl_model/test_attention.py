@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import polyclinic.mtl_model.attention as attention_module
-from polyclinic.mtl_model.attention import SwinLayer, WindowAttention, offset_index, strips
+from polyclinic.mtl_model.attention import SwinLayer, WindowAttention, offset_index, window_bands
 from polyclinic.mtl_model.encoder import heads_of
 
 
@@ -85,7 +85,7 @@ def test_gradients_computed_again_in_chunks_equal_those_of_kept_scores(
 def test_an_axis_is_cut_at_the_shift_and_then_every_window(
     length: int, window: int, shift: int, cut: list[tuple[int, int, int]]
 ) -> None:
-    assert [(s.start, s.size, s.count) for s in strips(length, window, shift)] == cut
+    assert [(s.start, s.size, s.count) for s in window_bands(length, window, shift)] == cut
 
 
 def test_a_map_of_one_window_is_not_shifted() -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from polyclinic.client.training.device import compiled
-from polyclinic.configs.run import ModelConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.inference import InferenceForm
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model
-from polyclinic.simulation.benchmarks.plain import written_plainly
+from polyclinic.simulation.benchmarks.plain import reference_implementation
 from tests.factories import losses_of, small, some_targets
 
 SIZE = (64, 64)
@@ -81,7 +81,7 @@ def equal_gradients(ours: MultiTaskUNet, plain: MultiTaskUNet, images: Tensor) -
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_the_network_equals_itself_written_plainly(changes: dict[str, object]) -> None:
     ours = livened(small(**changes)).double()
-    plain = written_plainly(ours)
+    plain = reference_implementation(ours)
     equal_outputs(ours, plain, some_images().double())
     equal_gradients(ours, plain, some_images().double())
 
@@ -90,7 +90,7 @@ def test_the_network_equals_itself_written_plainly(changes: dict[str, object]) -
 def test_in_fp32_the_full_network_equals_itself_written_plainly(norm: str) -> None:
     config = ModelConfig(norm=norm)
     ours = build_model(config, size=(224, 224), in_channels=3, image_classes=3, seed=0)
-    ours, plain = ours.eval(), written_plainly(ours).eval()
+    ours, plain = ours.eval(), reference_implementation(ours).eval()
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pairs = zip(InferenceForm(ours)(image)[:2], plain(image)[:2], strict=True)
@@ -102,7 +102,7 @@ def test_in_fp32_the_full_network_equals_itself_written_plainly(norm: str) -> No
 def test_a_changed_bias_would_be_seen() -> None:
     """The negative control of the comparison above."""
     ours = livened(small(window=4))
-    plain = written_plainly(ours)
+    plain = reference_implementation(ours)
     with torch.no_grad():
         plain.encoder.swins[0].blocks[1].attention.bias.table[0, 0] += 1
     with pytest.raises(AssertionError):

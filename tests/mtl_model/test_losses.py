@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from monai.losses import DiceFocalLoss, DiceLoss, FocalLoss
 from torch import Tensor
 
-from polyclinic.configs.run import LossConfig
+from polyclinic.configs.schema.loss import LossConfig
 from polyclinic.mtl_model.losses import (
     balanced_class_weights,
     classification_loss,

@@ -316,7 +316,7 @@ def test_the_histograms_middle_is_the_threshold(logit: float) -> None:
     prediction = Prediction(None, torch.tensor([[logit]]))
     sums = batch_sums(prediction, targets, one)
     assert sums.scores[0, 1, BINS // 2 :].sum() == (logit > 0)
-    assert sums.right[0] == (logit > 0)
+    assert sums.exact_matches[0] == (logit > 0)
     assert compute(sums, one).sensitivity == float(logit > 0)
 
 
@@ -371,7 +371,7 @@ def test_area_under_curve_by_hand() -> None:
         ({"hd95_images": [60.0]}, "hd95_images: expected at most"),
         ({"hd95": [2.0 * math.hypot(*SIZE)], "hd95_images": [1.0]}, "hd95: expected at most"),
         ({"labelled": [61.0]}, "labelled: expected at most"),
-        ({"right": [60.0]}, "right: expected at most"),
+        ({"right": [60.0]}, "exact_matches: expected at most"),
         ({"confusion": [1e3] * 9}, "confusion: expected at most"),
         ({"scores": [1.0] * (3 * 2 * BINS)}, "scores: expected at most"),
     ],

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyclinic.configs.run import ModelConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.blocks import group_norm
 from polyclinic.mtl_model.losses import Targets
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model
-from polyclinic.simulation.benchmarks.plain import written_plainly
+from polyclinic.simulation.benchmarks.plain import reference_implementation
 from tests.factories import SMALL, VARIANTS, losses_of, small, some_targets
 
 
@@ -49,7 +49,7 @@ def test_the_published_operations_are_hit(dfe: str, side: int, masks: int, gmacs
     model = published(dfe, side, masks, "meta").eval()
     with torch.device("meta"):
         image = torch.empty(1, 3, side, side)
-        plainly, ours = operations(written_plainly(model), image), operations(model, image)
+        plainly, ours = operations(reference_implementation(model), image), operations(model, image)
     assert plainly / 1e9 == pytest.approx(gmacs, abs=0.05 if side == 224 else 0.5)
     assert 0.985 * plainly < ours < plainly  # no pairs of tokens that a mask would throw away
 

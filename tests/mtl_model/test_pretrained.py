@@ -15,7 +15,10 @@ from torch import Tensor
 
 from polyclinic.client.data.dataset import load_site
 from polyclinic.client.data.manifest import read_sites
-from polyclinic.configs.run import DataConfig, LossConfig, ModelConfig, RunConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.data import DataConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.pretrained import PretrainedError
 from polyclinic.server.aggregation.initial import initial_network, read_weights

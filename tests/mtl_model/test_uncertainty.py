@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from polyclinic.client.training.local_round import Round, train_one_round
-from polyclinic.configs.run import LossConfig, TrainConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.losses import multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet, Prediction, build_model, network_of
 from polyclinic.mtl_model.uncertainty import Uncertainty

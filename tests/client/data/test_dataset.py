@@ -12,7 +12,7 @@ from PIL import Image
 from polyclinic.client.data.augment import Augmentation
 from polyclinic.client.data.dataset import Example, ExampleDataset, load_site, to_batch
 from polyclinic.client.data.manifest import DataError, read_sites
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from tests.conftest import rows_of, write_manifest
 
 DATA = DataConfig(image_height=32, image_width=32)

@@ -14,7 +14,7 @@ from polyclinic.client.data.augment import Augmentation
 from polyclinic.client.data.dataset import Examples, SiteData, load_site
 from polyclinic.client.data.manifest import DataError, Manifest, Row, read_sites
 from polyclinic.client.data.splits import split_rows
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from tests.conftest import rows_of, write_manifest
 from tests.site_images import (
     SIDE,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from polyclinic.client.data.manifest import DataError, Manifest, Row
 from polyclinic.client.data.splits import split_rows
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 
 
 def manifest(labels_by_group: list[list[str | None]], site: str = "a") -> Manifest:

@@ -33,11 +33,11 @@ from polyclinic.client.ledger.budget import (
     read_accounts,
     verify_ledger,
 )
-from polyclinic.client.ledger.hash_chain import Chain, Entry
+from polyclinic.client.ledger.hash_chain import Entry, HashChain
 from polyclinic.client.policy.site_policy import OPEN, Decline
-from polyclinic.client.privacy.accounting import Spent, epsilon, epsilon_rdp
+from polyclinic.client.privacy.accounting import DpEvent, epsilon, epsilon_rdp
 from polyclinic.client.private_round import train_within_budget
-from polyclinic.client.site import Standing
+from polyclinic.client.site import PrivacyDeclaration
 from polyclinic.client.training.local_round import Round
 from polyclinic.configs.run import RunConfig
 from polyclinic.configs.schema.site import BudgetConfig
@@ -45,7 +45,7 @@ from tests.factories import database, head_of, rewrite, texts_of
 
 NORTH = Cohort("north", "patient", 1000)
 DELTA = 1e-4
-TEN = Spent(1.0, 0.05, 10)
+TEN = DpEvent(1.0, 0.05, 10)
 BY_RDP = 1e-11  # a delta at which PRV is not asked, which takes milliseconds, not a second
 
 
@@ -63,7 +63,7 @@ def steps(path: Path) -> list[int]:
 
 
 def written(path: Path) -> int:
-    with Chain(path, read_only=True) as chain:
+    with HashChain(path, read_only=True) as chain:
         return chain.head.number
 
 
@@ -93,7 +93,7 @@ def test_what_was_never_settled_stays_spent(path: Path) -> None:
 
 
 def test_spending_composes_over_rounds_runs_and_restarts(path: Path) -> None:
-    other = Spent(2.0, 0.1, 7)
+    other = DpEvent(2.0, 0.1, 7)
     for run in ("one", "two"):
         for number, spent in enumerate((TEN, other), 1):
             with opened(path) as ledger:
@@ -188,7 +188,7 @@ def test_steps_not_taken_make_room_for_others(path: Path) -> None:
 
 
 def test_steps_without_noise_cost_more_than_any_cap(path: Path) -> None:
-    bare = Spent(0.0, 0.05, 1)
+    bare = DpEvent(0.0, 0.05, 1)
     with opened(path, cap=1e6) as ledger, pytest.raises(BudgetExceeded, match="epsilon inf"):
         ledger.reserve("run", 1, bare)
     with opened(path) as ledger:
@@ -481,7 +481,7 @@ def test_what_adds_up_is_not_suspected(path: Path) -> None:
     assert verify_ledger(path) == 6
 
 
-def train_with(standing: Standing, config: RunConfig) -> None:
+def train_with(standing: PrivacyDeclaration, config: RunConfig) -> None:
     """A round of no network on no images: as far as the first step all is as it is."""
     nothing: Any = None
     where = Round(1, 2, 0, "north")
@@ -568,7 +568,7 @@ def test_a_ledger_that_cannot_be_used_lets_no_training_start(
         data__split="independent",
     )
     budget = BudgetConfig(epsilon=9.0, delta=BY_RDP, unit="patient")
-    standing = Standing("run", "north", 12, 6, path, budget)
+    standing = PrivacyDeclaration("run", "north", 12, 6, path, budget)
     entries = texts_of(path)
     held = harm(path, monkeypatch)
     if said is None:
@@ -598,7 +598,7 @@ def test_a_round_above_the_cap_is_declined_before_training(
         data__split="independent",
     )
     budget = BudgetConfig(epsilon=0.01, delta=1e-3, unit="patient")
-    standing = Standing("run", "north", 12, 6, path, budget)
+    standing = PrivacyDeclaration("run", "north", 12, 6, path, budget)
     with pytest.raises(Decline, match=r"cohort north: .* of 0.01 there is 0.01 left \(0 spent\)"):
         train_with(standing, config)
     assert read_accounts(path)["north"].rounds == []

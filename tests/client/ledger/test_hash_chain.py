@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 import polyclinic.client.ledger.hash_chain
 from polyclinic.client.ledger.hash_chain import (
     SCHEMA,
-    Chain,
     Entry,
+    HashChain,
     Head,
     LedgerError,
     LedgerTampered,
@@ -38,13 +38,13 @@ NOBODY = 65534
 
 def append(path: Path, *kinds: str) -> None:
     """One entry a turn, as training writes them."""
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         for kind in kinds:
             with chain.turn():
                 chain.append(kind, note=f"of kind {kind}")
 
 
-def append_in(chain: Chain, *kinds: str) -> None:
+def append_in(chain: HashChain, *kinds: str) -> None:
     """All in one turn."""
     with chain.turn():
         for kind in kinds:
@@ -52,19 +52,19 @@ def append_in(chain: Chain, *kinds: str) -> None:
 
 
 def kinds(path: Path) -> list[str]:
-    with Chain(path, read_only=True) as chain:
+    with HashChain(path, read_only=True) as chain:
         return [entry.kind for entry in chain.entries]
 
 
 def test_entries_are_there_for_who_opens_the_file_next(path: Path) -> None:
     started = datetime.now(UTC)
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         with chain.turn():
             first = chain.append("terms", cap=8.0, unit="patient")
             second = chain.append("reserve", steps=3)
         assert chain.entries == (first, second)
         assert chain.head == Head(2, second.hash)
-    with Chain(path) as again:
+    with HashChain(path) as again:
         assert again.entries == (first, second)
     assert dict(first.content) == {
         "number": 1,
@@ -78,7 +78,7 @@ def test_entries_are_there_for_who_opens_the_file_next(path: Path) -> None:
 
 def test_an_entry_is_on_the_disk_before_its_turn_ends(path: Path) -> None:
     """Not power that fails, which no test can do, but what SQLite is told to do about it."""
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         assert chain._pragma("synchronous") == 2  # FULL: the log is synchronised at each commit
         assert chain._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
@@ -97,7 +97,7 @@ def test_each_hash_is_of_the_entry_and_the_hash_before(path: Path) -> None:
 def test_a_turn_that_fails_writes_nothing(path: Path) -> None:
     append(path, "one")
     noted = head_of(path).read_bytes()
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         before = chain.entries
         with pytest.raises(TypeError, match="JSON"):
             append_in(chain, "two", b"three")  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_a_turn_that_fails_writes_nothing(path: Path) -> None:
 
 
 def test_appending_outside_a_turn_is_a_mistake_of_ours(path: Path) -> None:
-    with Chain(path) as chain, pytest.raises(RuntimeError, match=r"within turn\(\)"):
+    with HashChain(path) as chain, pytest.raises(RuntimeError, match=r"within turn\(\)"):
         chain.append("one")
     assert kinds(path) == []
 
@@ -238,7 +238,7 @@ def test_tampering_is_found_by_who_opens_the_file(
     harm(path)
     for _ in range(2):  # the first look mends nothing
         with pytest.raises(LedgerTampered, match=HARMS[harm]):
-            Chain(path, read_only=read_only)
+            HashChain(path, read_only=read_only)
 
 
 def test_an_untouched_file_is_not_suspected(path: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_an_untouched_file_is_not_suspected(path: Path, tmp_path: Path) -> None:
     shutil.copytree(path.parent, tmp_path / "copy")
     shutil.rmtree(path.parent)
     (tmp_path / "copy").rename(path.parent)
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         chain.verify()
     assert kinds(path) == ["one", "two", "three", "four"]
 
@@ -275,7 +275,7 @@ def opened_after(written: Path, harm: Callable[[Path], None]) -> list[tuple[Entr
             shutil.copy(head_of(written), folder)
             harm(path)
             try:
-                with Chain(path, read_only=read_only) as chain:
+                with HashChain(path, read_only=read_only) as chain:
                     chain.verify()
                     found.append(chain.entries)
             except LedgerError as error:
@@ -297,7 +297,7 @@ def test_a_byte_changed_anywhere_is_found_or_changes_no_entry(
     def harm(path: Path) -> None:
         path.write_bytes(content[:place] + bytes([other]) + content[place + 1 :])
 
-    with Chain(written, read_only=True) as chain:
+    with HashChain(written, read_only=True) as chain:
         truth = chain.entries
     for outcome in opened_after(written, harm):
         assert outcome == truth or isinstance(outcome, str)
@@ -336,13 +336,13 @@ def test_a_head_that_says_anything_else_is_found(written: Path, head: bytes) -> 
 def test_who_forges_file_and_head_is_shown_by_a_head_kept_elsewhere(path: Path) -> None:
     """The limit of a file that whoever may write it may write anew."""
     append(path, "one", "two", "three")
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         kept = chain.head
     rewrite(path, [text.replace("three", "other") for text in texts_of(path)])
     with database(path) as opened:
         number, found = opened.execute("SELECT max(number), hash FROM entries").fetchone()
     head_of(path).write_text(json.dumps({"number": number, "hash": found}))
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         chain.verify()  # nothing to be found here
         assert chain.head.number == kept.number
         assert chain.head != kept
@@ -371,7 +371,7 @@ def test_an_entry_that_this_program_would_not_write_is_found_though_its_hash_fit
     rewrite(path, [text])
     head_of(path).write_text(json.dumps({"number": 0, "hash": "0" * 64}))
     with pytest.raises(LedgerTampered, match=r"entry 1 was changed: it (cannot be read|is not as)"):
-        Chain(path)
+        HashChain(path)
 
 
 def test_an_entry_from_before_the_entry_before_it_is_found_though_its_hash_fits(path: Path) -> None:
@@ -382,7 +382,7 @@ def test_an_entry_from_before_the_entry_before_it_is_found_though_its_hash_fits(
     rewrite(path, [json.dumps(each, sort_keys=True, separators=(",", ":")) for each in (one, two)])
     head_of(path).write_text(json.dumps({"number": 0, "hash": "0" * 64}))
     with pytest.raises(LedgerTampered, match="entry 2 was changed: its time lies before"):
-        Chain(path)
+        HashChain(path)
 
 
 def test_a_head_that_a_crash_left_behind_is_repaired(path: Path) -> None:
@@ -393,7 +393,7 @@ def test_a_head_that_a_crash_left_behind_is_repaired(path: Path) -> None:
     head_of(path).write_bytes(behind)
     assert kinds(path) == ["one", "two", "three"]
     assert head_of(path).read_bytes() == behind  # who only reads repairs nothing
-    Chain(path).close()
+    HashChain(path).close()
     assert head_of(path).read_bytes() == newest
 
 
@@ -409,8 +409,8 @@ def test_a_crash_while_the_file_is_made_leaves_nothing_to_mend(path: Path) -> No
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from polyclinic.client.ledger.hash_chain import Chain
-chain = Chain(Path(sys.argv[1]))
+from polyclinic.client.ledger.hash_chain import HashChain
+chain = HashChain(Path(sys.argv[1]))
 with chain.turn():
     chain.append("kept")
 chain._database.execute("BEGIN IMMEDIATE")
@@ -434,11 +434,11 @@ def test_a_lost_log_is_found(path: Path) -> None:
     for name in ("ledger.db-wal", "ledger.db-shm"):
         path.with_name(name).unlink()
     with pytest.raises(LedgerTampered, match=r"ledger.db.head knows of 2 entries"):
-        Chain(path)
+        HashChain(path)
 
 
 def test_who_takes_a_turn_sees_what_others_wrote(path: Path) -> None:
-    with Chain(path) as one, Chain(path) as other:
+    with HashChain(path) as one, HashChain(path) as other:
         with one.turn():
             first = one.append("one")
         assert other.entries == ()
@@ -453,10 +453,10 @@ def test_who_takes_a_turn_sees_what_others_wrote(path: Path) -> None:
 TOGETHER = """
 import sys
 from pathlib import Path
-from polyclinic.client.ledger.hash_chain import Chain
+from polyclinic.client.ledger.hash_chain import HashChain
 print("ready", flush=True)
 sys.stdin.readline()
-with Chain(Path(sys.argv[1]), timeout_s=60) as chain:
+with HashChain(Path(sys.argv[1]), timeout_s=60) as chain:
     for number in range(int(sys.argv[2])):
         with chain.turn():
             chain.append("by " + sys.argv[3], count=number)
@@ -489,7 +489,7 @@ def together(count: int, *arguments: object) -> Iterator[None]:
 def test_processes_that_make_and_write_one_file_at_once_lose_nothing(path: Path) -> None:
     with together(4, path, 10):
         pass
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         chain.verify()
         for k in range(4):
             mine = [entry.content["count"] for entry in chain.entries if entry.kind == f"by {k}"]
@@ -502,7 +502,7 @@ def test_who_reads_while_others_write_sees_a_whole_beginning_of_it(path: Path) -
     seen = []
     with together(2, path, 30):
         while not seen or seen[-1] < 61:
-            with Chain(path, read_only=True) as chain:
+            with HashChain(path, read_only=True) as chain:
                 chain.verify()
                 seen.append(len(chain.entries))
     assert seen == sorted(seen)
@@ -515,15 +515,15 @@ def test_who_reads_while_the_first_entry_is_written_suspects_nobody(
     path.parent.mkdir()
     path.touch()
     looks = iter(["is there a file?", "what does the head say?"])
-    look = Chain._noted
+    look = HashChain._noted
 
-    def slowly(chain: Chain) -> Head | None:
+    def slowly(chain: HashChain) -> Head | None:
         found = look(chain)
         if next(looks, "") == "what does the head say?":
             append(path, "one")
         return found
 
-    monkeypatch.setattr(Chain, "_noted", slowly)
+    monkeypatch.setattr(HashChain, "_noted", slowly)
     assert kinds(path) == ["one"]
 
 
@@ -531,18 +531,18 @@ def test_who_makes_the_file_waits_for_another_who_does(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.parent.mkdir()
-    check = Chain._check_kind
+    check = HashChain._check_kind
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     release = threading.Timer(0.2, lambda: other.execute("ROLLBACK"))
 
-    def then_be_late(chain: Chain) -> None:
+    def then_be_late(chain: HashChain) -> None:
         check(chain)
         other.execute("BEGIN IMMEDIATE")
         release.start()
 
-    monkeypatch.setattr(Chain, "_check_kind", then_be_late)
+    monkeypatch.setattr(HashChain, "_check_kind", then_be_late)
     with contextlib.closing(other):
-        Chain(path).close()
+        HashChain(path).close()
         release.join()
 
 
@@ -551,28 +551,28 @@ def test_a_file_that_another_process_makes_meanwhile_is_no_other_programs(
 ) -> None:
     path.parent.mkdir()
     path.touch()
-    look = Chain._pragma
+    look = HashChain._pragma
 
-    def then_be_late(chain: Chain, name: str) -> int:
+    def then_be_late(chain: HashChain, name: str) -> int:
         found = look(chain, name)
-        monkeypatch.setattr(Chain, "_pragma", look)
+        monkeypatch.setattr(HashChain, "_pragma", look)
         append(path, "one")
         return found
 
-    monkeypatch.setattr(Chain, "_pragma", then_be_late)
+    monkeypatch.setattr(HashChain, "_pragma", then_be_late)
     append(path, "two")
     assert kinds(path) == ["one", "two"]
 
 
 def test_a_file_locked_by_another_process_is_refused_after_a_while(path: Path) -> None:
     append(path, "one")
-    with Chain(path, timeout_s=0.05) as chain, database(path) as other:
+    with HashChain(path, timeout_s=0.05) as chain, database(path) as other:
         other.execute("BEGIN IMMEDIATE")
         said = r"ledger.db: locked by another process for 0.05 s; .* wait for it"
         with pytest.raises(LedgerError, match=said):
             append_in(chain, "two")
         with pytest.raises(LedgerError, match=said):
-            Chain(path, timeout_s=0.05)
+            HashChain(path, timeout_s=0.05)
         assert kinds(path) == ["one"]  # who reads need not wait
         other.execute("ROLLBACK")
         with chain.turn():
@@ -589,7 +589,7 @@ def test_an_entry_stands_though_its_head_cannot_be_noted(
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, "the disk groans")
 
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         monkeypatch.setattr(Path, "replace", refuse)
         with chain.turn():
             chain.append("two")
@@ -606,7 +606,7 @@ def test_a_change_behind_the_back_of_who_has_it_open_is_found(
     path: Path, harm: Callable[[Path], None]
 ) -> None:
     append(path, "one", "two", "three", "four")
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         harm(path)
         with pytest.raises(LedgerTampered, match=HARMS[harm]):
             chain.verify()
@@ -614,7 +614,7 @@ def test_a_change_behind_the_back_of_who_has_it_open_is_found(
 
 def test_a_newest_entry_that_changed_is_found_before_another_follows_it(path: Path) -> None:
     append(path, "one", "two")
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         a_hash_changed(path)
         with pytest.raises(LedgerTampered, match=r"entry 2 .* not what it was a moment ago"):
             append_in(chain, "three")
@@ -623,7 +623,7 @@ def test_a_newest_entry_that_changed_is_found_before_another_follows_it(path: Pa
 def test_a_file_put_in_place_of_the_open_one_is_found(path: Path, tmp_path: Path) -> None:
     append(path, "one")
     shutil.copytree(path.parent, tmp_path / "earlier")
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         (tmp_path / "earlier" / path.name).replace(path)
         with pytest.raises(LedgerTampered, match="replaced by another file"):
             append_in(chain, "two")
@@ -639,7 +639,7 @@ def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(path: Path) -> N
     before = path.read_bytes()
     for read_only in (False, True):
         with pytest.raises(LedgerError, match=rf"newer Polyclinic \(schema {SCHEMA + 1}.* update"):
-            Chain(path, read_only=read_only)
+            HashChain(path, read_only=read_only)
     assert path.read_bytes() == before
 
 
@@ -651,7 +651,7 @@ def test_another_programs_database_is_refused_and_left_as_it_is(path: Path, stat
     before = path.read_bytes()
     for read_only in (False, True):
         with pytest.raises(LedgerError, match="found another program's database"):
-            Chain(path, read_only=read_only)
+            HashChain(path, read_only=read_only)
     assert path.read_bytes() == before
 
 
@@ -661,7 +661,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path, len
     path.write_bytes(b"budget " * (length // 7))
     for read_only in (False, True):
         with pytest.raises(LedgerError, match="expected a ledger, found no database"):
-            Chain(path, read_only=read_only)
+            HashChain(path, read_only=read_only)
     assert path.read_bytes() == b"budget " * (length // 7)
 
 
@@ -672,7 +672,7 @@ def test_a_damaged_page_is_found_before_anything_is_written(path: Path) -> None:
     path.write_bytes(content)
     for read_only in (False, True):
         with pytest.raises(LedgerError, match=r"ledger.db: damaged.*backup"):
-            Chain(path, read_only=read_only)
+            HashChain(path, read_only=read_only)
     assert path.read_bytes() == content
 
 
@@ -682,25 +682,25 @@ def test_damage_beside_the_entries_is_found_too(path: Path) -> None:
     content[36:40] = (7).to_bytes(4, "big")  # SQLite's count of pages that are free
     path.write_bytes(content)
     with pytest.raises(LedgerError, match=r"ledger.db: damaged \(.*freelist.*7\); .*backup"):
-        Chain(path)
-    with Chain(path, read_only=True) as chain, pytest.raises(LedgerError, match="damaged"):
+        HashChain(path)
+    with HashChain(path, read_only=True) as chain, pytest.raises(LedgerError, match="damaged"):
         chain.verify()
     assert path.read_bytes() == content
 
 
 def test_there_is_nothing_to_read_before_something_is_written(path: Path) -> None:
     with pytest.raises(LedgerError, match="no such ledger"):
-        Chain(path, read_only=True)
+        HashChain(path, read_only=True)
     assert not path.parent.exists()
 
 
 def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LedgerError, match=r"file/ledger.db.head: cannot be read: Not a directory"):
-        Chain(tmp_path / "file" / "ledger.db")
+        HashChain(tmp_path / "file" / "ledger.db")
     (tmp_path / "folder" / "ledger.db").mkdir(parents=True)
     with pytest.raises(LedgerError, match="cannot be opened"):
-        Chain(tmp_path / "folder" / "ledger.db")
+        HashChain(tmp_path / "folder" / "ledger.db")
 
 
 @pytest.fixture
@@ -719,13 +719,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def test_a_clock_that_went_back_is_refused(path: Path, clock: Callable[[float], None]) -> None:
     append(path, "one")
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         clock(-120)
         said = r"the clock went back: entry 1 was written at 20.*, now it is 20.*; set the clock"
         with pytest.raises(LedgerError, match=said):
             append_in(chain, "two")
         with pytest.raises(LedgerError, match=said):
-            Chain(path)
+            HashChain(path)
         assert kinds(path) == ["one"]  # to look at it the clock need not be right
         clock(0)
         with chain.turn():
@@ -738,12 +738,12 @@ def test_a_clock_that_goes_back_within_a_turn_writes_nothing(
 ) -> None:
     append(path, "one")
 
-    def be_late(chain: Chain) -> None:
+    def be_late(chain: HashChain) -> None:
         with chain.turn():
             clock(-120)
             chain.append("two")
 
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         with pytest.raises(LedgerError, match="the clock went back"):
             be_late(chain)
         clock(0)
@@ -791,7 +791,7 @@ def test_a_read_only_file_is_refused_for_writing_and_can_be_looked_at(shared: Pa
     only_read(path)
     with bound_by_modes():
         with pytest.raises(LedgerError, match=r"read only; .* make it writable for this user"):
-            Chain(path)
+            HashChain(path)
         assert kinds(path) == ["one"]
     assert sorted(place.name for place in shared.iterdir()) == ["ledger.db", "ledger.db.head"]
 
@@ -812,9 +812,9 @@ def test_a_folder_where_nothing_can_be_made_is_refused(shared: Path) -> None:
     shared.chmod(0o555)
     with bound_by_modes():
         with pytest.raises(LedgerError, match=f"{shared}: read only"):
-            Chain(shared / "ledger.db")
+            HashChain(shared / "ledger.db")
         with pytest.raises(LedgerError, match=r"state: cannot be made: Permission denied"):
-            Chain(shared / "state" / "ledger.db")
+            HashChain(shared / "state" / "ledger.db")
 
 
 def test_what_only_sqlite_finds_to_be_read_only_is_refused_too(
@@ -826,13 +826,13 @@ def test_what_only_sqlite_finds_to_be_read_only_is_refused_too(
     only_read(path)
     monkeypatch.setattr(os, "access", lambda *_: True)
     with bound_by_modes(), pytest.raises(LedgerError, match=r"read only|cannot be opened"):
-        Chain(path)
+        HashChain(path)
     assert kinds(path) == ["one"]
 
 
 def test_a_disk_without_room_for_the_head_is_refused_before_the_entry(path: Path) -> None:
     append(path, "one")
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         path.with_name(".ledger.db.head").symlink_to("/dev/full")
         with pytest.raises(LedgerError, match="No space left on device"):
             append_in(chain, "two")
@@ -845,7 +845,7 @@ def test_a_disk_without_room_for_the_head_is_refused_before_the_entry(path: Path
 
 def test_a_disk_without_room_for_the_entry_is_refused(path: Path) -> None:
     append(path, "one")
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         pages = chain._pragma("page_count")
         chain._database.execute(f"PRAGMA max_page_count = {pages}")  # what SQLite takes for full
         with pytest.raises(LedgerError, match="the disk is full; nothing was written"):
@@ -893,7 +893,7 @@ def test_on_a_full_disk_an_entry_is_written_wholly_or_refused(small_disk: Path) 
 
     for pages in range(14):
         on_full(pages, lambda kind: append(path, kind), f"opened with {pages}")
-    with Chain(path) as chain:
+    with HashChain(path) as chain:
         for pages in range(6):
             on_full(pages, lambda kind: append_in(chain, kind), f"at work with {pages}")
             assert [entry.kind for entry in chain.entries] == expected

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from polyclinic.client.ledger.budget import LEDGER, Cohort, Ledger, read_accounts
-from polyclinic.client.privacy.accounting import Spent, epsilon, epsilon_rdp
+from polyclinic.client.privacy.accounting import DpEvent, epsilon, epsilon_rdp
 from tests.factories import head_of, without_triggers
 
 NORTH = Cohort("north", "patient", 400)
 DELTA = 1e-3
-TEN = Spent(1.0, 0.05, 10)
+TEN = DpEvent(1.0, 0.05, 10)
 
 SITE = """
 name: clinic
@@ -95,7 +95,7 @@ def test_the_ledger_as_json_has_every_number(cli, site: Path, path: Path) -> Non
 
 def test_spending_without_noise_or_cap_is_shown_as_what_it_is(cli, site: Path, path: Path) -> None:
     with Ledger(path, NORTH, DELTA, None) as ledger:
-        ledger.settle(ledger.reserve("4711", 1, Spent(0.0, 0.05, 1)), 1)
+        ledger.settle(ledger.reserve("4711", 1, DpEvent(0.0, 0.05, 1)), 1)
     status, out, _ = cli("site", "ledger", site)
     assert status == 0
     assert "epsilon inf no cap" in out

@@ -23,7 +23,7 @@ from polyclinic.client.node.supernode import (
     ASKED_FOR,
     PUTS_BACK,
     TAKES_IN,
-    Gatekeeper,
+    ReleaseGuard,
     read_contact,
     same_minor,
 )
@@ -77,12 +77,12 @@ class Node:
         self.ran.append(self.content_here)
         return run_id
 
-    def pull(self, guard: Gatekeeper, monkeypatch: pytest.MonkeyPatch, nothing: bool = False):
+    def pull(self, guard: ReleaseGuard, monkeypatch: pytest.MonkeyPatch, nothing: bool = False):
         message = Message(RecordDict(), dst_node_id=1, message_type=wire.TRAIN)
         message.metadata.__dict__["_message_id"] = "m"
         run = SimpleNamespace(fab_hash=self.hash, primary_task_type=self.task_type)
         monkeypatch.setattr(internal, PUTS_BACK, lambda msg, state, store: self.replies.append(msg))
-        return guard.around(self.take_in)(
+        return guard.wrap(self.take_in)(
             state=SimpleNamespace(get_run=self.known.get),
             object_store=None,
             receive=lambda: None if nothing else (message, None),
@@ -92,8 +92,8 @@ class Node:
 
 
 @pytest.fixture
-def guard(tmp_path: Path, flower_identity: None) -> Gatekeeper:
-    return Gatekeeper(Approvals(tmp_path), tmp_path / "contact.json", "fl.example.org:9092")
+def guard(tmp_path: Path, flower_identity: None) -> ReleaseGuard:
+    return ReleaseGuard(Approvals(tmp_path), tmp_path / "contact.json", "fl.example.org:9092")
 
 
 def test_an_approved_release_runs_and_nothing_else(guard, monkeypatch) -> None:

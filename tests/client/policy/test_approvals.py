@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from polyclinic.client.policy.approvals import Approvals, changes
 from polyclinic.configs import VERSION
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.security.release import check_signature, open_release
 from polyclinic.configs.security.release import sign as sign_release
 from tests.factories import PROJECT, app, packed

@@ -25,12 +25,13 @@ from polyclinic.client.policy.site_policy import (
     check_hours,
     check_size,
     check_update,
-    permitted,
-    supported,
+    restrict_to_allowed_tasks,
+    suppress_small_groups,
 )
 from polyclinic.client.site import load, open_site
 from polyclinic.configs import wire
-from polyclinic.configs.run import ConfigError, RunConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
 from polyclinic.configs.schema.site import PolicyConfig, read_site_config
 from polyclinic.server.app import run
 from polyclinic.server.deployment.status import budget_left, last_told
@@ -64,11 +65,11 @@ def deployed(tiny: Tiny, tmp_path: Path, flower_identity: None):
 
     def make(more: str = "", **changes: object) -> tuple[DeployedGrid, RunConfig]:
         files = []
-        for number, extra in ((1, more), (2, "policy: {least-support: 1}\n")):
+        for number, extra in ((1, more), (2, "policy: {min-support: 1}\n")):
             file = tmp_path / f"north-{number}.yaml"
             file.write_text(
                 f"name: north-{number}\ndata-root: data/site-{number}\nstate: state-{number}\n"
-                + (extra or "policy: {least-support: 1}\n")
+                + (extra or "policy: {min-support: 1}\n")
             )
             files.append(file)
         config = tiny(**{"rounds__count": 1, **changes})
@@ -86,17 +87,17 @@ def line_of(folder, site: str, split: str = "val"):
     ("policy", "said"),
     [
         ("evaluation: false", r"policy\.evaluation: this site evaluates no models"),
-        ("least-examples: 1000", r"policy\.least-examples: .*1000 examples or more, it has \d+"),
-        ("least-patients: 1000", r"policy\.least-patients: .*1000 patients or more, it has \d+"),
-        ("most-steps: 1", r"policy\.most-steps: this site takes 1 steps a round at most, .* \d+"),
-        ("most-update-mb: 0.001", r"policy\.most-update-mb: this site sends 0\.001 MB at most"),
-        ("most-update-norm: 0.0001", r"policy\.most-update-norm: .* at most, this round's has"),
+        ("min-examples: 1000", r"policy\.min-examples: .*1000 examples or more, it has \d+"),
+        ("min-patients: 1000", r"policy\.min-patients: .*1000 patients or more, it has \d+"),
+        ("max-steps: 1", r"policy\.max-steps: this site takes 1 steps a round at most, .* \d+"),
+        ("max-update-mb: 0.001", r"policy\.max-update-mb: this site sends 0\.001 MB at most"),
+        ("max-update-norm: 0.0001", r"policy\.max-update-norm: .* at most, this round's has"),
     ],
 )
 def test_what_a_policy_forbids_is_declined_with_its_reason_and_the_run_goes_on(
     deployed, tmp_path: Path, policy: str, said: str
 ) -> None:
-    grid, config = deployed(f"policy: {{least-support: 1, {policy}}}\n")
+    grid, config = deployed(f"policy: {{min-support: 1, {policy}}}\n")
     folder = run(grid, config)
     line = line_of(folder, "north-1")
     (phase,) = line.declined
@@ -119,7 +120,7 @@ def test_a_release_that_is_not_approved_is_told_nothing(deployed, tmp_path: Path
 
 
 def test_an_approved_release_may_train(deployed) -> None:
-    grid, config = deployed(f"policy: {{least-support: 1, releases: ['{own_release()}']}}\n")
+    grid, config = deployed(f"policy: {{min-support: 1, releases: ['{own_release()}']}}\n")
     assert line_of(run(grid, config), "north-1").train is not None
 
 
@@ -138,7 +139,7 @@ BUDGET = """
 cohort: {examples: 20, patients: 18}
 budget: {epsilon: 50, delta: 0.001, unit: patient}
 data: {classes: [benign, malignant], mask-classes: [lesion], val-fraction: 0.3, test-fraction: 0.2}
-policy: {least-support: 1, least-noise: LEAST}
+policy: {min-support: 1, min-noise-multiplier: LEAST}
 """
 
 
@@ -181,8 +182,8 @@ def test_a_deployed_site_names_no_file_to_the_server_unless_it_says_so(
     image = next((tmp_path / "data" / "site-1" / "images").iterdir())
     image.write_bytes(b"no image")
     for names, policy in (
-        (False, "least-support: 1"),
-        (True, "least-support: 1, name-files: true"),
+        (False, "min-support: 1"),
+        (True, "min-support: 1, name-files: true"),
     ):
         grid, config = deployed(f"policy: {{{policy}}}\n", run__name=f"names-{names}")
         folder = run(grid, config)
@@ -194,7 +195,7 @@ def test_a_deployed_site_names_no_file_to_the_server_unless_it_says_so(
 def test_data_that_cannot_be_used_are_refused_without_naming_them(deployed, tmp_path: Path) -> None:
     table = tmp_path / "data" / "site-1" / "labels.csv"
     table.write_text(table.read_text().replace("malignant", "smith-john"))
-    grid, config = deployed("policy: {least-support: 1}\n", rounds__min_sites="1")
+    grid, config = deployed("policy: {min-support: 1}\n", rounds__min_sites="1")
     run(grid, config)
     (entry,) = read_outgoing(tmp_path / "state-1")
     assert entry["outcome"] == "refused"
@@ -205,7 +206,7 @@ def test_data_that_cannot_be_used_are_refused_without_naming_them(deployed, tmp_
 def test_few_images_of_a_kind_are_not_evaluated_and_the_server_is_told(
     deployed, tmp_path: Path
 ) -> None:
-    grid, config = deployed("policy: {least-support: 1000}\n")
+    grid, config = deployed("policy: {min-support: 1000}\n")
     folder = run(grid, config)
     results = json.loads(folder.results.read_text())
     assert results["sites"]["north-1"]["dice"] is None
@@ -217,12 +218,12 @@ def test_few_images_of_a_kind_are_not_evaluated_and_the_server_is_told(
 
 
 def test_metrics_that_may_not_leave_do_not(deployed) -> None:
-    grid, config = deployed("policy: {least-support: 1, metrics: [segmentation, scores]}\n")
+    grid, config = deployed("policy: {min-support: 1, metrics: [segmentation, scores]}\n")
     results = json.loads(run(grid, config).results.read_text())["sites"]
     assert results["north-1"]["dice"] is not None
     assert results["north-1"]["accuracy"] is None
     grid, config = deployed(
-        "policy: {least-support: 1, metrics: [classification]}\n", run__name="another"
+        "policy: {min-support: 1, metrics: [classification]}\n", run__name="another"
     )
     results = json.loads(run(grid, config).results.read_text())["sites"]
     assert results["north-1"]["accuracy"] is not None
@@ -241,14 +242,14 @@ def test_only_images_of_common_kinds_are_left_to_evaluate_on(tiny: Tiny, tmp_pat
     examples = data.splits["train"]
     counts = dict(zip(config.data.classes, examples.class_counts().tolist(), strict=True))
     least = sorted(counts.values())[0] + 1
-    left, words = supported(PolicyConfig(least_support=least), examples, config.data)
+    left, words = suppress_small_groups(PolicyConfig(min_support=least), examples, config.data)
     rare = [name for name, n in counts.items() if n < least]
     after = dict(zip(config.data.classes, left.class_counts().tolist(), strict=True))
     assert rare
     assert all(after[name] == 0 for name in rare)
     assert all(after[name] == counts[name] for name in counts if name not in rare)
     assert all(any(name in sentence for sentence in words) for name in rare)
-    whole, nothing = supported(OPEN, examples, config.data)
+    whole, nothing = suppress_small_groups(OPEN, examples, config.data)
     assert (whole.has_label == examples.has_label).all()
     assert not nothing
 
@@ -256,9 +257,9 @@ def test_only_images_of_common_kinds_are_left_to_evaluate_on(tiny: Tiny, tmp_pat
 def test_a_task_that_is_not_allowed_is_taken_as_not_annotated(tiny: Tiny, tmp_path: Path) -> None:
     data, _ = data_of(tiny, tmp_path)
     assert data.splits["train"].tasks == ("segmentation", "classification")
-    left = permitted(PolicyConfig(tasks=("classification",)), data)
+    left = restrict_to_allowed_tasks(PolicyConfig(tasks=("classification",)), data)
     assert {examples.tasks for examples in left.splits.values()} == {("classification",)}
-    assert permitted(PolicyConfig(), data) is data
+    assert restrict_to_allowed_tasks(PolicyConfig(), data) is data
 
 
 @pytest.mark.parametrize(
@@ -279,11 +280,11 @@ def test_hours_may_cross_midnight(
 def test_the_norm_of_an_update_is_of_all_weights_together() -> None:
     before = {"encoder/float32": np.zeros(4, np.float32), "count/int64": np.zeros(1, np.int64)}
     after = {"encoder/float32": np.full(4, 1.5, np.float32), "count/int64": np.array([10**6])}
-    check_update(PolicyConfig(most_update_norm=3.0), before, after)
+    check_update(PolicyConfig(max_update_norm=3.0), before, after)
     with pytest.raises(Decline, match=r"norm 2\.99 at most, this round's has 3"):
-        check_update(PolicyConfig(most_update_norm=2.99), before, after)
-    with pytest.raises(Decline, match="least-patients"):
-        check_size(PolicyConfig(least_patients=3), 10, 2)
+        check_update(PolicyConfig(max_update_norm=2.99), before, after)
+    with pytest.raises(Decline, match="min-patients"):
+        check_size(PolicyConfig(min_patients=3), 10, 2)
 
 
 def test_weights_are_never_unpickled(deployed, tmp_path: Path) -> None:
@@ -377,7 +378,7 @@ def test_a_release_has_one_digest_wherever_it_lies(tmp_path: Path, cli) -> None:
         ("hours: '08:00-08:00'", "expected two times"),
         ("releases: [abc]", r"policy\.releases: expected sha256 digests .* got 'abc'"),
         ("tasks: []", "policy.tasks"),
-        ("most-stepz: 3", "policy.most-stepz"),
+        ("max-stepz: 3", "policy.max-stepz"),
     ],
 )
 def test_a_policy_that_cannot_be_meant_is_refused(tmp_path: Path, policy: str, said: str) -> None:

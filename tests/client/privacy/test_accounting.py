@@ -14,7 +14,7 @@ from scipy.stats import norm
 from polyclinic.client.privacy import accounting
 from polyclinic.client.privacy.accounting import (
     PRECISION,
-    Spent,
+    DpEvent,
     bound,
     epsilon,
     epsilon_rdp,
@@ -24,18 +24,18 @@ from tests import ROOT
 
 DELTA = 1e-5
 HISTORIES = {
-    "a round": [Spent(1.0, 0.05, 10)],
-    "a run": [Spent(1.1, 0.05, 1000)],
-    "little noise": [Spent(0.6, 0.02, 200)],
-    "much noise": [Spent(20.0, 0.1, 500)],
-    "two runs": [Spent(1.0, 0.05, 100), Spent(2.0, 0.1, 300)],
-    "three sizes": [Spent(1.3, 0.01, 500), Spent(0.9, 0.08, 40), Spent(4.0, 0.3, 60)],
-    "all units at once": [Spent(8.0, 1.0, 20)],
-    "some at once": [Spent(8.0, 1.0, 5), Spent(1.5, 0.05, 100)],
+    "a round": [DpEvent(1.0, 0.05, 10)],
+    "a run": [DpEvent(1.1, 0.05, 1000)],
+    "little noise": [DpEvent(0.6, 0.02, 200)],
+    "much noise": [DpEvent(20.0, 0.1, 500)],
+    "two runs": [DpEvent(1.0, 0.05, 100), DpEvent(2.0, 0.1, 300)],
+    "three sizes": [DpEvent(1.3, 0.01, 500), DpEvent(0.9, 0.08, 40), DpEvent(4.0, 0.3, 60)],
+    "all units at once": [DpEvent(8.0, 1.0, 20)],
+    "some at once": [DpEvent(8.0, 1.0, 5), DpEvent(1.5, 0.05, 100)],
 }
 
 
-def google(history: list[Spent], accountant) -> object:
+def google(history: list[DpEvent], accountant) -> object:
     event = pytest.importorskip("dp_accounting", reason="pip install 'polyclinic[test]'").dp_event
     for spent in history:
         step = event.GaussianDpEvent(spent.noise_multiplier)
@@ -44,12 +44,12 @@ def google(history: list[Spent], accountant) -> object:
     return accountant
 
 
-def google_pld(history: list[Spent], delta: float) -> float:
+def google_pld(history: list[DpEvent], delta: float) -> float:
     pld = pytest.importorskip("dp_accounting.pld", reason="pip install 'polyclinic[test]'")
     return google(history, pld.PLDAccountant()).get_epsilon(delta)
 
 
-def google_rdp(history: list[Spent], delta: float) -> float:
+def google_rdp(history: list[DpEvent], delta: float) -> float:
     rdp = pytest.importorskip("dp_accounting.rdp", reason="pip install 'polyclinic[test]'")
     return google(history, rdp.RdpAccountant(accounting._ORDERS)).get_epsilon(delta)
 
@@ -99,8 +99,8 @@ def test_an_accountant_that_miscounts_would_be_found() -> None:
     reference = google_pld(history, DELTA)
     assert agrees(epsilon(history, DELTA), reference)
     assert not agrees(epsilon(history[:1], DELTA), reference)
-    assert not agrees(epsilon([Spent(1.5, 0.05, 100), history[1]], DELTA), reference)
-    assert not agrees(epsilon([Spent(1.0, 0.04, 100), history[1]], DELTA), reference)
+    assert not agrees(epsilon([DpEvent(1.5, 0.05, 100), history[1]], DELTA), reference)
+    assert not agrees(epsilon([DpEvent(1.0, 0.04, 100), history[1]], DELTA), reference)
 
 
 @pytest.mark.parametrize("noise", [0.7, 3.0, 30.0])
@@ -112,37 +112,37 @@ def test_without_sampling_it_is_the_gaussian_mechanisms_formula(noise: float, st
         return norm.cdf(mean / 2 - eps / mean) - math.exp(eps) * norm.cdf(-mean / 2 - eps / mean)
 
     exact = brentq(lambda eps: delta_at(eps) - DELTA, 0, 100)
-    assert exact <= epsilon([Spent(noise, 1.0, steps)], DELTA) <= 1.02 * exact
+    assert exact <= epsilon([DpEvent(noise, 1.0, steps)], DELTA) <= 1.02 * exact
 
 
 def test_nothing_done_costs_nothing() -> None:
     assert epsilon([], DELTA) == 0
-    assert epsilon([Spent(0.0, 0.1, 0)], DELTA) == 0
+    assert epsilon([DpEvent(0.0, 0.1, 0)], DELTA) == 0
     assert epsilon_rdp([], DELTA) == 0
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-300, 1e-160, 1e-4])
 def test_without_noise_the_cost_is_infinite(noise: float) -> None:
-    assert epsilon([Spent(2.0, 0.1, 10), Spent(noise, 0.1, 1)], DELTA) == math.inf
-    assert epsilon_rdp([Spent(noise, 1.0, 1)], DELTA) == math.inf
+    assert epsilon([DpEvent(2.0, 0.1, 10), DpEvent(noise, 0.1, 1)], DELTA) == math.inf
+    assert epsilon_rdp([DpEvent(noise, 1.0, 1)], DELTA) == math.inf
 
 
 @pytest.mark.parametrize(
     ("spent", "by"),
     [
-        (Spent(1e-3, 0.1, 10), "rdp"),  # PRV would want a grid to epsilon 5 million
-        (Spent(0.1, 0.2, 10_000), "rdp"),  # 148 GB
-        (Spent(0.3, 0.01, 10_000), "rdp"),
-        (Spent(1.0, 0.001, 10**8), "rdp"),
-        (Spent(0.1, 0.01, 100), "rdp"),  # overflows and gives a number all the same
-        (Spent(1.0, 0.001, 10**6), "prv"),
-        (Spent(1.0, 1e-15, 1000), "prv"),
-        (Spent(1.0, 1 - 1e-16, 10), "prv"),
-        (Spent(1e200, 0.3, 10), "prv"),
-        (Spent(1.0, 0.01, 1), "prv"),
+        (DpEvent(1e-3, 0.1, 10), "rdp"),  # PRV would want a grid to epsilon 5 million
+        (DpEvent(0.1, 0.2, 10_000), "rdp"),  # 148 GB
+        (DpEvent(0.3, 0.01, 10_000), "rdp"),
+        (DpEvent(1.0, 0.001, 10**8), "rdp"),
+        (DpEvent(0.1, 0.01, 100), "rdp"),  # overflows and gives a number all the same
+        (DpEvent(1.0, 0.001, 10**6), "prv"),
+        (DpEvent(1.0, 1e-15, 1000), "prv"),
+        (DpEvent(1.0, 1 - 1e-16, 10), "prv"),
+        (DpEvent(1e200, 0.3, 10), "prv"),
+        (DpEvent(1.0, 0.01, 1), "prv"),
     ],
 )
-def test_at_extremes_there_is_still_a_bound(spent: Spent, by: str) -> None:
+def test_at_extremes_there_is_still_a_bound(spent: DpEvent, by: str) -> None:
     found = bound([spent], DELTA)
     assert found.by == by
     assert 0 < found.epsilon < math.inf
@@ -151,34 +151,34 @@ def test_at_extremes_there_is_still_a_bound(spent: Spent, by: str) -> None:
 
 @pytest.mark.parametrize("delta", [0.9, 1e-2, 1e-9, 1e-14])
 def test_a_bound_is_never_negative(delta: float) -> None:
-    assert epsilon([Spent(50.0, 0.001, 1)], delta) >= 0
-    assert epsilon_rdp([Spent(50.0, 0.001, 1)], delta) >= 0
+    assert epsilon([DpEvent(50.0, 0.001, 1)], delta) >= 0
+    assert epsilon_rdp([DpEvent(50.0, 0.001, 1)], delta) >= 0
 
 
 def test_below_any_delta_that_was_compared_rdp_stands_alone() -> None:
-    assert bound([Spent(1.0, 0.05, 10)], 1e-9).by == "prv"
-    assert bound([Spent(1.0, 0.05, 10)], 1e-14).by == "rdp"
+    assert bound([DpEvent(1.0, 0.05, 10)], 1e-9).by == "prv"
+    assert bound([DpEvent(1.0, 0.05, 10)], 1e-14).by == "rdp"
 
 
 def test_more_steps_less_noise_a_higher_rate_and_a_smaller_delta_cost_more() -> None:
     for worse in (
-        [epsilon([Spent(1.2, 0.05, steps)], DELTA) for steps in (1, 2, 10, 11, 200, 5000)],
-        [epsilon([Spent(noise, 0.05, 50)], DELTA) for noise in (50.0, 5.0, 1.0, 0.9, 0.4, 0.05)],
-        [epsilon([Spent(1.2, rate, 50)], DELTA) for rate in (1e-4, 0.01, 0.011, 0.3, 0.99, 1.0)],
-        [epsilon([Spent(1.2, 0.05, 50)], delta) for delta in (1e-2, 1e-4, 1e-5, 1e-8, 1e-11)],
-        [epsilon([Spent(1.2, 0.05, 50), Spent(3.0, 0.1, n)], DELTA) for n in (0, 1, 20)],
+        [epsilon([DpEvent(1.2, 0.05, steps)], DELTA) for steps in (1, 2, 10, 11, 200, 5000)],
+        [epsilon([DpEvent(noise, 0.05, 50)], DELTA) for noise in (50.0, 5.0, 1.0, 0.9, 0.4, 0.05)],
+        [epsilon([DpEvent(1.2, rate, 50)], DELTA) for rate in (1e-4, 0.01, 0.011, 0.3, 0.99, 1.0)],
+        [epsilon([DpEvent(1.2, 0.05, 50)], delta) for delta in (1e-2, 1e-4, 1e-5, 1e-8, 1e-11)],
+        [epsilon([DpEvent(1.2, 0.05, 50), DpEvent(3.0, 0.1, n)], DELTA) for n in (0, 1, 20)],
     ):
         assert worse == sorted(set(worse))
 
 
 def test_a_thousand_equal_rounds_are_one_stretch_in_any_order() -> None:
-    rounds = [Spent(1.1, 0.05, 1)] * 900 + [Spent(2.0, 0.1, 7)] + [Spent(1.1, 0.05, 1)] * 100
-    assert accounting._merged(rounds, DELTA) == (Spent(1.1, 0.05, 1000), Spent(2.0, 0.1, 7))
+    rounds = [DpEvent(1.1, 0.05, 1)] * 900 + [DpEvent(2.0, 0.1, 7)] + [DpEvent(1.1, 0.05, 1)] * 100
+    assert accounting._merged(rounds, DELTA) == (DpEvent(1.1, 0.05, 1000), DpEvent(2.0, 0.1, 7))
     assert accounting._merged(rounds[::-1], DELTA) == accounting._merged(rounds, DELTA)
 
 
 def test_many_different_stretches_are_grouped_to_the_costlier_side() -> None:
-    stretches = tuple(Spent(1.0 + i / 50, 0.05 + i / 1000, 20) for i in range(5))
+    stretches = tuple(DpEvent(1.0 + i / 50, 0.05 + i / 1000, 20) for i in range(5))
     grouped = accounting._grouped(stretches, 2)
     assert len(grouped) <= 2
     assert sum(spent.steps for spent in grouped) == 100
@@ -193,23 +193,23 @@ def test_many_different_stretches_are_grouped_to_the_costlier_side() -> None:
         (3.0, 0.05, 1000, []),
         (0.1, 0.2, 20, []),
         (1.0, 1.0, 10, []),
-        (3.0, 0.05, 100, [Spent(1.5, 0.05, 100)]),
+        (3.0, 0.05, 100, [DpEvent(1.5, 0.05, 100)]),
         # of which RDP alone would say that it has spent the target
-        (2.0, 0.05, 50, [Spent(1.05, 0.05, 20)]),
+        (2.0, 0.05, 50, [DpEvent(1.05, 0.05, 20)]),
     ],
 )
 def test_noise_for_a_target_is_enough_and_no_more(target, rate, steps, before) -> None:
     noise = noise_for(target, DELTA, rate, steps, before)
-    assert epsilon([*before, Spent(noise, rate, steps)], DELTA) <= target
-    assert epsilon([*before, Spent(noise / (1 + PRECISION) ** 2, rate, steps)], DELTA) > target
+    assert epsilon([*before, DpEvent(noise, rate, steps)], DELTA) <= target
+    assert epsilon([*before, DpEvent(noise / (1 + PRECISION) ** 2, rate, steps)], DELTA) > target
 
 
 def test_rdp_alone_would_refuse_what_noise_is_found_for() -> None:
-    assert epsilon_rdp([Spent(1.05, 0.05, 20)], DELTA) > 2
+    assert epsilon_rdp([DpEvent(1.05, 0.05, 20)], DELTA) > 2
 
 
 def test_a_target_that_was_spent_before_is_refused_with_the_numbers() -> None:
-    before = [Spent(1.0, 0.05, 100)]
+    before = [DpEvent(1.0, 0.05, 100)]
     with pytest.raises(ValueError, match=r"epsilon 3\.\d+ of 2 is spent already"):
         noise_for(2.0, DELTA, 0.05, 10, before)
 
@@ -222,14 +222,14 @@ def test_a_target_that_no_noise_reaches_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Spent(-1.0, 0.1, 1), "noise multiplier"),
-        (lambda: Spent(math.nan, 0.1, 1), "noise multiplier"),
-        (lambda: Spent(math.inf, 0.1, 1), "noise multiplier"),
-        (lambda: Spent(1.0, 0.0, 1), "sample rate"),
-        (lambda: Spent(1.0, 1.1, 1), "sample rate"),
-        (lambda: Spent(1.0, math.nan, 1), "sample rate"),
-        (lambda: Spent(1.0, 0.1, -1), "steps"),
-        (lambda: Spent(1.0, 0.1, 1.5), "steps"),
+        (lambda: DpEvent(-1.0, 0.1, 1), "noise multiplier"),
+        (lambda: DpEvent(math.nan, 0.1, 1), "noise multiplier"),
+        (lambda: DpEvent(math.inf, 0.1, 1), "noise multiplier"),
+        (lambda: DpEvent(1.0, 0.0, 1), "sample rate"),
+        (lambda: DpEvent(1.0, 1.1, 1), "sample rate"),
+        (lambda: DpEvent(1.0, math.nan, 1), "sample rate"),
+        (lambda: DpEvent(1.0, 0.1, -1), "steps"),
+        (lambda: DpEvent(1.0, 0.1, 1.5), "steps"),
         (lambda: epsilon([], 0.0), "delta"),
         (lambda: epsilon([], 1.0), "delta"),
         (lambda: epsilon_rdp([], math.nan), "delta"),

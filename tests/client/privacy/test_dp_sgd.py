@@ -22,14 +22,18 @@ from polyclinic.client.privacy.dp_sgd import (
     ClipNorm,
     Mechanism,
     NoisyGradient,
-    packs,
+    microbatches,
     sampling,
     train_one_round_privately,
     units_of,
 )
 from polyclinic.client.privacy.unit_gradients import units_of_network
 from polyclinic.client.training.local_round import Round, TrainingError, train_one_round
-from polyclinic.configs.run import ConfigError, LossConfig, PrivacyConfig, RunConfig, TrainConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.privacy import PrivacyConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.network import MultiTaskUNet
 from tests.factories import CPU, DATA, changed_parts, same, small, some
 
@@ -88,13 +92,13 @@ def gradients_of(
     gradient = NoisyGradient(parameters, mechanism.expected_units, generator)
     clipping = ClipNorm(mechanism, generator)
     ends = np.cumsum([0, *map(len, xs)])
-    places = [np.arange(*span) for span in pairwise(ends)]
+    positions = [np.arange(*span) for span in pairwise(ends)]
     rows = torch.cat([torch.empty(0, 3), *xs])
     with units_of_network(kind, network, parameters) as units:
-        for pack in packs(places, physical):
-            for chunk in pack:
-                loss = units.forward(rows[chunk.places]).square().sum()
-                units.backward(loss, torch.from_numpy(chunk.unit), alone=len(pack) > 1)
+        for microbatch in microbatches(positions, physical):
+            for chunk in microbatch:
+                loss = units.forward(rows[chunk.positions]).square().sum()
+                units.backward(loss, torch.from_numpy(chunk.unit), alone=len(microbatch) > 1)
             units.clip(clipping.norm, gradient.sums)
     gradient.release(clipping.deviation)
     return [p.grad for p in network.parameters()]
@@ -322,14 +326,14 @@ def test_units_are_examples_or_all_images_of_a_patient() -> None:
 
 def test_units_are_packed_whole_and_only_one_that_is_too_large_is_cut() -> None:
     units = [np.arange(a, b) for a, b in ((0, 2), (2, 4), (4, 9), (9, 10))]
-    found = list(packs(units, 3))
-    assert [[chunk.places.tolist() for chunk in pack] for pack in found] == [
+    found = list(microbatches(units, 3))
+    assert [[chunk.positions.tolist() for chunk in microbatch] for microbatch in found] == [
         [[0, 1]],
         [[4, 5, 6], [7, 8]],
         [[2, 3, 9]],
     ]
     assert found[-1][0].unit.tolist() == [0, 0, 1]
-    assert list(packs([], 3)) == []
+    assert list(microbatches([], 3)) == []
 
 
 def test_rate_and_steps_follow_from_what_is_declared() -> None:

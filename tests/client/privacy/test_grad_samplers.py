@@ -13,7 +13,7 @@ from opacus.grad_sample.conv import compute_conv_grad_sample
 from torch import Tensor, nn
 
 import polyclinic.client.privacy.grad_samplers
-from polyclinic.configs.run import LossConfig
+from polyclinic.configs.schema.loss import LossConfig
 from polyclinic.mtl_model.losses import Targets, multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.uncertainty import Uncertainty
@@ -102,9 +102,9 @@ def test_the_rule_that_ours_replaces_is_wrong_for_channels_last() -> None:
     conv = nn.Conv2d(4, 2, kernel_size=3, padding=1)
     x = torch.randn(2, 4, 6, 6)
     out = torch.randn(2, 2, 6, 6)
-    right = compute_conv_grad_sample(conv, [x], out)[conv.weight]
+    exact_matches = compute_conv_grad_sample(conv, [x], out)[conv.weight]
     x = x.contiguous(memory_format=torch.channels_last)
     theirs = compute_conv_grad_sample(conv, [x], out)[conv.weight]
     ours = polyclinic.client.privacy.grad_samplers.convolution(conv, [x], out)[conv.weight]
-    assert not torch.allclose(theirs, right, atol=1e-2)
-    torch.testing.assert_close(ours, right)
+    assert not torch.allclose(theirs, exact_matches, atol=1e-2)
+    torch.testing.assert_close(ours, exact_matches)

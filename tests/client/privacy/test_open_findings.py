@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 import polyclinic.client.privacy.dp_sgd
 from polyclinic.client.data.augment import Augmentation
 from polyclinic.client.data.dataset import ExampleDataset, Examples, to_batch
-from polyclinic.client.privacy.accounting import Spent, epsilon
+from polyclinic.client.privacy.accounting import DpEvent, epsilon
 from polyclinic.client.privacy.dp_sgd import Mechanism, train_one_round_privately
 from polyclinic.client.privacy.unit_gradients import units_of_network
 from polyclinic.client.training.local_round import Round
@@ -171,7 +171,7 @@ def test_membership_guesses_stay_within_epsilon_with_augmentation() -> None:
     root = torch.linalg.cholesky(gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram)))
     random = np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
-    right = 0
+    exact_matches = 0
     for _ in range(trials):
         present, seed = bool(random.random() < 0.5), int(random.integers(1, seeds))
         shown = gram[seed] + (gram[seeds + seed] + gram[-1] if present else gram[seeds + seed - 1])
@@ -183,10 +183,10 @@ def test_membership_guesses_stay_within_epsilon_with_augmentation() -> None:
                 other = seeds + guess - shift
                 length = gram[guess, guess] + gram[other, other] + 2 * gram[guess, other]
                 scores[guess, shift] = float(shown[guess] + shown[other] - length / 2)
-        right += (max(scores, key=scores.__getitem__)[1] == 0) == present
-    bound = math.exp(epsilon([Spent(sigma, 1.0, 1)], 1e-5))
+        exact_matches += (max(scores, key=scores.__getitem__)[1] == 0) == present
+    bound = math.exp(epsilon([DpEvent(sigma, 1.0, 1)], 1e-5))
     best = bound / (1 + bound)  # share of right guesses that epsilon allows
-    assert right / trials <= best + 3 * math.sqrt(best * (1 - best) / trials)
+    assert exact_matches / trials <= best + 3 * math.sqrt(best * (1 - best) / trials)
 
 
 # --- floating point ---------------------------------------------------------------------------

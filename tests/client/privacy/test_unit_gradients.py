@@ -14,7 +14,7 @@ from polyclinic.client.privacy.unit_gradients import (
     _squares_of_weight,
     units_of_network,
 )
-from polyclinic.configs.run import LossConfig
+from polyclinic.configs.schema.loss import LossConfig
 from polyclinic.mtl_model.losses import Targets, multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.uncertainty import Uncertainty

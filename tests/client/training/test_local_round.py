@@ -19,7 +19,8 @@ from polyclinic.client.training.local_round import (
     learning_rate,
     train_one_round,
 )
-from polyclinic.configs.run import LossConfig, TrainConfig
+from polyclinic.configs.schema.loss import LossConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.metrics import compute
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.sums import Classes

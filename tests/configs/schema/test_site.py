@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.schema.site import read_site_config
 
 

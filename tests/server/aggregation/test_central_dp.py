@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import CentralConfig, ConfigError, RunConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.central import CentralConfig
 from polyclinic.mtl_model.packing import Layout, Packed
 from polyclinic.mtl_model.tasks import GROUPS, Group
 from polyclinic.server.aggregation.averaging import Contribution, average_by_task
@@ -43,7 +45,7 @@ from polyclinic.server.aggregation.strategies import (
 from polyclinic.server.app import run
 from polyclinic.server.export.model_card import _privacy, _procedure
 from polyclinic.server.rounds.federation import RunFailed
-from polyclinic.server.runs.central_releases import Release, read_releases, write_releases
+from polyclinic.server.runs.central_releases import CentralRelease, read_releases, write_releases
 from polyclinic.server.runs.display import Display
 from polyclinic.server.runs.history import POOLED, read_history
 from polyclinic.server.runs.tables import central_text, spent_text
@@ -521,7 +523,7 @@ def test_a_run_that_goes_on_forgets_neither_what_was_spent_nor_the_norm(central)
 
 
 def test_a_release_is_on_disk_before_the_average_is_handed_out(central, monkeypatch) -> None:
-    def full(path: Path, releases: Sequence[Release]) -> None:
+    def full(path: Path, releases: Sequence[CentralRelease]) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("polyclinic.server.aggregation.central_dp.write_releases", full)
@@ -530,7 +532,10 @@ def test_a_release_is_on_disk_before_the_average_is_handed_out(central, monkeypa
 
 
 def test_releases_survive_the_file(tmp_path: Path) -> None:
-    releases = (Release(1, 3, 1.0, 0.5, 4.2, 1e-5), Release(2, 3, 1.0, 0.6, 6.1, 1e-5))
+    releases = (
+        CentralRelease(1, 3, 1.0, 0.5, 4.2, 1e-5),
+        CentralRelease(2, 3, 1.0, 0.6, 6.1, 1e-5),
+    )
     assert read_releases(tmp_path / "central.json") == ()
     write_releases(tmp_path / "central.json", releases)
     assert read_releases(tmp_path / "central.json") == releases
@@ -573,8 +578,8 @@ def test_settings_that_would_break_the_bound_are_refused() -> None:
     assert config_of().central.noise_multiplier == 1.0
     for settings, said in (
         ({"model__norm": "batch"}, r"model.norm: expected group with central.mode fixed.*batch"),
-        ({"central__noise_multiplier": 0.0}, r"central.noise-multiplier: .*greater than 0"),
-        ({"central__clip_norm": 0.0}, r"central.clip-norm: .*greater than 0"),
+        ({"central__noise_multiplier": 0.0}, r"central.noise-multiplier .*greater than 0"),
+        ({"central__clip_norm": 0.0}, r"central.clip-norm .*greater than 0"),
         ({"central__delta": 1.0}, r"central.delta: .*less than 1"),
         ({"central__mode": "local"}, r"central.mode: .*'adaptive', got 'local'"),
         ({"central__target_clipped_quantile": 1.5}, r"central.target-clipped-quantile: .*to 1"),
@@ -727,7 +732,7 @@ def test_switched_off_it_leaves_no_trace(tiny, grid) -> None:
 
 
 def test_the_two_privacies_are_told_apart_in_words() -> None:
-    release = Release(2, 3, 1.0, 1.0, 4.618, 1e-5)
+    release = CentralRelease(2, 3, 1.0, 1.0, 4.618, 1e-5)
     assert central_text(release) == "central epsilon (site): 4.62, delta 1e-05"
     spent = spent_text({"site-1": 1.234}, "patient")
     assert spent == "epsilon spent (patient): site-1 1.23"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from polyclinic.configs.run import ROBUST, SERVER_OPTIMISERS, RunConfig, StrategyConfig
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.strategy import ROBUST, SERVER_OPTIMISERS, StrategyConfig
 from polyclinic.mtl_model.packing import Packed
 from polyclinic.server.aggregation.averaging import Contribution, RunningAverage, average_by_task
 from polyclinic.server.aggregation.strategies import combination_of, optimiser_of
@@ -255,7 +256,7 @@ def test_every_strategy_trains_the_phantom(tiny, grid, name: str) -> None:
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict, said: str) -> None:
-    from polyclinic.configs.run import ConfigError
+    from polyclinic.configs.errors import ConfigError
 
     with pytest.raises(ConfigError, match=said):
         RunConfig.from_flat(settings)

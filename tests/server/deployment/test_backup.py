@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.server.deployment.backup import back_up, restore
 
 

@@ -42,11 +42,11 @@ from polyclinic.server.deployment.superlink import (
     MOST_BODY,
     MOST_CONNECTIONS,
     MOST_HEAD,
-    Doors,
-    FrontDoor,
+    Endpoints,
+    IdleTimeout,
     Node,
-    Patient,
     Registrar,
+    SiteAuthMiddleware,
     write_connection,
 )
 from tests.conftest import free_port
@@ -87,7 +87,7 @@ class Inside:
 
 
 def ask(
-    door: FrontDoor,
+    door: SiteAuthMiddleware,
     path: str,
     headers: dict[str, bytes] | None = None,
     port: int = PUBLIC,
@@ -139,7 +139,7 @@ def test_flower_is_started_where_the_door_is_hung() -> None:
 
 def test_a_registered_site_comes_in(kits: Path, registry: Registry) -> None:
     inside = Inside()
-    door = FrontDoor(inside, registry, PUBLIC)
+    door = SiteAuthMiddleware(inside, registry, PUBLIC)
     headers = signed(key_of(kits, "site-a"))
     assert ask(door, "/v1/fleet/pull-messages", headers, body=(b"ab", b"c")) == (200, b"inside")
     assert inside.paths == ["/v1/fleet/pull-messages"]
@@ -164,7 +164,7 @@ def test_a_registered_site_comes_in(kits: Path, registry: Registry) -> None:
 def test_what_is_not_for_sites_is_not_there(kits: Path, registry, path: str) -> None:
     """Not even for a registered site."""
     inside = Inside()
-    door = FrontDoor(inside, registry, PUBLIC)
+    door = SiteAuthMiddleware(inside, registry, PUBLIC)
     status, _ = ask(door, path, signed(key_of(kits, "site-a")))
     if path.startswith("/v1/fleet/"):  # Starlette does not resolve dots: no route has this path
         assert inside.paths == [path]
@@ -176,14 +176,14 @@ def test_what_is_not_for_sites_is_not_there(kits: Path, registry, path: str) -> 
 
 def test_on_loopback_the_coordinator_reaches_everything(registry: Registry) -> None:
     inside = Inside()
-    door = FrontDoor(inside, registry, PUBLIC)
+    door = SiteAuthMiddleware(inside, registry, PUBLIC)
     assert ask(door, "/v1/control/start-run", port=PRIVATE) == (200, b"inside")
     assert ask(door, "/v1/control/start-run", port=PUBLIC)[0] == 404
 
 
 def test_strangers_are_turned_away_by_reason(kits: Path, registry, caplog) -> None:
     inside = Inside()
-    door = FrontDoor(inside, registry, PUBLIC)
+    door = SiteAuthMiddleware(inside, registry, PUBLIC)
     door._tell = lambda scope, what: logging.warning(what)  # not only once in a while
     unknown = ec.generate_private_key(ec.SECP384R1())
     good = signed(key_of(kits, "site-a"))
@@ -207,7 +207,7 @@ def test_strangers_are_turned_away_by_reason(kits: Path, registry, caplog) -> No
 
 def test_what_strangers_make_up_is_turned_away_and_breaks_nothing(kits: Path, registry) -> None:
     inside = Inside()
-    door = FrontDoor(inside, registry, PUBLIC)
+    door = SiteAuthMiddleware(inside, registry, PUBLIC)
     odd = signed(ec.generate_private_key(ec.SECP256K1()))  # a curve that no site has
     assert ask(door, "/v1/fleet/x", odd)[0] == 401
     good = signed(key_of(kits, "site-a"))
@@ -223,7 +223,7 @@ def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
     kits: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("polyclinic.server.deployment.registry.LOOK_S", 0.0)
-    door = FrontDoor(Inside(), registry, PUBLIC)
+    door = SiteAuthMiddleware(Inside(), registry, PUBLIC)
     a, b = key_of(kits, "site-a"), key_of(kits, "site-b")
     assert ask(door, "/v1/fleet/x", signed(b))[0] == 200
     provision(federation("site-a"), kits)
@@ -242,7 +242,7 @@ def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
 
 def test_bodies_are_bounded_whether_they_say_their_size_or_not(kits: Path, registry) -> None:
     inside = Inside()
-    door = FrontDoor(inside, registry, PUBLIC)
+    door = SiteAuthMiddleware(inside, registry, PUBLIC)
     headers = signed(key_of(kits, "site-a"))
     for length in (str(MOST_BODY + 1).encode(), b"-1", b"1e9", b""):
         assert ask(door, "/v1/fleet/push-object", {**headers, "content-length": length})[0] == 413
@@ -253,14 +253,14 @@ def test_bodies_are_bounded_whether_they_say_their_size_or_not(kits: Path, regis
 
 
 def test_whoever_asks_is_told_time_and_versions_alone(registry: Registry) -> None:
-    status, body = ask(FrontDoor(Inside(), registry, PUBLIC), ABOUT)
+    status, body = ask(SiteAuthMiddleware(Inside(), registry, PUBLIC), ABOUT)
     assert status == 200
     assert set(json.loads(body)) == {"time", "polyclinic", "flwr"}
-    assert ask(FrontDoor(Inside(), registry, PUBLIC), ABOUT, kind="websocket") == (0, b"")
+    assert ask(SiteAuthMiddleware(Inside(), registry, PUBLIC), ABOUT, kind="websocket") == (0, b"")
 
 
 def test_strangers_cannot_fill_the_log(registry: Registry, caplog) -> None:
-    door = FrontDoor(Inside(), registry, PUBLIC)
+    door = SiteAuthMiddleware(Inside(), registry, PUBLIC)
     for _ in range(100):
         ask(door, "/v1/control/start-run")
     assert caplog.text.count("turned away 203.0.113.7") == 1
@@ -329,7 +329,7 @@ def test_the_coordinators_own_connection_is_on_loopback_and_checked(tmp_path: Pa
     assert "insecure" not in text
 
 
-class Connections(set[Patient]):
+class Connections(set[IdleTimeout]):
     """The server's open connections, with a wait for their end."""
 
     def __init__(self) -> None:
@@ -337,13 +337,13 @@ class Connections(set[Patient]):
         self.added = 0
         self._changed = threading.Condition()
 
-    def add(self, connection: Patient) -> None:
+    def add(self, connection: IdleTimeout) -> None:
         with self._changed:
             super().add(connection)
             self.added += 1
             self._changed.notify_all()
 
-    def discard(self, connection: Patient) -> None:
+    def discard(self, connection: IdleTimeout) -> None:
         with self._changed:
             super().discard(connection)
             self._changed.notify_all()
@@ -380,15 +380,15 @@ class Served:
 @pytest.fixture
 def served(kits: Path, registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     connections, inside, kit = Connections(), Inside(), kits / "server"
-    monkeypatch.setattr(Patient, "_open", connections)
-    monkeypatch.setattr(Patient, "_logged", {})
-    doors = Doors("127.0.0.1", free_port(), free_port(), "", registry)
+    monkeypatch.setattr(IdleTimeout, "_open", connections)
+    monkeypatch.setattr(IdleTimeout, "_logged", {})
+    doors = Endpoints("127.0.0.1", free_port(), free_port(), "", registry)
     options = {
         **{"host": "127.0.0.1", "port": doors.control, "lifespan": "off", "log_config": None},
         **{"ssl_keyfile": kit / "server.key", "ssl_certfile": kit / "server.crt"},
         "timeout_graceful_shutdown": 5,
     }
-    app = FrontDoor(inside, registry, doors.port)
+    app = SiteAuthMiddleware(inside, registry, doors.port)
     running, sockets = polyclinic.server.deployment.superlink._server(app, doors, options)
     running.config.load()  # here, so that an error of it is the test's
     for each in sockets:

@@ -13,7 +13,7 @@ import yaml
 import polyclinic.server.deployment.authority
 from polyclinic.client.node.keys import make_key
 from polyclinic.configs import VERSION
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.schema.federation import read_federation
 from polyclinic.configs.schema.site import read_site_config
 from polyclinic.configs.security.credentials import (

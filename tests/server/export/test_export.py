@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from polyclinic.configs import VERSION
-from polyclinic.configs.passport import KEYS, ModelFileError, Passport
+from polyclinic.configs.passport import KEYS, ModelFileError, ModelMetadata
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.packing import Layout
@@ -281,9 +281,9 @@ def test_a_graph_does_not_ask_for_settings_of_a_network_that_it_brings(exported)
     metadata = metadata_of(exported["safetensors"])
     config = json.loads(metadata["config"])
     later = {**metadata, "config": json.dumps({**config, "model.wings": 2})}
-    assert Passport.from_metadata(later, network=False).data.image_height == 32
+    assert ModelMetadata.from_metadata(later, network=False).data.image_height == 32
     with pytest.raises(ModelFileError, match=r"model\.wings: unknown key"):
-        Passport.from_metadata(later, network=True)
+        ModelMetadata.from_metadata(later, network=True)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".onnx", ".pt"])

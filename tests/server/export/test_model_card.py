@@ -14,7 +14,7 @@ from PIL import Image
 from polyclinic.client.data.dataset import normalised
 from polyclinic.client.data.images import read_picture
 from polyclinic.client.predict import find
-from polyclinic.configs.run import DataConfig
+from polyclinic.configs.schema.data import DataConfig
 from polyclinic.mtl_model.measure import predicted_masks
 from polyclinic.mtl_model.saved import open_model, torchscript_deprecated
 from polyclinic.server.export.model_card import OWNER

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from polyclinic.configs import wire
-from polyclinic.configs.run import TrainConfig
+from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.packing import Packed
 from polyclinic.server.aggregation.averaging import Contribution
 from polyclinic.server.rounds.messages import ReplyError
-from polyclinic.server.rounds.roster import SiteBook, sample
+from polyclinic.server.rounds.roster import SiteRoster, sample
 from polyclinic.server.rounds.update_checks import (
     HELD,
-    Intake,
+    UpdateFilter,
     check_counts,
     check_norm,
     update_norm,
@@ -27,44 +27,44 @@ SENT: Packed = {KEY: np.zeros(4, np.float32), "encoder/int64": np.array([7])}
 REPORT = TrainReport(steps=10, seconds=1.0, loss_segmentation=0.5, loss_classification=0.5)
 
 
-def book(after: int = 2, rounds: int = 2) -> SiteBook:
-    made = SiteBook(after, rounds)
+def roster(after: int = 2, rounds: int = 2) -> SiteRoster:
+    made = SiteRoster(after, rounds)
     for name in ("a", "b", "c"):
         made.add(name)
     return made
 
 
 def test_a_site_that_fails_in_a_row_rests_and_is_tried_again() -> None:
-    sites = book(after=2, rounds=2)
+    sites = roster(after=2, rounds=2)
     assert not sites.failed(1, "b")
-    assert sites.due(2) == ["a", "b", "c"]
+    assert sites.eligible(2) == ["a", "b", "c"]
     assert sites.failed(2, "b")
-    assert sites.due(3) == sites.due(4) == ["a", "c"]
-    assert sites.resting(3) == {"b": "set aside after 2 failures in a row, until round 5"}
-    assert sites.due(5) == ["a", "b", "c"]
+    assert sites.eligible(3) == sites.eligible(4) == ["a", "c"]
+    assert sites.suspended(3) == {"b": "set aside after 2 failures in a row, until round 5"}
+    assert sites.eligible(5) == ["a", "b", "c"]
     assert sites.failed(5, "b")  # tried once, and it rests again
-    assert sites.due(7) == ["a", "c"]
+    assert sites.eligible(7) == ["a", "c"]
     sites.answered("b")
     assert not sites.failed(8, "b")
 
 
 def test_an_answer_in_between_begins_the_count_anew() -> None:
-    sites = book(after=2)
+    sites = roster(after=2)
     sites.failed(1, "a")
     sites.answered("a")
     assert not sites.failed(2, "a")
-    never = book(after=0)
+    never = roster(after=0)
     assert not any(never.failed(number, "a") for number in range(1, 20))
 
 
 def test_a_book_goes_on_from_its_state() -> None:
-    sites = book()
+    sites = roster()
     sites.failed(1, "a")
     sites.moved("b", 0.25, 9)
-    other = SiteBook(2, 2)
+    other = SiteRoster(2, 2)
     other.restore(sites.state())
     assert other.failed(2, "a")
-    assert other.usual_updates() == [(0.25, 9)]
+    assert other.reference_updates() == [(0.25, 9)]
 
 
 def test_sites_are_drawn_by_seed_and_round_and_all_come_to_their_turn() -> None:
@@ -98,16 +98,18 @@ def test_a_norm_far_from_the_others_is_refused_unless_there_were_more_steps() ->
     check_norm((11.0, 10), [], 10)
 
 
-def taken(steps: list[float], usual: list[tuple[float, int]]) -> tuple[list[str], dict[str, str]]:
+def taken(
+    steps: list[float], reference: list[tuple[float, int]]
+) -> tuple[list[str], dict[str, str]]:
     accepted: list[str] = []
-    intake = Intake(SENT, usual, 10, lambda c, report, norm: accepted.append(c.site))
+    updates = UpdateFilter(SENT, reference, 10, lambda c, report, norm: accepted.append(c.site))
     refused: dict[str, str] = {}
     for i, step in enumerate(steps):
         try:
-            refused |= intake.take(contribution(f"site-{i}", step), REPORT)
+            refused |= updates.take(contribution(f"site-{i}", step), REPORT)
         except ReplyError as error:
             refused[f"site-{i}"] = str(error)
-    return accepted, refused | intake.close()
+    return accepted, refused | updates.close()
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
@@ -120,26 +122,26 @@ def test_in_the_first_round_contributions_are_judged_by_each_other(bad: int) -> 
 
 
 def test_later_each_is_judged_at_once_and_none_is_held() -> None:
-    usual = [(0.02, 10), (0.03, 10), (0.02, 10)]
-    accepted, refused = taken([50.0, 0.01, 0.02], usual)
+    reference = [(0.02, 10), (0.03, 10), (0.02, 10)]
+    accepted, refused = taken([50.0, 0.01, 0.02], reference)
     assert (accepted, list(refused)) == (["site-1", "site-2"], ["site-0"])
 
 
 def test_no_more_than_a_few_are_held_however_many_sites_there_are() -> None:
     held: list[int] = []
     accepted: list[str] = []
-    intake = Intake(SENT, [], 10, lambda c, report, norm: accepted.append(c.site))
+    updates = UpdateFilter(SENT, [], 10, lambda c, report, norm: accepted.append(c.site))
     refused: dict[str, str] = {}
     for i in range(50):
         try:
-            refused |= intake.take(
+            refused |= updates.take(
                 contribution(f"site-{i}", 50.0 if i in (2, 30) else 0.01), REPORT
             )
         except ReplyError as error:
             refused[f"site-{i}"] = str(error)
-        held.append(len(intake.held))
+        held.append(len(updates.held))
     assert max(held) < HELD
-    assert not intake.close()
+    assert not updates.close()
     assert set(refused) == {"site-2", "site-30"}
     assert len(accepted) == 48
 

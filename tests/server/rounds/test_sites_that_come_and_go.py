@@ -13,7 +13,13 @@ from flwr.common.constant import ErrorCode
 from polyclinic.configs import wire
 from polyclinic.configs.run import RunConfig
 from polyclinic.server.app import run
-from polyclinic.server.rounds.federation import Bounded, Federation, Pulls, RunFailed, RunRefused
+from polyclinic.server.rounds.federation import (
+    DeadlineExecutor,
+    Federation,
+    ReplyCollector,
+    RunFailed,
+    RunRefused,
+)
 from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.history import Line, read_history
 
@@ -287,13 +293,13 @@ def test_a_reply_that_never_becomes_whole_holds_up_no_other(tiny, grid, monkeypa
 
     federation.pull_messages = waits_for_the_rest
     kept: list[int] = []
-    settle = Federation.settle
+    finish_phase = Federation.finish_phase
 
     def settle_and_count(self: Federation, *given) -> None:
         kept.append(len(self._pulls._going))
-        settle(self, *given)
+        finish_phase(self, *given)
 
-    monkeypatch.setattr(Federation, "settle", settle_and_count)
+    monkeypatch.setattr(Federation, "finish_phase", settle_and_count)
     folder = run(federation, config)
     assert set(kept) == {0}  # a reply that comes after all is kept nowhere
     assert lines(folder, "site-1")[-1].late["train"] == "no answer in 10 s (rounds.deadline-s)"
@@ -331,7 +337,7 @@ def test_a_superlink_that_never_answers_again_or_knows_the_run_no_more_ends_it(
     tiny, grid, monkeypatch
 ) -> None:
     monkeypatch.setattr("polyclinic.server.rounds.federation.AGAIN_S", 0.01)
-    bounded = Bounded(0.2, "the SuperLink")
+    bounded = DeadlineExecutor(0.2, "the SuperLink")
 
     def ask(status: int) -> object:
         raise answer(status)
@@ -379,7 +385,7 @@ def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) ->
                 threading.Event().wait()
             return []
 
-    pulls = Pulls(Gone())  # type: ignore[arg-type]
+    pulls = ReplyCollector(Gone())  # type: ignore[arg-type]
     ids = [*map(str, range(100)), "here"]
     for look in (1, 2, 3):
         assert list(pulls.take(ids)) == []
@@ -394,7 +400,7 @@ def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) ->
 def test_what_may_wait_for_ever_is_not_waited_for_so_long() -> None:
     import threading
 
-    bounded = Bounded(0.2, "the SuperLink")
+    bounded = DeadlineExecutor(0.2, "the SuperLink")
     assert bounded(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         bounded(lambda: 1 // 0)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.configs.run import ConfigError, RoundsConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.schema.rounds import RoundsConfig
 from polyclinic.server.app import run
 from polyclinic.server.rounds.federation import RunFailed
 from polyclinic.server.runs.events import Events

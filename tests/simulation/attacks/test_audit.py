@@ -15,7 +15,7 @@ from scipy import stats
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from polyclinic.client.privacy.dp_sgd import Mechanism, train_one_round_privately, units_of
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.simulation.attacks import audit as audits
 from polyclinic.simulation.attacks.audit import (
     CASES,

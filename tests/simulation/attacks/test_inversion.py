@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from polyclinic.client.data.dataset import Examples
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.simulation.attacks import inversion as inversions
 from polyclinic.simulation.attacks.inversion import (
     CLIPPED,

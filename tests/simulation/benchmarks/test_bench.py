@@ -10,7 +10,9 @@ import pytest
 import torch
 from flwr.app import Message
 
-from polyclinic.configs.run import ConfigError, ModelConfig, RunConfig
+from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.run import RunConfig
+from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.server.aggregation.averaging import Contribution
 from polyclinic.server.rounds.update_checks import HELD
 from polyclinic.simulation.benchmarks import bench

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.configs.run import ConfigError
+from polyclinic.configs.errors import ConfigError
 from polyclinic.server.runs.folder import to_toml
 from polyclinic.simulation.experiments.tradeoff import Setting, next_folder, settings_of, table
 from tests.conftest import TINY
