@@ -1,0 +1,5 @@
+"""Run the prose check."""
+
+from tests.prose.check import main
+
+main()
