@@ -10,7 +10,7 @@ PARALLEL = -n 3 --dist loadgroup --no-loadscope-reorder -rs
 # is first imported. Where this is set, every process would compile PyTorch anew, 7 s each.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test containers container-tools long faults quick lint install clean
+.PHONY: demo coverage test containers container-tools long faults quick lint install clean
 
 demo: $(VENV)/.installed  ## three phantom hospitals train together, about two minutes
 	$(BIN)/polyclinic simulate --config configs/demo.toml
@@ -31,12 +31,17 @@ long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, eve
 faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; well over an hour
 	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/deployment/test_faults.py
 
+coverage: $(VENV)/.test-installed  ## line coverage of what `make quick` runs
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long" \
+	    --cov client --cov configs --cov mtl_model --cov server --cov simulation --cov-report term
+
 quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python -m tests.prose
 	place=$$(mktemp -d) && ln -s "$(CURDIR)" "$$place/polyclinic" \
 	    && MYPYPATH="$$place" $(BIN)/mypy; status=$$?; rm -r "$$place"; exit $$status
 
@@ -50,7 +55,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test-installed: $(VENV)/.installed
-	$(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --disable-pip-version-check --no-compile 'pip>=25.1' # the first with --group
+	$(BIN)/pip install --disable-pip-version-check --no-compile -c constraints.txt --group test
 	touch $@
 
 clean:

@@ -1,8 +1,7 @@
-"""The two apps that Flower loads, and the one place where a room is handed what it must not import.
+"""The two Flower apps: ``server`` runs at the coordinator, ``client`` at every site.
 
-Flower starts ``server`` at the coordinator and ``client`` at every site, simulated or deployed. A
-site's code knows no simulation; that a simulated site without data is a phantom hospital is
-arranged here.
+The package ``client`` must not import ``simulation``, so the folders of simulated sites and the
+generator of phantom data are passed to it here.
 """
 
 from polyclinic.client.app import Simulated, client_app

@@ -1,4 +1,4 @@
-"""Build hook of the wheel: ``polyclinic.py`` is also the ``__init__.py`` of its folder."""
+"""Build hook for the wheel: ship ``polyclinic.py`` as ``polyclinic/__init__.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class PackageHook(BuildHookInterface):
-    """Give the wheel's folder ``polyclinic`` its ``__init__.py``; a checkout needs none."""
+    """Adds ``polyclinic/__init__.py`` to the wheel; an editable install does not need it."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version != "editable":

@@ -1,9 +1,9 @@
-"""The package ``polyclinic``: this module, and as its sub-packages the folders next to it.
+"""The package ``polyclinic``; its sub-packages are the folders next to this module.
 
-``client``, ``server``, ``configs``, ``mtl_model`` and ``simulation`` are too common as names to
-import at top level: a ``client.py`` in the working folder, or another wheel, would be loaded
-instead. They are imported as ``polyclinic.client`` and so on, from a checkout, from an app that
-Flower unpacked and from a wheel alike (docs/decisions.md).
+``client``, ``server``, ``configs``, ``mtl_model`` and ``simulation`` are too common as top-level
+names: a ``client.py`` in the working folder or in another wheel could be imported instead. They are
+imported as ``polyclinic.client`` and so on. This works the same way in a checkout, in an app
+unpacked by Flower and in a wheel (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import typer
 
 __path__ = [os.path.dirname(os.path.realpath(__file__))]
-if __spec__ is not None:  # None where this file is run as a script
+if __spec__ is not None:  # None if this file is run as a script
     __spec__.submodule_search_locations = __path__
 
 
@@ -28,11 +28,13 @@ def command_line() -> typer.Typer:
 
     from polyclinic.client import commands as client_commands
     from polyclinic.configs import VERSION
+    from polyclinic.configs.output import group, print_result
     from polyclinic.server import commands as server_commands
     from polyclinic.simulation import commands as simulation_commands
 
-    app = typer.Typer(
-        help="Hospitals train one network together; no image leaves its hospital.",
+    app = group(
+        "Train one segmentation and classification network at several hospitals; "
+        "images never leave their site.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
@@ -44,7 +46,7 @@ def command_line() -> typer.Typer:
     @app.callback(invoke_without_command=True)
     def about(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
         if version:
-            print(VERSION)
+            print_result(VERSION)
             raise typer.Exit
 
     return app
@@ -55,15 +57,16 @@ def main() -> None:
     from polyclinic.client.data.manifest import DataError
     from polyclinic.client.ledger.hash_chain import LedgerError
     from polyclinic.configs.errors import ConfigError
+    from polyclinic.configs.output import print_message
     from polyclinic.configs.passport import ModelFileError
 
     try:
         command_line()()
     except (ConfigError, DataError, ModelFileError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_message(f"error: {error}")
         sys.exit(2)
     except (OSError, LedgerError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_message(f"error: {error}")
         sys.exit(1)
 
 

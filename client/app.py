@@ -1,10 +1,11 @@
-"""What a site does with each kind of message: unpack, call, pack.
+"""Handle the three kinds of messages that a site receives: describe, train and evaluate.
 
-The site's policy is asked at each step (``client.policy.site_policy``); what it forbids is
-declined. A reason that the site or its data give is answered as a refusal. Either way the server
-reports it by the site's name, and a deployed site writes down every reply before it leaves
-(``client.ledger.outgoing``). Anything else that goes wrong is a fault of ours: it is raised, and
-Flower tells the server that the site failed.
+Each handler unpacks the message, calls the functions that do the work and packs the reply. It
+checks the site's policy (``client.policy.site_policy``) at each step and declines what the policy
+forbids. Errors that the site's setup or data cause are answered with a refusal. In both cases the
+server logs the reason under the site's name. A deployed site records every reply in its outgoing
+log before sending it (``client.ledger.outgoing``). Any other exception is a bug: it propagates, and
+Flower reports the site as failed.
 """
 
 from __future__ import annotations
@@ -87,15 +88,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a simulated site is given by a room above this one."""
+    """Folders for simulated sites, injected because ``client`` must not import ``simulation``."""
 
-    phantom_root: PhantomRoot  # writes phantom hospitals
-    ledgers: Callable[[], Path]  # folder for their privacy ledgers, of one run each
-    memories: Callable[[], Path]  # folder for what they keep of a run
+    phantom_root: PhantomRoot  # generates phantom data and returns its folder
+    ledgers: Callable[[], Path]  # folder of the privacy ledgers, one per run and site
+    memories: Callable[[], Path]  # folder of the state that sites keep between rounds
 
 
 def client_app(simulated: Simulated) -> ClientApp:
-    """Make the app that Flower starts at every site."""
+    """Build the Flower client app that runs at every site."""
     app = ClientApp()
 
     @app.query("describe")
@@ -115,29 +116,29 @@ def client_app(simulated: Simulated) -> ClientApp:
 
 @dataclass(frozen=True)
 class RequestContext:
-    """A message, with what this site is and has."""
+    """A request with the run's configuration and the site's data."""
 
     message: Message
-    run: str
+    run: str  # identity of the run, 32 hexadecimal digits
     config: RunConfig
     site: Site
     data: SiteData
-    standing: PrivacyDeclaration | None  # None: without privacy
-    memories: Path  # folder for what the site keeps of each run
+    standing: PrivacyDeclaration | None  # None: the run uses no differential privacy
+    memories: Path  # folder of the state that the site keeps between rounds, per run
 
 
 @dataclass(frozen=True)
 class Response:
-    """A reply, and what it did to the site's privacy budget."""
+    """A reply and its effect on the site's privacy budget."""
 
     reply: Message
-    spending: BudgetReport | None = None
+    spending: BudgetReport | None = None  # None: no budget was spent
 
 
 Handler = Callable[[RequestContext], Response]
 
 REASONS = (
-    BackboneError,  # this site's timm has another list of networks
+    BackboneError,  # this site's version of timm lacks the network
     ConfigError,
     DeviceError,
     DistanceError,
@@ -146,7 +147,7 @@ REASONS = (
     ProtocolError,
     TrainingError,
 )
-REASONS_OF_FILES = (DataError, OSError, SplitKeyError)  # their messages name files
+REASONS_OF_FILES = (DataError, OSError, SplitKeyError)  # their messages contain file paths
 
 
 def _answer(handle: Handler, message: Message, context: Context, simulated: Simulated) -> Message:
@@ -157,18 +158,18 @@ def _answer(handle: Handler, message: Message, context: Context, simulated: Simu
         return refusal(message, str(error))
     try:
         site = open_site(context.node_config, config, simulated.phantom_root)
-    except (ConfigError, *REASONS_OF_FILES) as error:  # it has not said what it allows
+    except (ConfigError, *REASONS_OF_FILES) as error:  # the site's policy is unknown
         log.warning("refused %s: %s", message.metadata.message_type, error)
         reason = UNNAMED if SITE_CONFIG in context.node_config else str(error)
         return refusal(message, reason)
-    answer = _answer_of(handle, message, run, config, site, simulated)
+    response = _respond(handle, message, run, config, site, simulated)
     if site.config is not None:
-        told = sent(message, answer.reply, run, own_release(), answer.spending)
-        write_down(site.config.state, told)
-    return answer.reply
+        record = sent(message, response.reply, run, own_release(), response.spending)
+        write_down(site.config.state, record)
+    return response.reply
 
 
-def _answer_of(
+def _respond(
     handle: Handler,
     message: Message,
     run: str,
@@ -197,36 +198,36 @@ def _answer_of(
         return Response(refusal(message, str(error)))
 
 
-def _describe(asked: RequestContext) -> Response:
-    device = find_device(asked.config.train.device)
-    if asked.config.evaluate.hd95:
+def _describe(context: RequestContext) -> Response:
+    device = find_device(context.config.train.device)
+    if context.config.evaluate.hd95:
         check_distances()
-    for row in asked.data.skipped:
-        log.warning("left out: %s", row)
+    for row in context.data.skipped:
+        log.warning("skipped: %s", row)
     versions = {"polyclinic": VERSION, "flwr": flwr.__version__, "torch": torch.__version__}
     versions["release"] = own_release()[:12]
-    policy, declared = asked.site.policy, asked.standing
+    policy, declared = context.site.policy, context.standing
     return Response(
-        describe_reply(asked.message, asked.data, policy, str(device), versions, declared)
+        describe_reply(context.message, context.data, policy, str(device), versions, declared)
     )
 
 
-def _train(asked: RequestContext) -> Response:
-    config, policy, declared = asked.config, asked.site.policy, asked.standing
-    examples = asked.data.splits[wire.TRAIN_SPLIT]
+def _train(context: RequestContext) -> Response:
+    config, policy, declared = context.config, context.site.policy, context.standing
+    examples = context.data.splits[wire.TRAIN_SPLIT]
     check_hours(policy, datetime.now())
     if declared is None:
         check_size(policy, len(examples), len(set(examples.group.tolist())))
         check_steps(policy, config.train.steps(len(examples)))
-    else:  # what is counted must not decide, or it would be told
+    else:  # a decision based on the true counts would reveal them
         check_size(policy, declared.examples, declared.patients)
-    network = _received(asked, 1)
+    network = _received(context, 1)
     request, model = network.request, network.model
     if not 1 <= request.number <= config.rounds.count:
         raise ProtocolError(
             f"{wire.NUMBER}: expected a round from 1 to {config.rounds.count}, got {request.number}"
         )
-    where = Round(request.number, config.rounds.count, config.run.seed, asked.data.site)
+    where = Round(request.number, config.rounds.count, config.run.seed, context.data.site)
     device = find_device(config.train.device)
     proximal = Proximal(config.strategy.mu, frozenset(e.name for e in network.personal.entries))
     spending = None
@@ -259,23 +260,23 @@ def _train(asked: RequestContext) -> Response:
     check_update(policy, request.weights, weights)
     if own:
         network.memory.keep(request.number, own, request.best)
-    reply = train_reply(asked.message, asked.data, weights, result, declared, spending)
+    reply = train_reply(context.message, context.data, weights, result, declared, spending)
     return Response(reply, spending)
 
 
-def _evaluate(asked: RequestContext) -> Response:
+def _evaluate(context: RequestContext) -> Response:
     started = time.perf_counter()
-    config, policy = asked.config, asked.site.policy
+    config, policy = context.config, context.site.policy
     check_evaluation(policy)
     check_hours(policy, datetime.now())
-    network = _received(asked, 0)
+    network = _received(context, 0)
     request, model = network.request, network.model
     if request.split not in (wire.VAL_SPLIT, wire.TEST_SPLIT):
         raise ProtocolError(
             f"{wire.SPLIT}: expected {wire.VAL_SPLIT} or {wire.TEST_SPLIT}, got {request.split!r}"
         )
     examples, withheld = suppress_small_groups(
-        policy, asked.data.splits[request.split], config.data
+        policy, context.data.splits[request.split], config.data
     )
     sums = evaluate(
         model,
@@ -287,34 +288,35 @@ def _evaluate(asked: RequestContext) -> Response:
         hd95=config.evaluate.hd95,
     )
     seconds = time.perf_counter() - started
-    told = redact_sums(policy, sums)
-    return Response(evaluate_reply(asked.message, asked.data, told, withheld, seconds))
+    redacted = redact_sums(policy, sums)
+    return Response(evaluate_reply(context.message, context.data, redacted, withheld, seconds))
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The network of the config, holding the weights that came and the site's own."""
+    """The configured network, loaded with the received weights and the site's personal layers."""
 
     model: MultiTaskUNet
     request: Request
-    shared: Layout
-    personal: Layout  # empty without personal layers
+    shared: Layout  # weights that are sent
+    personal: Layout  # weights that stay at the site; empty without personal layers
     memory: SiteMemory
 
 
-def _received(asked: RequestContext, back: int) -> LoadedModel:
-    """Read a message's weights into the network.
+def _received(context: RequestContext, back: int) -> LoadedModel:
+    """Load a message's weights into the network.
 
     Args:
-        back: how many rounds before the message's the site's own layers are of: a round starts
-            from what the one before it left, also when it is done again.
+        back: how many rounds before the message's round the personal layers date from. Training
+            starts from the layers of the previous round (1), also when a round is repeated;
+            evaluation uses the layers of its own round (0).
     """
-    config = asked.config
+    config = context.config
     model = _network(config.model, config.data, config.loss)
     names = personal_names(model, config.strategy.personal)
     shared, personal = Layout.of(model).parts(names)
-    request = read_request(asked.message, shared, personal)
-    memory = SiteMemory(asked.memories / asked.run / asked.data.site, personal)
+    request = read_request(context.message, shared, personal)
+    memory = SiteMemory(context.memories / context.run / context.data.site, personal)
     own = memory.recall(request.number - back) if names else None
     state = shared.unpack(request.weights) | personal.unpack(own or request.initial)
     model.load_state_dict(state)
@@ -323,5 +325,5 @@ def _received(asked: RequestContext, back: int) -> LoadedModel:
 
 @lru_cache(maxsize=1)
 def _network(model: ModelConfig, data: DataConfig, loss: LossConfig) -> MultiTaskUNet:
-    """Built once a process: its weights are replaced by every message."""
+    """Build the network once per process; every message replaces its weights."""
     return network_of(model, data, loss, seed=0)

@@ -1,4 +1,4 @@
-"""Messages in, messages out: the site's end of the wire."""
+"""Read the server's messages and build the site's replies."""
 
 from __future__ import annotations
 
@@ -24,46 +24,47 @@ MetricRecordValues = int | float | list[int] | list[float]
 
 
 class ProtocolError(ValueError):
-    """A message from the server is not what this site's release expects."""
+    """A message from the server does not match what this site's release expects."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asks with a train or evaluate message."""
+    """The contents of a train or evaluate message."""
 
-    number: int
+    number: int  # the round
     split: str
     weights: Packed
-    initial: Packed  # first values of what stays at the sites
-    best: int  # the round whose model is the best so far; 0 if there is none
+    initial: Packed  # initial values of the personal layers
+    best: int  # round of the best model so far; 0: none yet
 
 
 def read_run(message: Message) -> str:
-    """The identity of the run that asks, which stays the same when it is resumed.
+    """Read the identity of the run, which stays the same when the run is resumed.
 
     Raises:
-        ProtocolError: if it is none; it names folders at the site.
+        ProtocolError: if it is not 32 hexadecimal digits. The identity is used as a folder name,
+            so anything else is rejected.
     """
-    asked = message.content.config_records.get(wire.ROUND) or ConfigRecord()
-    run = str(asked.get(wire.RUN, ""))
+    header = message.content.config_records.get(wire.ROUND) or ConfigRecord()
+    run = str(header.get(wire.RUN, ""))
     if not re.fullmatch("[0-9a-f]{32}", run):
         raise ProtocolError(f"{wire.RUN}: expected 32 hexadecimal digits, got {run!r}")
     return run
 
 
 def read_settings(message: Message) -> dict[str, bool | int | float | str]:
-    """The settings that a resumed run has beside Flower's run config.
+    """Read the settings of a resumed run that override Flower's run config.
 
     Raises:
-        ProtocolError: if they are no table.
+        ProtocolError: if they are not a JSON object.
     """
-    asked = message.content.config_records.get(wire.ROUND) or ConfigRecord()
+    header = message.content.config_records.get(wire.ROUND) or ConfigRecord()
     try:
-        settings = json.loads(str(asked.get(wire.SETTINGS, "{}")))
+        settings = json.loads(str(header.get(wire.SETTINGS, "{}")))
     except json.JSONDecodeError:
         settings = None
     if not isinstance(settings, dict):
-        raise ProtocolError(f"{wire.SETTINGS}: expected a table of settings as JSON")
+        raise ProtocolError(f"{wire.SETTINGS}: expected a JSON object of settings")
     return settings
 
 
@@ -71,19 +72,19 @@ def read_request(message: Message, layout: Layout, personal: Layout) -> Request:
     """Unpack a train or evaluate message and check that it fits this site's network.
 
     Args:
-        layout: of the weights that travel.
-        personal: of those that stay at the sites.
+        layout: layout of the weights that are sent.
+        personal: layout of the weights that stay at the sites.
 
     Raises:
-        ProtocolError: naming what is missing or differs.
+        ProtocolError: if a record is missing or a layout differs.
     """
     content = message.content
     if wire.ROUND not in content.config_records or wire.WEIGHTS not in content.array_records:
         raise ProtocolError(
             f"expected records {wire.ROUND} and {wire.WEIGHTS}, got {', '.join(content) or 'none'}"
         )
-    asked = content.config_records[wire.ROUND]
-    digest = str(asked.get(wire.LAYOUT, ""))
+    header = content.config_records[wire.ROUND]
+    digest = str(header.get(wire.LAYOUT, ""))
     if digest != layout.digest:
         raise ProtocolError(
             f"the server's network differs from this site's: expected layout {layout.digest[:12]}, "
@@ -97,11 +98,11 @@ def read_request(message: Message, layout: Layout, personal: Layout) -> Request:
     except ValueError as error:
         raise ProtocolError(f"weights from the server: {error}") from None
     return Request(
-        number=int(str(asked[wire.NUMBER])),
-        split=str(asked[wire.SPLIT]),
+        number=int(str(header[wire.NUMBER])),
+        split=str(header[wire.SPLIT]),
         weights=weights,
         initial=initial,
-        best=int(str(asked.get(wire.BEST, 0))),
+        best=int(str(header.get(wire.BEST, 0))),
     )
 
 
@@ -113,12 +114,13 @@ def describe_reply(
     versions: dict[str, str],
     standing: PrivacyDeclaration | None = None,
 ) -> Message:
-    """Say who this site is and what it has, by split and class.
+    """Build the reply to a describe message: the site's name, counts per split and versions.
 
     Args:
-        policy: what may be told of few images and of rows left out.
-        standing: of a site that trains privately, which tells of its training images what it
-            declares and nothing else.
+        policy: the site's policy, which redacts small counts and messages about skipped rows.
+        versions: version per package.
+        standing: declared numbers of a site that trains with differential privacy. Its reply
+            contains only these about the training images, never the true counts.
     """
     counts: dict[str, MetricRecordValues] = {}
     for name, examples in site.splits.items():
@@ -146,11 +148,12 @@ def train_reply(
     standing: PrivacyDeclaration | None = None,
     spending: BudgetReport | None = None,
 ) -> Message:
-    """Send a round's weights home, with the counts that weigh them.
+    """Build the reply to a train message: the trained weights and the counts to weight them by.
 
     Args:
-        standing: of a site that trains privately, which tells neither losses nor seconds.
-        spending: of its budget.
+        standing: declared numbers of a site that trains with differential privacy. Its reply
+            contains no losses and no training time.
+        spending: what the round spent of the site's privacy budget.
     """
     examples, with_mask, with_label = _counts(site.splits[wire.TRAIN_SPLIT], standing)
     sums: dict[str, MetricRecordValues] = {
@@ -177,41 +180,42 @@ def train_reply(
 def evaluate_reply(
     message: Message, site: SiteData, sums: MetricSums, withheld: Sequence[str], seconds: float
 ) -> Message:
-    """Reply with an evaluation's sums over images, without noise.
+    """Build the reply to an evaluate message: exact metric sums over images, without noise.
 
-    Sums over few images, and differences of sums over almost the same images, reveal single
-    images: docs/privacy.md, "Known open findings".
+    Sums over few images, and differences of sums over almost the same images, reveal individual
+    images; see docs/privacy.md, "Known open findings".
 
     Args:
-        withheld: what the site's policy keeps out of them.
+        sums: metric sums, already redacted by the site's policy.
+        withheld: descriptions of what the site's policy excluded.
     """
     about = ConfigRecord({wire.NAME: site.site, wire.WITHHELD: list(withheld)})
     return _reply(message, about, MetricRecord({**sums.to_lists(), wire.SECONDS: seconds}))
 
 
 def refusal(message: Message, reason: str) -> Message:
-    """Say why this site cannot do what it was asked."""
+    """Build a reply that explains why the site cannot answer the request."""
     return _reply(message, ConfigRecord({wire.REFUSAL: reason}), MetricRecord())
 
 
 def declined(message: Message, reason: str) -> Message:
-    """Say why this site will not do what it was asked."""
+    """Build a reply that explains which rule of the site forbids the request."""
     return _reply(message, ConfigRecord({wire.DECLINED: reason}), MetricRecord())
 
 
 def sent(
     message: Message, reply: Message, run: str, release: str, spending: BudgetReport | None
 ) -> Sent:
-    """What a reply carries, for the site's outgoing log."""
+    """Summarise a reply for the site's outgoing log."""
     about = reply.content.config_records[wire.SITE]
     outcomes = {wire.DECLINED: "declined", wire.REFUSAL: "refused"}
     arrays = reply.content.array_records.get(wire.WEIGHTS) or ArrayRecord()
-    asked = message.content.config_records.get(wire.ROUND) or ConfigRecord()
+    header = message.content.config_records.get(wire.ROUND) or ConfigRecord()
     return Sent(
         kind=message.metadata.message_type,
         outcome=next((word for key, word in outcomes.items() if key in about), "answered"),
         run=run,
-        round=int(str(asked.get(wire.NUMBER, 0))),
+        round=int(str(header.get(wire.NUMBER, 0))),
         release=release,
         told={**about, **reply.content.metric_records[wire.SUMS]},
         arrays={name: array.data for name, array in arrays.items()},
@@ -221,15 +225,15 @@ def sent(
 
 
 def _reply(message: Message, about: ConfigRecord, sums: MetricRecord) -> Message:
-    asked = message.content.config_records.get(wire.ROUND) or ConfigRecord()
+    header = message.content.config_records.get(wire.ROUND) or ConfigRecord()
     for key in (wire.NUMBER, wire.RUN):
-        if key in asked:
-            about[key] = asked[key]
+        if key in header:
+            about[key] = header[key]
     return Message(RecordDict({wire.SITE: about, wire.SUMS: sums}), reply_to=message)
 
 
 def _counts(examples: Examples, standing: PrivacyDeclaration | None = None) -> list[int]:
-    """Images, those with a mask, those with a label; declared ones of one with a standing."""
+    """Count images, images with a mask and images with a label; use declared counts if given."""
     if standing is None:
         return [len(examples), examples.with_mask, examples.with_label]
     annotated = (standing.examples if task in examples.tasks else 0 for task in TASKS)

@@ -1,7 +1,7 @@
-"""A finished model on images: masks at the images' own size, and classes.
+"""Predict masks and classes of images with a trained model.
 
-A mask is decided on the original's pixels: logits are cut out of the frame that the picture was
-put into and interpolated back, so that a mask lies on its image whatever size the network sees.
+Masks have the original image's size: the logits are cropped to the image without padding and
+interpolated back to the original size before they are thresholded.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ _COLOURS = ((255, 64, 64), (64, 224, 64), (64, 160, 255), (255, 208, 0), (224, 6
 
 
 class NonFinitePredictionError(ValueError):
-    """A model's answer to an image is no number."""
+    """A model's output for an image contains NaN or infinity."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a model says of one image."""
+    """A model's prediction for one image."""
 
-    masks: NDArray[np.bool_]  # (M, height, width) of the original
-    probabilities: dict[str, float]  # by image class
-    classes: tuple[str, ...]  # those that are predicted: one, or with several labels any
+    masks: NDArray[np.bool_]  # (M, height, width), at the original image's size
+    probabilities: dict[str, float]  # probability per image class, 0 to 1
+    classes: tuple[str, ...]  # predicted classes: exactly one, or any number if multi-label
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one image."""
+    """The result for one image."""
 
     image: Path
-    entry: dict[str, Any] | None  # for predictions.json
-    reason: str = ""  # why there is no entry
+    entry: dict[str, Any] | None  # entry for predictions.json; None if the image failed
+    reason: str = ""  # why the image failed
 
 
 def images_in(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, and every image below a folder in order; none twice.
+    """List the given files and all images in the given folders, sorted, without duplicates.
 
     Raises:
-        ConfigError: if a folder holds no image.
+        ConfigError: if a folder contains no images.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -74,15 +74,15 @@ def images_in(paths: Sequence[Path]) -> list[Path]:
 
 
 def names_of(images: Sequence[Path]) -> list[str]:
-    """A name for each image's results: its stem, numbered where an earlier image has it."""
-    taken: set[str] = set()
+    """Choose a unique name for each image's results: its stem, with a number if necessary."""
+    used: set[str] = set()
     names = []
     for image in images:
         name, number = image.stem, 1
-        while name.lower() in taken:  # some file systems take A and a for one name
+        while name.lower() in used:  # some file systems ignore case
             number += 1
             name = f"{image.stem}-{number}"
-        taken.add(name.lower())
+        used.add(name.lower())
         names.append(name)
     return names
 
@@ -90,7 +90,14 @@ def names_of(images: Sequence[Path]) -> list[str]:
 def predict(
     model: SavedModel, images: Sequence[Path], out: Path, overlay: bool
 ) -> Iterator[Outcome]:
-    """Predict image by image, writing masks as it goes; an image that cannot be read is told."""
+    """Predict image by image and write masks; yield an outcome with a reason for failed images.
+
+    Args:
+        model: the model.
+        images: image files.
+        out: folder for masks and overlays.
+        overlay: also write each image with the outlines of its masks.
+    """
     data = model.passport.data
     for image, name in zip(images, names_of(images), strict=True):
         try:
@@ -125,17 +132,17 @@ def predict(
 
 
 def find(model: SavedModel, picture: Picture) -> Finding:
-    """Put one picture through a model.
+    """Predict masks and classes of one image.
 
     Raises:
-        NonFinitePredictionError: if its answer holds NaN or infinity, which no threshold tells from
-        a no.
+        NonFinitePredictionError: if the output contains NaN or infinity, which thresholds would
+            silently turn into a negative prediction.
     """
     data = model.passport.data
     pixels = torch.from_numpy(picture.pixels).unsqueeze(0)
     masks, classes = model.logits(normalised(pixels, data.normalise))
     if not (masks.isfinite().all() and classes.isfinite().all()):
-        raise NonFinitePredictionError("expected finite logits of the model, got NaN or infinity")
+        raise NonFinitePredictionError("expected finite logits from the model, got NaN or infinity")
     planes = predicted_masks(at_original_size(masks, picture), len(data.mask_classes))[0]
     logits = classes[0].double()
     several = data.label_kind == "multi-label"
@@ -153,11 +160,11 @@ def _only(chosen: int, classes: int) -> list[bool]:
 
 
 def at_original_size(maps: Tensor, picture: Picture) -> Tensor:
-    """Undo padding and resizing, bilinearly.
+    """Undo padding and resizing with bilinear interpolation.
 
     Shapes:
-        maps: (1, ., H, W)
-        out:  (1, ., height, width) of the original
+        maps: (1, N, H, W)
+        out:  (1, N, height, width), the original image's size
     """
     rows, columns = picture.frame.inside
     size = (picture.original.height, picture.original.width)
@@ -165,10 +172,10 @@ def at_original_size(maps: Tensor, picture: Picture) -> Tensor:
 
 
 def _write_masks(out: Path, name: str, finding: Finding, data: DataConfig) -> dict[str, str]:
-    """Write an image's masks.
+    """Write the masks of one image.
 
     Returns:
-        Files by mask class, relative to ``out``; one file of indices stands for all classes.
+        Mask file per mask class, relative to ``out``; indexed masks share one file.
     """
     several = len(data.mask_classes) > 1
     planes = {
@@ -196,12 +203,12 @@ def _write_masks(out: Path, name: str, finding: Finding, data: DataConfig) -> di
 
 
 def _folder_name(mask: str, number: int) -> str:
-    """The class's own name, unless a file system could not have it."""
+    """Use the class name as folder name, unless it has characters that are unsafe in paths."""
     return mask if mask.replace("-", "").replace("_", "").isalnum() else f"class-{number}"
 
 
 def outlined(original: Image.Image, masks: NDArray[np.bool_]) -> Image.Image:
-    """The image in colour, each mask class's outline on it in a colour of its own."""
+    """Draw the outlines of the masks on the image, with one colour per mask class."""
     import cv2
 
     canvas = np.array(original.convert("RGB"))
@@ -215,15 +222,15 @@ def outlined(original: Image.Image, masks: NDArray[np.bool_]) -> Image.Image:
 def write_predictions(
     out: Path, model: SavedModel, path: Path, outcomes: Iterable[Outcome]
 ) -> dict[str, Any]:
-    """Write predictions.json: the model, what it said of each image, and what could not be read."""
+    """Write predictions.json: the model, the prediction for each image, and failed images."""
     outcomes = list(outcomes)
     passport = model.passport
     content = {
-        "polyclinic-version": VERSION,
+        "polyclinic_version": VERSION,
         "model": {
             "file": str(path),
             "sha256": model.sha256,
-            "weights-sha256": model.weights_sha256,
+            "weights_sha256": model.weights_sha256,
             "run": passport.run,
             "round": passport.round,
         },

@@ -1,4 +1,4 @@
-"""A private round within a site's budget: reserved in its ledger before the first step."""
+"""Train a round with differential privacy within the site's privacy budget."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.network import MultiTaskUNet
 
 
-def train_within_budget(
+def train_within_budget(  # noqa: PLR0913 settings of one call, each used by name
     model: MultiTaskUNet,
     examples: Examples,
     where: Round,
@@ -35,13 +35,17 @@ def train_within_budget(
     device: torch.device,
     proximal: Proximal = NO_PULL,
 ) -> tuple[TrainResult, BudgetReport]:
-    """Train a round with differential privacy, if the site's budget has room for it.
+    """Train a round with differential privacy if its cost fits the site's budget.
 
-    The round's cost is in the ledger, on the disk, before the first step; steps not taken come
-    back afterwards. Whatever happens in between, the ledger never says less than what was done.
+    The cost of the whole round is written to the ledger before the first step. Steps that were not
+    run are credited afterwards. If the process dies in between, the ledger overstates what was
+    spent and never understates it.
+
+    Returns:
+        The result of the round, and epsilon before and after it.
 
     Raises:
-        Decline: if the round would exceed the budget, or the site's rules ask for another unit,
+        Decline: if the round would exceed the budget, or if the site's rules require another unit,
             more noise or fewer steps.
         LedgerError: if the ledger cannot be used.
     """
@@ -77,10 +81,10 @@ def train_within_budget(
 def mechanism_of(
     train: TrainConfig, privacy: PrivacyConfig, rounds: int, standing: PrivacyDeclaration
 ) -> Mechanism:
-    """What one round will do, from settings and declared numbers alone.
+    """Compute the privacy mechanism of one round from public settings and declared numbers only.
 
     Raises:
-        Decline: if no noise keeps the planned rounds within the target.
+        Decline: if no amount of noise keeps the planned rounds within the target epsilon.
     """
     rate, steps = sampling(train, standing.examples)
     noise = privacy.noise_multiplier
@@ -98,13 +102,13 @@ def mechanism_of(
     )
 
 
-_noise_for = lru_cache(maxsize=8)(noise_for)  # seconds, and the same in every round
+_noise_for = lru_cache(maxsize=8)(noise_for)  # takes seconds; the arguments repeat every round
 
 
 def _terms(
     privacy: PrivacyConfig, standing: PrivacyDeclaration
 ) -> tuple[Cohort, float, float | None]:
-    """The ledger's cohort, delta and cap: the site's own, which no run can move."""
+    """Return cohort, delta and epsilon cap for the ledger; a site's own budget has precedence."""
     cohort = Cohort(standing.cohort, privacy.unit, standing.units(privacy.unit))
     if standing.budget is None:
         return cohort, privacy.delta, None

@@ -1,8 +1,8 @@
-"""Which site this is, and its data.
+"""Identify the site that this process represents, and load its data.
 
-A deployed site is named and placed by its own ``site.yaml`` (Flower's node config:
-``site-config="/path/site.yaml"``). A simulated one is the partition-th site of the folder that
-the run names, or a phantom hospital if it names none.
+A deployed site takes its name and paths from its own ``site.yaml`` (Flower's node config:
+``site-config="/path/site.yaml"``). A simulated site is one of the sites in the run's data folder,
+selected by the partition number, or a phantom hospital if the run has no data folder.
 """
 
 from __future__ import annotations
@@ -33,26 +33,31 @@ SITE_CONFIG = "site-config"
 PARTITION = "partition-id"
 PARTITIONS = "num-partitions"
 
-# Writes that many phantom hospitals, unless they are there, and says where.
+# Generates the given number of phantom hospitals, if needed, and returns their folder.
 PhantomRoot = Callable[[PhantomConfig, int], Path]
 
 
 @dataclass(frozen=True)
 class Site:
-    """Who a site is, where its images lie, and what it allows."""
+    """A site's manifest, policy and settings."""
 
     manifest: Manifest
     policy: PolicyConfig
-    config: SiteConfig | None  # None: simulated
+    config: SiteConfig | None  # contents of site.yaml; None: simulated site
 
 
 def open_site(node: Mapping[str, object], config: RunConfig, phantom_root: PhantomRoot) -> Site:
-    """Find the site that this process stands for.
+    """Open the site that this process represents.
+
+    Args:
+        node: Flower's node config.
+        config: the run's configuration.
+        phantom_root: generates phantom data for simulated sites.
 
     Raises:
-        DataError: if its manifest cannot be used, or if the number of sites is not the number
-            simulated.
-        ConfigError: if its site.yaml cannot be used.
+        DataError: if the manifest cannot be used, or if the data folder's number of sites differs
+            from the number of simulated sites.
+        ConfigError: if the site.yaml cannot be used.
     """
     if SITE_CONFIG in node:
         own = read_site_config(Path(str(node[SITE_CONFIG])))
@@ -61,10 +66,10 @@ def open_site(node: Mapping[str, object], config: RunConfig, phantom_root: Phant
 
 
 def load(site: Site, data: DataConfig) -> SiteData:
-    """Read a site's images, or take them from memory if nothing has changed.
+    """Read a site's images; use the cached ones if the manifest has not changed.
 
     Raises:
-        DataError: if they cannot be used.
+        DataError: if the images cannot be used.
         ConfigError: if a private site's split key cannot be used.
     """
     key = split_key(site.config.state) if site.config and site.config.private else None
@@ -74,50 +79,53 @@ def load(site: Site, data: DataConfig) -> SiteData:
 
 @dataclass(frozen=True)
 class PrivacyDeclaration:
-    """What a site declares of the patients it trains on, and the ledger of what they have spent.
+    """The numbers that a site declares about its training data, with its ledger and budget.
 
-    Declared, not counted: numbers that follow from the images may not leave a site that trains
-    privately. A simulated site, whose patients nobody protects, declares what it has.
+    Declared numbers are used because true counts must not leave a site that trains with
+    differential privacy. A simulated site has no patients to protect and declares its true counts.
     """
 
-    run: str  # identity of the run that asks
+    run: str  # identity of the run, 32 hexadecimal digits
     cohort: str
-    examples: int  # training images
-    patients: int
+    examples: int  # declared number of training images
+    patients: int  # declared number of training patients
     ledger: Path
     budget: BudgetConfig | None  # None: no cap
 
     def units(self, unit: str) -> int:
+        """Return the declared number of units, ``example`` or ``patient``."""
         return self.examples if unit == "example" else self.patients
 
 
 @dataclass(frozen=True)
 class BudgetReport:
-    """What a round did to its cohort's budget: epsilon at delta, of all that was ever spent."""
+    """The cohort's total spent epsilon before and after a round."""
 
-    before: float
-    after: float
+    before: float  # epsilon of all rounds before this one
+    after: float  # the same with this round
     delta: float
-    cap: float | None  # the most that may ever be spent; None of a site without a budget
+    cap: float | None  # largest total epsilon; None: the site has no budget
 
 
 def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> PrivacyDeclaration:
-    """Find out what a site declares.
+    """Collect the numbers that a site declares for private training.
 
     Args:
-        run: identity of the run; simulated sites' ledgers are of one run each.
+        site: the site.
+        data: its data.
+        run: identity of the run; a simulated site has a separate ledger for each run.
         ledgers: folder for simulated sites' ledgers.
 
     Raises:
-        ConfigError: if a deployed site's site.yaml does not declare its cohort.
+        ConfigError: if a deployed site's site.yaml lacks its cohort or budget.
     """
     if site.config is not None:
         own, cohort = site.config, site.config.cohort or CohortConfig()
         if cohort.examples is None or cohort.patients is None or own.budget is None:
             raise ConfigError(
                 f"site {own.name}: expected cohort (examples, patients) and budget (epsilon, "
-                "delta, unit) in its site.yaml, without which it does not train privately; "
-                "docs/privacy.md has both"
+                "delta, unit) in its site.yaml, which private training requires; see "
+                "docs/privacy.md"
             )
         return PrivacyDeclaration(
             run, own.cohort_name, cohort.examples, cohort.patients, own.state / LEDGER, own.budget
@@ -130,10 +138,11 @@ def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> PrivacyDecl
 
 
 def memory_folder(site: Site, memories: Path) -> Path:
-    """Where a site keeps what it remembers of runs, a folder each.
+    """Return the folder in which a site keeps state between rounds, with one subfolder per run.
 
     Args:
-        memories: folder for simulated sites' memories.
+        site: the site.
+        memories: the folder for simulated sites.
     """
     return site.config.state / "runs" if site.config is not None else memories
 
@@ -156,7 +165,7 @@ def _simulated(
         raise DataError(
             f"{root.absolute()} has {len(sites)} sites ({', '.join(sites)}), but {partitions} are "
             f"simulated; add --federation-config 'num-supernodes={len(sites)}' to flwr run, or "
-            "name fewer in data.sites"
+            "select fewer sites in data.sites"
         )
     return list(sites.values())[partition]
 

@@ -1,3 +1,8 @@
-"""What a run and a site may be told. Imports nothing of ours, no torch, no flwr."""
+"""Settings of runs, sites and federations. Imports no other Polyclinic package, torch or flwr."""
 
-VERSION = "0.1.0"  # as in pyproject.toml, for where the release runs without being installed
+VERSION = "0.1.0"  # the same as in pyproject.toml; needed where the release is not installed
+
+
+def same_minor(one: str, other: str) -> bool:
+    """Whether two versions have the same major and minor number."""
+    return one.split(".")[:2] == other.split(".")[:2]

@@ -1,7 +1,7 @@
-"""The error that names a wrong setting."""
+"""The error that reports invalid settings."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A setting is unknown or out of range. The message names each one and what is allowed."""
+    """Settings are unknown or invalid. The message names each one and the values allowed."""

@@ -1,4 +1,4 @@
-"""Messages about wrong settings: what was expected, what came, and what to do."""
+"""Error messages for invalid settings: what was expected, what came, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from polyclinic.configs.schema.base import kebab
 
-# Keys that were renamed. A file that a user wrote is refused with the new name.
+# Renamed keys. Files with an old key are refused with a message that names the new one.
 RENAMED = {
     "rounds.set-aside-after": "rounds.suspend-after",
     "rounds.set-aside-rounds": "rounds.suspend-rounds",
@@ -22,7 +22,7 @@ RENAMED = {
     "policy.most-update-norm": "policy.max-update-norm",
     "policy.least-support": "policy.min-support",
 }
-# What users of other libraries write for a key of ours.
+# Names that other libraries have for our keys.
 ALIASES = {
     "train.lr": "train.learning-rate",
     "train.epochs": "train.local-epochs",
@@ -41,7 +41,7 @@ ALIASES = {
     "run.out": "run.output-dir",
     "run.folder": "run.output-dir",
 }
-CUTOFF = 0.75  # of difflib's ratio: a key less alike than this is no typing error
+CUTOFF = 0.75  # minimum similarity (difflib ratio, 0 to 1) at which a key counts as mistyped
 
 _LIMITS = {
     "greater_than_equal": ("at least", "ge"),
@@ -70,7 +70,12 @@ _NAME = "letters, digits, '.', '_' and '-', with a letter or digit first"
 
 
 def unknown_key(key: str, known: Collection[str]) -> str:
-    """Explain a key that no schema has, with its new name or the one that was probably meant."""
+    """Explain that a key is unknown, with its new name or the key that was probably meant.
+
+    Args:
+        key: the unknown key, dotted and in kebab-case.
+        known: all keys of the schema.
+    """
     if key in RENAMED:
         return f"{key} has been renamed: use {RENAMED[key]}"
     if ALIASES.get(key) in known:
@@ -92,11 +97,12 @@ def _sections(known: Collection[str]) -> set[str]:
 
 
 def explain(detail: ErrorDetails, known: Collection[str] = ()) -> str:
-    """Explain what pydantic found wrong with a key, in one sentence.
+    """Explain one error that pydantic found, in one sentence.
 
     Args:
-        detail: of ``ValidationError.errors()``. Validators of ours name the key themselves.
-        known: every key of the schema, for a key that is unknown.
+        detail: an item of ``ValidationError.errors()``. Messages of our own validators are used
+            unchanged, because they name the key.
+        known: all keys of the schema, to explain an unknown key.
     """
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "value_error":
@@ -110,7 +116,7 @@ def explain(detail: ErrorDetails, known: Collection[str] = ()) -> str:
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
-    """``sites[2].name`` of pydantic's location."""
+    """Format pydantic's location of an error, such as ``sites[2].name`` (counted from 1)."""
     text = ""
     for part in loc:
         text += f"[{part + 1}]" if isinstance(part, int) else f".{kebab(part)}"

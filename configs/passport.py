@@ -1,8 +1,8 @@
-"""What a model's file says of the model: enough to use it without the run that made it.
+"""Metadata of model files, which is enough to use a model without the run that trained it.
 
-The same text entries stand in a checkpoint's, a safetensors file's, an ONNX file's and a
-TorchScript file's metadata; docs/export.md lists them. Ours are read from ``config`` alone;
-``input``, ``preprocessing`` and ``outputs`` say the same to people and to other programs.
+Checkpoints and safetensors, ONNX and TorchScript files have the same text entries in their
+metadata; docs/export.md lists them. Polyclinic reads only ``config``. The entries ``input``,
+``preprocessing`` and ``outputs`` give the same information to people and other programs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from polyclinic.configs.run import RunConfig
 from polyclinic.configs.schema.base import Flat
 from polyclinic.configs.schema.data import DataConfig
 
-SCHEMA_VERSION = "1"  # of these entries; a reader refuses one that it does not know
+SCHEMA_VERSION = "1"  # version of these entries; readers refuse unknown versions
 KEYS = (
     "passport",
     "polyclinic-version",
@@ -32,11 +32,11 @@ KEYS = (
     "outputs",
 )
 
-# Sections that say what a model is; the others say how it came about, but for one setting.
+# Sections that define a model. The others describe its training, except for one setting.
 _SECTIONS = ("model", "data", "loss")
-_PERSONAL = "strategy.personal"  # whether parts of it stayed elsewhere
-# Of those sections, what a finished model does not need. A key that is not named here is kept:
-# a setting that this version does not know must not be lost without a word.
+_PERSONAL = "strategy.personal"  # says whether parts of the model stayed at the sites
+# Settings in these sections that a trained model does not need. All other keys are kept, so that
+# settings unknown to this version are not lost silently.
 _OF_THE_RUN = {
     "data.root",
     "data.sites",
@@ -54,26 +54,27 @@ _OF_THE_RUN = {
 
 
 class ModelFileError(ValueError):
-    """A file cannot be used as a model. The message says why."""
+    """A file cannot be used as a model. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Where a model comes from, and how to use it."""
+    """Origin of a model and the settings that are needed to use it."""
 
-    config: RunConfig  # the settings that a finished model needs; all others are defaults
-    round: int
-    layout: str  # digest of the network's state (mtl_model/packing.py)
+    config: RunConfig  # settings that a trained model needs; all others have their defaults
+    round: int  # round of the run that the weights are from
+    layout: str  # digest of the names and shapes of the network's state (mtl_model/packing.py)
     run: str = ""  # name of the run; empty in the run's own checkpoints
-    weights_sha256: str = ""  # of the checkpoint that was exported; empty as above
-    version: str = VERSION  # of polyclinic, when the file was written
+    weights_sha256: str = ""  # digest of the exported checkpoint; empty in checkpoints
+    version: str = VERSION  # version of polyclinic that wrote the file
 
     @property
     def data(self) -> DataConfig:
+        """Settings of the images and their classes."""
         return self.config.data
 
     def to_metadata(self) -> dict[str, str]:
-        """Text entries for a file's metadata, those of ``KEYS``."""
+        """Return the text entries for a file's metadata, with the keys in ``KEYS``."""
         data = self.data
         return {
             "passport": SCHEMA_VERSION,
@@ -90,21 +91,22 @@ class ModelMetadata:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], *, network: bool) -> ModelMetadata:
-        """Read what ``to_metadata`` wrote, or a checkpoint's metadata.
+        """Read the metadata of an exported file or of a checkpoint.
 
         Args:
-            network: whether the network is to be built from the settings; a file that holds a
-                graph of its own is used by what is said of images and outputs alone.
+            metadata: text entries, as ``to_metadata`` returns them.
+            network: whether the network will be built from the settings. Files with a graph (ONNX,
+                TorchScript) need only the settings of images and outputs.
 
         Raises:
-            ModelFileError: if an entry is missing or says what this version does not know, or if
-                parts of the model stayed at the sites that trained it.
+            ModelFileError: if an entry is missing or unknown to this version, or if parts of the
+                model stayed at the sites that trained it.
         """
         version = metadata.get("polyclinic-version", "an earlier version")
         try:
             edition = metadata.get("passport", SCHEMA_VERSION)
             if edition != SCHEMA_VERSION:
-                raise ValueError(f"passport: expected edition {SCHEMA_VERSION}, got {edition!r}")
+                raise ValueError(f"passport: expected version {SCHEMA_VERSION}, got {edition!r}")
             flat = json.loads(metadata["config"])
             if not isinstance(flat, dict):
                 raise ValueError(f"config: expected a table, got {flat!r}")
@@ -112,8 +114,8 @@ class ModelMetadata:
             apart = kept.get(_PERSONAL, "none")
             if apart != "none":
                 raise ModelFileError(
-                    f"its {apart} stayed at the sites ({_PERSONAL}), and are here as they were "
-                    "initialised: without a site's own it is no model"
+                    f"its {apart} stayed at the sites ({_PERSONAL}), and this file has only their "
+                    "initial values: use the model with the layers of a site"
                 )
             if not network:
                 kept = {k: v for k, v in kept.items() if not k.startswith("model.")}
@@ -127,13 +129,13 @@ class ModelMetadata:
             )
         except KeyError as error:
             raise ModelFileError(
-                f"expected metadata that Polyclinic writes, found no entry {error}"
+                f"expected a model file of Polyclinic, its metadata has no entry {error}"
             ) from None
         except ModelFileError:
             raise
         except (ConfigError, ValueError) as error:
             raise ModelFileError(
-                f"written by polyclinic {version}, does not fit {VERSION}: {error}"
+                f"written by polyclinic {version}, not compatible with {VERSION}: {error}"
             ) from None
 
 
@@ -155,7 +157,7 @@ def _input(data: DataConfig) -> dict[str, Any]:
 
 
 def preprocessing(data: DataConfig) -> dict[str, Any]:
-    """How a picture becomes the network's input, in order, for people and other programs."""
+    """Describe how an image becomes the network's input, for people and other programs."""
     colours = {1: "grey", 3: "red, green, blue", 4: "red, green, blue, alpha"}[data.channels]
     size = f"{data.image_height} rows by {data.image_width} columns"
     return {
@@ -165,16 +167,17 @@ def preprocessing(data: DataConfig) -> dict[str, Any]:
         "resize": data.resize,
         "normalise": data.normalise,
         "steps": [
-            f"decode to 8 bits a channel: {colours}; of 16-bit greys, the upper 8 bits",
+            f"decode to 8 bits per channel: {colours}; use the upper 8 bits of 16-bit greyscale",
             {
-                "pad": f"scale by the largest factor that fits {size}, the aspect ratio kept, "
-                "bilinear with antialiasing (Pillow's BILINEAR); centre it on black, the odd row "
-                "or column below or to the right",
+                "pad": f"scale to fit into {size} and keep the aspect ratio, bilinear with "
+                "antialiasing (Pillow's BILINEAR); centre the image on black, with an odd row or "
+                "column of padding at the bottom or right",
                 "stretch": f"scale to {size}, bilinear with antialiasing (Pillow's BILINEAR)",
             }[data.resize],
             {
-                "image": "x = (x - mean) / (deviation + 1), both over all pixels and channels of "
-                "the image as it is by now (0 to 255, black included); population deviation",
+                "image": "x = (x - mean) / (deviation + 1), with the mean and the population "
+                "standard deviation over all pixels and channels of the resized image (0 to 255, "
+                "including black padding)",
                 "fixed": "x = (x / 255 - 0.5) / 0.25",
             }[data.normalise],
             "order the axes: batch, channel, row, column",
@@ -183,9 +186,9 @@ def preprocessing(data: DataConfig) -> dict[str, Any]:
 
 
 def outputs(data: DataConfig) -> dict[str, Any]:
-    """What the two outputs are, and how they are read."""
+    """Describe the two outputs and how to interpret them."""
     softmax = {"activation": "softmax over the channels", "decide": "the largest"}
-    sigmoid = {"activation": "sigmoid, each channel by itself", "decide": "logit above 0"}
+    sigmoid = {"activation": "sigmoid per channel", "decide": "logit above 0"}
     names = list(data.mask_classes)
     return {
         "mask_logits": {

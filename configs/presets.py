@@ -1,4 +1,4 @@
-"""Presets and overrides of settings: files and command lines."""
+"""Read a run's settings from preset files and from overrides on the command line."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from polyclinic.configs.run import RunConfig
 from polyclinic.configs.schema.base import Value, join_values
 from polyclinic.configs.schema.model import MODEL_PRESETS
 
-PRESETS = Path(__file__).resolve().parent  # packaged presets are the TOML files next to this module
+PRESETS = Path(__file__).resolve().parent  # folder of the packaged presets, which are TOML files
 
 
 def preset_names() -> list[str]:
-    """Names of the packaged presets."""
+    """List the names of the packaged presets."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 def find_preset(preset: Path) -> Path:
-    """Find a preset by its path, or a packaged one by its name from any folder.
+    """Find a preset by its path, or a packaged preset by its name.
 
     Raises:
-        ConfigError: listing the packaged presets, if there is neither.
+        ConfigError: if neither exists. The message lists the packaged presets.
     """
     if preset.exists():
         return preset
@@ -39,10 +39,10 @@ def find_preset(preset: Path) -> Path:
 
 
 def read_preset(preset: Path) -> dict[str, Value]:
-    """Read the settings of a TOML preset, flattened to dotted keys, not yet checked.
+    """Read the settings of a TOML preset, flattened to dotted keys, without validating them.
 
     Raises:
-        ConfigError: if there is no such preset, or it is not TOML.
+        ConfigError: if the preset does not exist or is not TOML.
     """
     path = find_preset(preset)
     try:
@@ -55,10 +55,10 @@ def read_preset(preset: Path) -> dict[str, Value]:
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """Read the settings that a run wrote into its folder, by this version or an earlier one.
+    """Read the settings file in a run's folder, written by this version or an earlier one.
 
     Raises:
-        ConfigError: if the file cannot be read, or its settings are not those of a run.
+        ConfigError: if the file cannot be read or has invalid settings.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: not found; expected a run's folder, which holds config.toml")
@@ -79,7 +79,7 @@ def _flattened(table: Mapping[str, Any], prefix: str) -> dict[str, Value]:
 
 
 def read_override(text: str) -> tuple[str, Value]:
-    """One ``key=value`` of a command line; the value is TOML, or text where it is not.
+    """Parse one ``key=value`` of the command line; a value that is not valid TOML is text.
 
     Raises:
         ConfigError: if there is no ``=`` or no key before it.
@@ -94,16 +94,20 @@ def read_override(text: str) -> tuple[str, Value]:
     if isinstance(value, list):
         value = join_values(tuple(value))
     if not isinstance(value, bool | int | float | str):
-        value = raw.strip()  # a date to TOML, a name to us
+        value = raw.strip()  # TOML has dates; the settings have none, so this is a name
     return key.strip(), value
 
 
 def load_run_config(preset: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Defaults, then the preset, then each ``key=value``.
+    """Combine the defaults, a preset and overrides, in this order; later values take precedence.
+
+    Args:
+        preset: path or name of a preset; None: no preset.
+        overrides: ``key=value`` each.
 
     Raises:
-        ConfigError: naming every key that is unknown or out of range, or that a preset of the model
-            would overrule.
+        ConfigError: naming every key that is unknown or invalid, or that conflicts with
+            ``model.preset``.
     """
     flat = read_preset(preset) if preset else {}
     flat.update(read_override(text) for text in overrides)
@@ -117,7 +121,7 @@ def load_run_config(preset: Path | None, overrides: Sequence[str] = ()) -> RunCo
     ]
     if overruled:
         raise ConfigError(
-            f"{', '.join(overruled)}: model.preset={name} sets it; to have the default, give the "
-            "preset's other settings one by one instead of the preset"
+            f"{', '.join(overruled)}: model.preset={name} sets another value; to use the default, "
+            "write out the preset's other settings instead of naming the preset"
         )
     return config

@@ -1,13 +1,13 @@
-"""What a run may be told: every setting of a run, its default, its range and what it means.
+"""All settings of a run, with their defaults, ranges and descriptions.
 
-A run's settings travel as Flower's *run config*: one flat table of dotted kebab-case keys
-(``train.batch-size``) whose values are bool, int, float or str. ``RunConfig.from_flat`` is the
-one place that reads it; everything behind it gets the smallest section that serves
-(``config.train``), typed, frozen and checked. The same keys with the same defaults stand in
-pyproject.toml, where Flower wants them (a test compares the two), and presets beside this file
-name the few that differ.
+The settings of a run are transmitted as Flower's *run config*: one flat table of dotted kebab-case
+keys (``train.batch-size``) with values of type bool, int, float or str. Only
+``RunConfig.from_flat`` reads this table; all other code gets the smallest section that it needs
+(``config.train``), which is typed, frozen and validated. The same keys and defaults are in
+pyproject.toml, because Flower requires them there (a test compares the two). The presets next to
+this file contain only the settings that differ.
 
-A list is written as one string with commas (``"benign,malignant"``), since Flower knows no lists.
+Flower has no lists, so a list is one comma-separated string (``"benign,malignant"``).
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ class RunConfig(Section):
             self.data.classes
         ):
             raise ValueError(
-                f"loss.class-weights: expected {len(self.data.classes)} numbers, one a class of "
+                f"loss.class-weights: expected {len(self.data.classes)} numbers, one per class of "
                 f"data.classes ({join_values(self.data.classes)}), got {weights!r}"
             )
         if self.data.label_kind == "multi-label" and self.loss.classification != "soft-margin":
             raise ValueError(
-                "loss.classification: expected soft-margin, since with data.label-kind multi-label "
-                f"an image may have several classes or none, got {self.loss.classification!r}"
+                "loss.classification: expected soft-margin, because with data.label-kind "
+                "multi-label an image may have several classes or none, got "
+                f"{self.loss.classification!r}"
             )
         self._check_sizes()
         if self.privacy.mode != "off":
@@ -69,59 +70,65 @@ class RunConfig(Section):
         if name in SERVER_OPTIMISERS and self.model.norm == "batch" and shares_norms:
             raise ValueError(
                 f"model.norm: expected group with strategy.name {name} (or strategy.personal "
-                "norms), since a server's steps can make batch norm's variances negative; got batch"
+                "norms), because the server's optimiser can make batch norm's variances negative; "
+                "got batch"
             )
         return self
 
     def _check_sizes(self) -> None:
-        """Refuse what leaves a token nothing to attend to, or a convolution only padding."""
+        """Refuse images that are too small for the network and windows of a single token."""
         deepest = 8 * self.model.stride
         side = min(self.data.image_height, self.data.image_width)
         if side <= deepest:
             raise ValueError(
                 f"data.image-height and data.image-width: expected more than {deepest} with "
-                f"model.stride {self.model.stride}, whose deepest map would be of one pixel, got "
-                f"{side}"
+                f"model.stride {self.model.stride}, so that the deepest feature map is larger "
+                f"than one pixel, got {side}"
             )
         if self.model.window == 1:
             raise ValueError(
-                "model.window: expected 0 or 2 tokens and more, since alone a token has none to "
-                "attend to, got 1"
+                "model.window: expected 0 or at least 2, because attention needs several tokens "
+                "in a window, got 1"
             )
 
     def _check_private(self) -> None:
-        """Refuse what would let one unit act on another's gradient, and noise left open."""
+        """Refuse settings that couple the gradients of units, and noise that is not defined."""
         wanted = (
             (
                 "data.split",
                 self.data.split,
                 "independent",
-                "stratified, one patient decides where others go",
+                "in a stratified split, one patient influences the split of others",
             ),
-            ("model.norm", self.model.norm, "group", "batch norm lets one image act on others"),
+            (
+                "model.norm",
+                self.model.norm,
+                "group",
+                "with batch norm, one image influences the gradients of others",
+            ),
             (
                 "train.grad-checkpointing",
                 self.train.grad_checkpointing,
                 False,
-                "its second pass would be counted as other images",
+                "the second forward pass would be counted as further images",
             ),
             (
                 "train.compile",
                 self.train.compile,
                 False,
-                "it gives no gradient an image",
+                "a compiled model gives no gradients per image",
             ),
         )
         for key, value, expected, why in wanted:
             if value != expected:
                 raise ValueError(
-                    f"{key}: expected {str(expected).lower()} with privacy.mode dp-sgd, since "
+                    f"{key}: expected {str(expected).lower()} with privacy.mode dp-sgd, because "
                     f"{why}; got {str(value).lower()}"
                 )
         if self.loss.class_weights == "balanced":
             raise ValueError(
-                "loss.class-weights: expected none, or a number a class, with privacy.mode dp-sgd: "
-                "weights balanced by a site's labels tell of them; got balanced"
+                "loss.class-weights: expected none, or one number per class, with privacy.mode "
+                "dp-sgd, because balanced weights reveal the site's label frequencies; got balanced"
             )
         given = (self.privacy.target_epsilon > 0) + (self.privacy.noise_multiplier > 0)
         if given != 1:
@@ -131,34 +138,35 @@ class RunConfig(Section):
             )
 
     def _check_central(self) -> None:
-        """Refuse what no noise on the average can cover, or would break."""
+        """Refuse settings that central differential privacy does not cover or would break."""
         if self.model.norm == "batch" and self.strategy.personal != "norms":
             raise ValueError(
                 f"model.norm: expected group with central.mode {self.central.mode} (or "
-                "strategy.personal norms), since noise makes batch norm's variances negative and "
-                "its counters senseless; got batch"
+                "strategy.personal norms), because noise can make batch norm's variances negative "
+                "and its counters invalid; got batch"
             )
         if self.strategy.name in ROBUST:
             raise ValueError(
                 f"strategy.name: expected none of {', '.join(ROBUST)} with central.mode "
-                f"{self.central.mode}, whose noise is made for an average; got {self.strategy.name}"
+                f"{self.central.mode}, because the noise is calibrated for an average; got "
+                f"{self.strategy.name}"
             )
         if self.rounds.fraction < 1:
             raise ValueError(
-                f"rounds.fraction: expected 1 with central.mode {self.central.mode}, whose account "
-                f"has every site in every round; got {self.rounds.fraction:g}"
+                f"rounds.fraction: expected 1 with central.mode {self.central.mode}, because the "
+                f"accounting assumes every site in every round; got {self.rounds.fraction:g}"
             )
         noise, count_noise = self.central.noise_multiplier, self.central.clipped_count_stddev
         if self.central.mode == "adaptive" and count_noise > 0 and noise >= 2 * count_noise:
             raise ValueError(
                 "central.clipped-count-stddev: expected 0, or more than half of "
-                f"central.noise-multiplier ({noise:g}), got {count_noise:g}: the count alone would "
-                "cost more than that noise is worth"
+                f"central.noise-multiplier ({noise:g}), got {count_noise:g}: the count of clipped "
+                "updates would cost more privacy than the whole multiplier allows"
             )
 
     @classmethod
     def from_flat(cls, flat: Flat) -> RunConfig:
-        """Read Flower's flat table of settings; keys that are absent keep their defaults.
+        """Read Flower's flat table of settings; missing keys get their defaults.
 
         Raises:
             ConfigError: naming every key that is unknown, of the wrong kind or out of range.
@@ -169,11 +177,11 @@ class RunConfig(Section):
         for key, value in flat.items():
             if key in known:
                 if isinstance(known[key], bool) != isinstance(value, bool):
-                    wanted = "true or false" if isinstance(known[key], bool) else "no true or false"
+                    wanted = "true or false" if isinstance(known[key], bool) else "text or a number"
                     problems.append(f"{key}: expected {wanted}, got {value!r}")
                     continue
                 if isinstance(known[key], str) and isinstance(value, int | float):
-                    value = str(value)  # rounds.min-sites=2 is a text that looks like a number
+                    value = str(value)  # in rounds.min-sites=2, TOML reads the text as a number
                 section, _, name = key.partition(".")
                 nested.setdefault(section, {})[name] = value
         try:
@@ -185,7 +193,7 @@ class RunConfig(Section):
         return config
 
     def to_flat(self) -> dict[str, Value]:
-        """The same settings as Flower's flat table, every key present."""
+        """Return the settings as Flower's flat table, with every key."""
         tables = self.model_dump(by_alias=True)
         return {
             f"{section}.{name}": value
@@ -194,17 +202,21 @@ class RunConfig(Section):
         }
 
 
-# What may be another when a run goes on; everything else would make it another run.
+# Keys (or their beginnings) that may change when a run is resumed.
 CHANGEABLE = ("run.", "rounds.", "data.root", "train.device", "evaluate.batch-size")
 
 
 def resumed(stored: RunConfig, given: RunConfig) -> RunConfig:
-    """The settings that a run goes on with: its own, with the changes that were asked for.
+    """Return the settings of a resumed run: the stored ones, with the requested changes.
 
-    A setting that is given as its default counts as not given, since Flower hands over every key.
+    A setting with its default value counts as not given, because Flower passes every key.
+
+    Args:
+        stored: settings with which the run started.
+        given: settings with which it is resumed.
 
     Raises:
-        ConfigError: naming each setting that a run cannot change on its way.
+        ConfigError: naming each setting that cannot change when a run is resumed.
     """
     default, flat = RunConfig().to_flat(), stored.to_flat()
     problems = []
@@ -214,7 +226,9 @@ def resumed(stored: RunConfig, given: RunConfig) -> RunConfig:
         if key.startswith(CHANGEABLE):
             flat[key] = value
         else:
-            problems.append(f"{key}: expected {flat[key]!r}, as the run began, got {value!r}")
+            problems.append(
+                f"{key}: expected {flat[key]!r}, the value of the stored run, got {value!r}"
+            )
     if problems:
         raise ConfigError(f"run.resume: {'; '.join(problems)}")
     return RunConfig.from_flat(flat)

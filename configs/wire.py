@@ -1,55 +1,55 @@
-"""Every name that crosses the wire between server and site, once.
+"""All names in the messages between server and sites.
 
-docs/architecture.md has the table of what each carries, in which direction, and where it is
+docs/architecture.md lists what each one contains, in which direction it is sent, and where it is
 checked.
 """
 
 # Records of a message
 WEIGHTS = "weights"  # ArrayRecord: one flat array per task and dtype ("encoder/float32")
-ROUND = "round"  # ConfigRecord, server to site: what is asked
-INITIAL = "initial"  # ArrayRecord, server to site: first values of what stays at the sites
-SITE = "site"  # ConfigRecord, site to server: who answers
-SUMS = "sums"  # MetricRecord, site to server: what was counted
+ROUND = "round"  # ConfigRecord, server to site: the request
+INITIAL = "initial"  # ArrayRecord, server to site: initial values of layers that stay at the sites
+SITE = "site"  # ConfigRecord, site to server: description of the site and of its answer
+SUMS = "sums"  # MetricRecord, site to server: counts and sums
 
-# Kinds of message: Flower's own three, the query with a name of ours
+# Message types: Flower's three, the query with a name of our own
 DESCRIBE = "query.describe"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
-# ROUND; the first two come back in SITE, so that a reply says what it is a reply to
-NUMBER = "number"
-RUN = "run"  # identity of the run, the same when it is resumed
-SETTINGS = "settings"  # of a resumed run, as JSON: Flower's run config has not all of them
-BEST = "best"  # the round whose model is the best so far; 0 if there is none
+# Keys of ROUND. A site returns the first two in SITE, which identifies the request it answers.
+NUMBER = "number"  # number of the round
+RUN = "run"  # identity of the run; a resumed run keeps it
+SETTINGS = "settings"  # settings of a resumed run, as JSON; Flower's run config may lack some
+BEST = "best"  # number of the best round so far; 0: none
 LAYOUT = "layout"  # sha256 of the packed weights' layout; both ends build it from the model config
-SPLIT = "split"
+SPLIT = "split"  # split to evaluate on
 
-# SITE
-NAME = "name"
-REFUSAL = "refusal"  # why a site will not or cannot do what was asked; absent when it did
-DECLINED = "declined"  # the same, where it is the site's own rules that say no
-CLASSES = "classes"  # absent for the training images of a site that trains privately
-WITHHELD = "withheld"  # what a site's policy keeps out of its sums, in words
-FINGERPRINT = "fingerprint"
-SKIPPED = "skipped"
-DEVICE = "device"
-VERSIONS = "versions"
+# Keys of SITE
+NAME = "name"  # name of the site
+REFUSAL = "refusal"  # reason why the site did not do what was requested; absent if it did
+DECLINED = "declined"  # the same, if the reason is the site's policy
+CLASSES = "classes"  # images per class; absent for the training images of a private site
+WITHHELD = "withheld"  # sums that the site's policy withholds, in words
+FINGERPRINT = "fingerprint"  # digest of the site's images, masks and labels
+SKIPPED = "skipped"  # rows that the site left out, with reasons
+DEVICE = "device"  # device that the site trains on
+VERSIONS = "versions"  # versions of the site's software
 
-# How the reason of a site's error begins that does not run what the coordinator shipped
+# Beginning of the error message of a site that has not approved the coordinator's release
 UNAPPROVED = "release not approved"
 
-# SUMS of a training reply
-EXAMPLES = "examples"  # each counts the site's training examples; a task's average is
-WITH_MASK = "with-mask"  # weighted by the examples that carry its annotation
-WITH_LABEL = "with-label"
-STEPS = "steps"
-SECONDS = "seconds"  # of a round with privacy absent, as they tell how many images it drew
-LOSS_SEGMENTATION = "loss-segmentation"  # absent with privacy, which they would not have
-LOSS_CLASSIFICATION = "loss-classification"
-# DpEvent by the site's cohort so far, this round included; absent without privacy
+# Keys of SUMS in a training reply
+EXAMPLES = "examples"  # training examples of the site
+WITH_MASK = "with-mask"  # those with a mask, which weigh the site in the segmentation average
+WITH_LABEL = "with-label"  # those with a label, which weigh the site in the classification average
+STEPS = "steps"  # optimiser steps
+SECONDS = "seconds"  # duration; absent with privacy, since it reveals how many images were drawn
+LOSS_SEGMENTATION = "loss-segmentation"  # mean loss; absent with privacy, which would not cover it
+LOSS_CLASSIFICATION = "loss-classification"  # likewise
+# Privacy spent by the site's cohort so far, including this round; absent without privacy
 EPSILON = "epsilon"
 DELTA = "delta"
-BUDGET = "budget"  # the most that the cohort may ever spend; absent of a site that has no such rule
+BUDGET = "budget"  # maximum epsilon of the cohort over all runs; absent if the site has no budget
 
 # Splits
 TRAIN_SPLIT = "train"

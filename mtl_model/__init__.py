@@ -1,7 +1,7 @@
-"""The multi-task network: plain PyTorch, no Flower, no files.
+"""The multi-task network in plain PyTorch, independent of Flower.
 
-Letters used in every shape of this room:
-    B  examples of a batch          C  channels of a map
-    H  rows, W  columns             N  tokens of a window (w * w)
+Letters used for tensor shapes throughout the package:
+    B  batch size (examples)        C  channels
+    H  height, W  width (pixels)    N  tokens per window (w * w)
     M  mask classes                 K  image classes
 """

@@ -1,4 +1,4 @@
-"""Small parts that several modules of the network share."""
+"""Layers and norms that several modules of the network share."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ NormLayer = Callable[[int], nn.Module]
 
 
 def norm_layer(kind: Literal["group", "batch"]) -> NormLayer:
-    """Return what makes a norm from a number of channels.
+    """Return the factory of normalisation layers, a function of the number of channels.
 
-    ``group`` keeps examples apart, as per-example clipping and federation ask for; ``batch`` is
-    the published choice.
+    ``group`` normalises each example separately, as per-example clipping and federated training
+    require; ``batch`` is the choice of the published network.
     """
     return group_norm if kind == "group" else nn.BatchNorm2d
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """A power of two of groups, 32 at most, each of 16 channels or more (Wu and He, 2018).
+    """Build a group norm (Wu and He, 2018) with groups of at least 16 channels where possible.
 
-    Of channels that are no power of two the groups are few and large (48: one, 320: four), which
-    keeps more of what a pretrained EfficientNet's channels say (tests/mtl_model/test_pretrained.py)
-    than many would.
+    The number of groups is a power of two, at most 32. Channel counts that are not a power of two
+    get few, large groups (48 channels: one group; 320: four), which preserves more of the features
+    of a pretrained EfficientNet than many small groups (tests/mtl_model/test_pretrained.py).
     """
     return nn.GroupNorm(math.gcd(32, max(channels // 16, 1), channels), channels)
 
 
 def recomputed(module: nn.Module, x: Tensor) -> Tensor:
-    """Call a module so that its activations are computed again in the backward pass, not kept.
+    """Call a module with activation checkpointing: recompute its activations in the backward pass.
 
-    Running statistics of batch norms count the batch once. torch.compile sees to that by itself:
-    writes to buffers stay in its forward graph.
+    Running statistics of batch norms are updated only in the first pass. Under torch.compile this
+    needs no extra care, because writes to buffers stay in the forward graph.
     """
     if torch.compiler.is_compiling():
         compiled: Tensor = checkpoint(module, x, use_reentrant=False)
@@ -47,18 +47,19 @@ def recomputed(module: nn.Module, x: Tensor) -> Tensor:
         module,
         x,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _uncounted(module)),
+        context_fn=lambda: (nullcontext(), _frozen_statistics(module)),
     )
     return output
 
 
 @contextmanager
-def _uncounted(module: nn.Module) -> Iterator[None]:
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of a module's batch norms unchanged."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
-        if norm.num_batches_tracked is not None:  # a copy counts in its place
+        if norm.num_batches_tracked is not None:  # count in a copy, which is discarded
             norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
@@ -68,7 +69,7 @@ def _uncounted(module: nn.Module) -> Iterator[None]:
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution that keeps H and W, a norm, and ReLU unless told otherwise.
+    """Convolution that preserves H and W, a norm, and ReLU unless ``act`` is False.
 
     Shapes:
         in:  (B, in_channels, H, W)
@@ -99,14 +100,17 @@ class ConvNorm(nn.Sequential):
 
 
 class SplitConv(nn.Module):
-    """Convolution of several maps as if they were concatenated, without laying them side by side.
+    """Convolution of several maps as if they were concatenated along the channels.
 
-    A convolution of a concatenation is the sum of each map's own. Apart they need no copy, and
-    their smaller weights stay in a processor's cache: the gradient of one 512 x 2048 x 3 x 3 weight
-    takes twice as long as those of four 512 x 512 x 3 x 3.
+    A convolution of a concatenation is the sum of the convolutions of its parts. Computing the
+    parts separately avoids the copy, and the smaller weights stay in the processor's cache: the
+    gradient of one 512 x 2048 x 3 x 3 weight takes twice as long as the gradients of four
+    512 x 512 x 3 x 3 weights.
 
     Args:
-        in_channels: of each map.
+        in_channels: channels of each map.
+        out_channels: channels of the result.
+        kernel: side of the kernel, odd.
 
     Shapes:
         maps: (B, in_channels[k], H, W)
@@ -120,7 +124,7 @@ class SplitConv(nn.Module):
             nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2, bias=False)
             for channels in in_channels
         ]
-        bound = (sum(in_channels) * kernel**2) ** -0.5  # PyTorch's own, of all maps together
+        bound = (sum(in_channels) * kernel**2) ** -0.5  # PyTorch's default for the whole input
         for part in parts:
             nn.init.uniform_(part.weight, -bound, bound)
         self.parts = nn.ModuleList(parts)
@@ -131,10 +135,10 @@ class SplitConv(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Efficient channel attention: each channel weighed by its neighbours' means, plus itself.
+    """Efficient channel attention with a residual connection.
 
-    ECA-Net (Wang et al., 2020) with kernel 3; the residual ``x * s + x`` is the published
-    network's.
+    Each channel is weighted by a sigmoid of a 1-D convolution over the channel means, with kernel 3
+    (ECA-Net, Wang et al., 2020). The residual ``x * s + x`` follows the published network.
 
     Shapes:
         in and out: (B, C, H, W)
@@ -151,7 +155,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Each pixel weighed by what its neighbourhood's channel mean and maximum say.
+    """Spatial attention: weight each pixel by a convolution of the channel mean and maximum.
 
     Shapes:
         in and out: (B, C, H, W)

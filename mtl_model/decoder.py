@@ -1,4 +1,4 @@
-"""From enhanced encoder maps to a mask: a UNet decoder."""
+"""The UNet decoder: mask logits from the enhanced encoder maps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyclinic.mtl_model.blocks import NormLayer, SplitConv
 
 
 class DecoderStage(nn.Module):
-    """Twice the side, the skip's channels, and what the encoder saw at that side.
+    """Upsample a map by 2 and merge it with the encoder's map of the same size.
 
     Shapes:
         deep: (B, D, H, W)
@@ -33,7 +33,8 @@ class DecoderStage(nn.Module):
         self.up: nn.Module
         if upsample == "transpose":
             self.up = nn.ConvTranspose2d(deep_channels, channels, kernel_size=2, stride=2)
-        else:  # the 1x1 convolution first: it commutes with interpolation and is 4 times cheaper
+        else:
+            # The 1x1 convolution commutes with interpolation and is 4 times cheaper before it.
             self.up = nn.Sequential(
                 nn.Conv2d(deep_channels, channels, kernel_size=1),
                 nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
@@ -49,12 +50,15 @@ class Decoder(nn.Module):
     """Mask logits from the four encoder maps.
 
     Args:
-        channels: of the maps, shallow to deep.
-        stride: s, image side over the first map's side.
+        channels: channels of the maps, shallow to deep.
+        stride: s, the image side divided by the first map's side.
+        mask_channels: number of mask logits per pixel.
+        upsample: ``transpose`` for transposed convolutions, ``bilinear`` for interpolation.
+        norm: factory of the normalisation layers.
 
     Shapes:
-        maps: four, (B, channels[k], H / (s * 2^k), W / (s * 2^k))
-        out:  (B, mask_channels, H, W)
+        maps: four maps, (B, channels[k], H / (s * 2^k), W / (s * 2^k))
+        out:  (B, mask_channels, H, W), logits of any sign
     """
 
     def __init__(
@@ -77,5 +81,6 @@ class Decoder(nn.Module):
         *skips, x = maps
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
             x = stage(x, skip)
-        logits = self.mask(x)  # before the interpolation, with which a 1x1 convolution commutes
+        # A 1x1 convolution commutes with interpolation and is cheaper on the smaller map.
+        logits = self.mask(x)
         return F.interpolate(logits, scale_factor=self.stride, mode="bilinear", align_corners=False)

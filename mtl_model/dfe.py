@@ -1,7 +1,7 @@
-"""Dilated feature enhancement: what a skip connection carries, seen at several scales.
+"""Dilated feature enhancement (DFE): dilated convolutions on the skip connections.
 
-Paper: arXiv 2412.00351. ``concat`` is the paper's figure, ``sum`` the leaner form of its second
-experiment.
+Paper: arXiv 2412.00351. ``concat`` is the module in the paper's figure, ``sum`` is the smaller
+variant of its second experiment.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ def build_dfe(
     side: int,
     norm: NormLayer,
 ) -> nn.Module:
-    """Build one stage's module.
+    """Build the enhancement module of one stage.
 
     Args:
-        rates: dilations of the 3x3 branches. On a small map a larger dilation reaches only
-            padding and its outer weights would never be used, so each is cut to ``side - 1``.
-        side: the map's smaller side at the size the network is built for, in pixels.
+        kind: ``concat``, ``sum``, or ``none`` for the identity.
+        channels: C.
+        rates: dilations of the 3x3 branches, in pixels. On a small map, a large dilation reaches
+            only padding and its outer weights would never be used, so each is limited to
+            ``side - 1``.
+        side: smaller side of the map, in pixels, at the image size the network is built for.
+        norm: factory of the normalisation layers.
     """
     rates = tuple(max(1, min(rate, side - 1)) for rate in rates)
     if kind == "concat":
@@ -38,7 +42,7 @@ def build_dfe(
 
 
 class ConcatEnhancement(nn.Module):
-    """Branches side by side, fused by a convolution, beside a shortcut.
+    """Dilated branches, concatenated and fused by a convolution, with a shortcut connection.
 
     Shapes:
         in and out: (B, C, H, W)
@@ -62,7 +66,7 @@ class ConcatEnhancement(nn.Module):
 
 
 class SumEnhancement(nn.Module):
-    """Branches added up; no shortcut.
+    """Sum of dilated branches, without a shortcut connection.
 
     Shapes:
         in and out: (B, C, H, W)

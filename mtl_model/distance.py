@@ -1,7 +1,7 @@
-"""How far a predicted outline lies from the true one.
+"""Hausdorff distance between the outlines of predicted and true masks.
 
-MONAI measures it. It takes seconds to import and no other part of us wants it, so it is imported
-only when distances are asked for.
+The distance is computed by MONAI, an optional dependency that takes seconds to import. It is
+therefore imported only when distances are requested.
 """
 
 from __future__ import annotations
@@ -13,31 +13,35 @@ from torch import Tensor
 
 
 class DistanceError(ImportError):
-    """Distances were asked for, but what measures them is not installed."""
+    """Distances were requested, but MONAI is not installed."""
 
 
 def check_distances() -> None:
-    """See that distances can be measured here, without importing anything yet.
+    """Check that MONAI is installed, without importing it.
 
     Raises:
-        DistanceError: saying what to install.
+        DistanceError: if it is not. The message says what to install.
     """
     if importlib.util.find_spec("monai") is None:
         raise DistanceError(
-            "evaluate.hd95: expected MONAI, which is not installed here; "
-            "pip install 'polyclinic[metrics]', or leave evaluate.hd95 false"
+            "evaluate.hd95: expected MONAI, which is not installed; "
+            "pip install 'polyclinic[metrics]' or set evaluate.hd95 to false"
         )
 
 
 def hausdorff_95(predicted: Tensor, actual: Tensor) -> Tensor:
-    """95th percentile of the distances between two outlines, the larger of both directions.
+    """Compute the 95th percentile of the Hausdorff distance between pairs of masks.
+
+    The result is the larger of the percentiles of the two directions.
 
     Args:
-        predicted, actual: masks of which none is empty.
+        predicted: predicted masks, none of them empty.
+        actual: true masks, none of them empty.
 
     Shapes:
-        predicted, actual: (n, H, W), bool
-        out:               (n,), pixels
+        predicted: (n, H, W), bool
+        actual:    (n, H, W), bool
+        out:       (n,), float, pixels, 0 or more
 
     Raises:
         DistanceError: if MONAI is not installed.
@@ -47,7 +51,7 @@ def hausdorff_95(predicted: Tensor, actual: Tensor) -> Tensor:
     check_distances()
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
-    # on the CPU, where it needs no further package, whatever the device
+    # MONAI needs another package to compute distances on a GPU.
     guess, truth = predicted[:, None].float().cpu(), actual[:, None].float().cpu()
     distance: Tensor = compute_hausdorff_distance(
         guess, truth, include_background=True, percentile=95

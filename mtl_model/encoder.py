@@ -1,7 +1,7 @@
-"""The ResFormer encoder: convolution and Swin-style attention, joined at every stage.
+"""The ResFormer encoder: convolution and Swin-style attention, combined at every stage.
 
 Paper: "Multi-scale Feature Enhancement in Multi-task Learning for Medical Image Analysis",
-arXiv 2412.00351. Written from its description.
+arXiv 2412.00351. This implementation follows the paper's description.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from polyclinic.mtl_model.attention import SwinLayer, TokenMixing
 from polyclinic.mtl_model.backbone import STAGES, ConvPath
 from polyclinic.mtl_model.blocks import ChannelAttention
+from polyclinic.mtl_model.swin import SwinLayer, TokenMixing
 
 
 class PatchEmbed(nn.Module):
-    """Tokens straight from the image: four convolutions of growing reach, side by side.
+    """Tokens computed from the image by four parallel convolutions with growing kernels.
 
     Args:
-        stride: s of the convolutions; their kernels are s, 2s, 4s and 8s.
+        in_channels: channels of the image.
+        out_channels: total channels of the result; smaller kernels get the larger shares.
+        stride: s, the stride of the convolutions; their kernels are s, 2s, 4s and 8s.
 
     Shapes:
         in:  (B, in_channels, H, W), H and W multiples of s
@@ -45,7 +47,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Half the side, other channels: two convolutions of stride 2, side by side.
+    """Halve the side and change the channels by two parallel convolutions of stride 2.
 
     Shapes:
         in:  (B, in_channels, H, W), H and W even
@@ -66,27 +68,31 @@ class PatchMerging(nn.Module):
 
 
 class ResFormer(nn.Module):
-    """Four maps of growing channels and shrinking side, each seen by convolution and attention.
+    """Encoder with four stages, each a convolutional path and a transformer path.
 
     Args:
-        cnn: the convolutional path, whose stages give the maps their channels and sides.
-        swin_depth: transformer blocks of each stage.
-        head_channels: least channels of one attention head; there are as many heads as divide a
-            stage's channels.
+        cnn: the convolutional path; its stages determine the channels and sides of the maps.
+        in_channels: channels of the image.
+        swin_depth: transformer blocks per stage.
+        head_channels: minimum channels per attention head. Each stage has the largest number of
+            heads that divides its channels.
         window: side of an attention window, in tokens.
-        side: smaller side of the image that the network is built for, in pixels.
-        drop_path: rate of the last transformer block; earlier ones rise to it from 0.
-        block_order: ``sequential`` feeds what stage and tokens give into the transformer layer;
-            ``parallel`` adds the transformer layer beside the stage. (Its first stage reads stem
-            and tokens added up if the stem's map has the stage's shape, as a ResNet-34's has, and
-            else each path reads its own.)
+        side: smaller side, in pixels, of the images that the network is built for.
+        mlp_ratio: hidden width of the perceptrons as a multiple of the stage's channels.
+        drop_path: stochastic-depth rate of the last transformer block, in [0, 1); the rates of
+            earlier blocks rise linearly from 0.
+        block_order: ``sequential`` feeds the sum of the stage's map and the tokens into the
+            transformer layer; ``parallel`` adds the outputs of the stage and the transformer layer.
+            In the first parallel stage, both paths read the sum of stem and tokens if the shapes
+            agree (as in a ResNet-34), and otherwise each path reads its own input.
+        token_mixing: see ``TokenMlp``.
 
     Shapes:
-        in:  (B, in_channels, H, W), H and W multiples of ``stride``
+        in:  (B, in_channels, H, W), float, H and W multiples of the encoder's ``stride``
         out: four maps, (B, channels[k], H / (cnn.stride * 2^k), W / (cnn.stride * 2^k))
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 settings of one call, each used by name
         self,
         cnn: ConvPath,
         in_channels: int,
@@ -103,7 +109,7 @@ class ResFormer(nn.Module):
         self.block_order = block_order
         self.cnn = cnn
         self.channels = cnn.channels
-        self.stride = cnn.stride * 2 ** (STAGES - 1)  # image side over the deepest map's
+        self.stride = cnn.stride * 2 ** (STAGES - 1)  # image side / deepest side
         entries: list[nn.Module] = [PatchEmbed(in_channels, self.channels[0], cnn.stride)]
         for before, after in zip(self.channels, self.channels[1:], strict=False):
             entries.append(PatchMerging(before, after))
@@ -124,7 +130,7 @@ class ResFormer(nn.Module):
         )
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Keep no activations inside transformer blocks and the shallow, large stages."""
+        """Turn activation checkpointing of transformer blocks and shallow stages on or off."""
         for module in self.modules():
             if isinstance(module, ConvPath | SwinLayer):
                 module.grad_checkpointing = enable
@@ -153,5 +159,8 @@ class ResFormer(nn.Module):
 
 
 def heads_of(channels: int, least: int) -> int:
-    """Most attention heads that divide the channels into parts of at least ``least``."""
+    """Return the largest number of heads that divides the channels into parts of ``least`` or more.
+
+    If there are fewer than ``least`` channels, there is one head.
+    """
     return max(h for h in range(1, max(channels // least, 1) + 1) if channels % h == 0)

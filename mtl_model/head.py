@@ -1,4 +1,4 @@
-"""The multi-scale classification head: image classes from the deeper encoder maps."""
+"""The multi-scale classification head: class logits from the deeper encoder maps."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from polyclinic.mtl_model.blocks import NormLayer
 
 
 class MultiScaleHead(nn.Module):
-    """Norm, ReLU and mean of each chosen map, side by side, through two linear layers.
+    """Normalise and average the chosen maps, concatenate them and apply two linear layers.
 
-    A group norm's groups are made one here: the mean of a map that was normalised by itself says
-    little, and how much of each channel there is tells classes apart.
+    Group norms have a single group here. The mean of a channel that is normalised with few others
+    carries little information, while the channels' relative strengths help to distinguish classes.
 
     Args:
-        channels: of all encoder maps, shallow to deep.
-        stages: which of them are read, counted from 1.
+        channels: channels of all encoder maps, shallow to deep.
+        stages: the maps to use, counted from 1.
+        width: width of the hidden layer.
+        classes: number of image classes.
+        norm: factory of the normalisation layers.
 
     Shapes:
-        maps: four encoder maps, (B, channels[k], ., .)
-        out:  (B, classes)
+        maps: four encoder maps, (B, channels[k], H_k, W_k)
+        out:  (B, classes), logits of any sign
     """
 
     def __init__(

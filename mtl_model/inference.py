@@ -1,4 +1,4 @@
-"""A network made ready to answer and no longer to learn: the same answers in less time."""
+"""A faster form of the network for inference only."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from polyclinic.mtl_model.tasks import TASKS, Task
 
 
 class InferenceForm(nn.Module):
-    """A copy of a network in evaluation mode.
+    """A copy of a network in evaluation mode, optimised for speed.
 
-    Batch norms are folded into the convolutions before them, ReLUs write over their input, memory
+    Batch norms are folded into the convolutions before them, ReLUs work in place, the memory format
     is channels_last, and in bf16 the weights are rounded once instead of at every call.
 
     Args:
-        precision: fp32 keeps the network's numbers but for rounding; bf16 keeps 8 bits of them.
+        network: the network to copy; it is not changed.
+        precision: float32 gives the same results up to rounding; bfloat16 has 8 significant bits.
 
     Shapes:
-        as MultiTaskUNet
+        as in ``MultiTaskUNet``
     """
 
     def __init__(self, network: MultiTaskUNet, precision: torch.dtype = torch.float32) -> None:
@@ -45,7 +46,7 @@ class InferenceForm(nn.Module):
         return answer
 
 
-# Of other packages, modules that call their children in the order in which these stand.
+# Modules of other packages that call their children in the order of their definition.
 _IN_ORDER = (
     BasicBlock,
     Bottleneck,
@@ -57,10 +58,11 @@ _IN_ORDER = (
 
 
 def _fold(parent: nn.Module) -> None:
-    """Fold each batch norm that follows a convolution of its channels among a module's children.
+    """Fold each batch norm into the convolution before it, among the direct children of a module.
 
-    That it follows in the calls too is known of sequences, of our own modules (tests compare their
-    answers) and of some of timm's. Others' norms stay: RepViT's, say, takes a sum of convolutions.
+    This is valid only if the children are called in the order of their definition, which is known
+    for sequences, for this package's modules (tests compare their outputs) and for some of timm's.
+    Norms in other modules are kept: RepViT, for example, normalises a sum of convolutions.
     """
     in_sequence = type(parent).forward is nn.Sequential.forward
     own = type(parent).__module__.startswith("polyclinic.mtl_model.")
@@ -86,6 +88,6 @@ def _folded(conv: nn.Conv2d | SplitConv, norm: nn.BatchNorm2d) -> nn.Module:
     parts = [part for part in conv.parts if isinstance(part, nn.Conv2d)]
     folded = [fuse_conv_bn_eval(part, norm) for part in parts]
     for part in folded[1:]:
-        part.bias = None  # the sum's, which the first one gives
+        part.bias = None  # the bias is added once, by the first part
     conv.parts = nn.ModuleList(folded)
     return conv

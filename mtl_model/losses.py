@@ -1,11 +1,12 @@
-"""The two tasks' losses: one number an example, 0 where its annotation is absent.
+"""Segmentation and classification losses, one value per example.
 
-Per example, because differential privacy clips what one example contributes, and because a batch
-may mix examples with and without a mask or a label.
+Losses are per example because differential privacy clips each example's contribution, and because a
+batch may mix examples with and without a mask or a label. The loss of a task is 0 for examples
+without its annotation.
 
-Masks come in two kinds, told apart by the number of logit maps. M maps for M mask classes: each
-pixel may be of any of them (sigmoid). M + 1 maps: a pixel is of one of them or of the background,
-which is the first map (softmax).
+The number of mask logits per pixel selects one of two kinds of segmentation. M logits for M mask
+classes: each pixel may belong to any subset of the classes (sigmoid). M + 1 logits: each pixel
+belongs to exactly one of the classes or to the background, which is the first logit (softmax).
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from polyclinic.mtl_model.network import Prediction
 
 
 class Targets(NamedTuple):
-    """What is known of a batch."""
+    """The annotations of a batch."""
 
-    masks: Tensor  # (B, M, H, W), float 0 or 1; anything where has_mask is False
-    has_mask: Tensor  # (B, M), bool
-    labels: Tensor  # (B, K), float 0 or 1, one of them 1 where classes exclude each other
-    has_label: Tensor  # (B,), bool
+    masks: Tensor  # (B, M, H, W), float 0 or 1; ignored where has_mask is False
+    has_mask: Tensor  # (B, M), bool, True where the mask class is annotated
+    labels: Tensor  # (B, K), float 0 or 1; one-hot if classes exclude each other
+    has_label: Tensor  # (B,), bool, True where the image is labelled
 
 
 def check_shapes(prediction: Prediction, targets: Targets) -> None:
-    """Whether a prediction is of these targets.
+    """Check that a prediction and targets have matching shapes.
 
     Raises:
-        ValueError: naming what was expected and what came.
+        ValueError: if they do not. The message gives the expected and the actual shape.
     """
     b, m, h, w = targets.masks.shape
     k = targets.labels.shape[1]
@@ -47,13 +48,13 @@ def check_shapes(prediction: Prediction, targets: Targets) -> None:
     for name, found, shapes in wanted:
         if found is not None and tuple(found.shape) not in shapes:
             raise ValueError(
-                f"{name}: expected {' or '.join(map(str, sorted(shapes)))} beside masks of "
+                f"{name}: expected {' or '.join(map(str, sorted(shapes)))} for masks of shape "
                 f"{(b, m, h, w)}, got {tuple(found.shape)}"
             )
 
 
 class Losses(NamedTuple):
-    """A batch's losses, each (B,)."""
+    """The losses of a batch, each of shape (B,)."""
 
     total: Tensor
     segmentation: Tensor
@@ -61,15 +62,18 @@ class Losses(NamedTuple):
 
 
 def soft_dice_loss(logits: Tensor, masks: Tensor, smooth: float = 1.0) -> Tensor:
-    """1 - soft Dice of each example and mask class; a softmax's background has none.
+    """Compute 1 - soft Dice of each example and mask class, excluding a softmax's background.
 
-    ``smooth`` pixels are added above and below, so that an empty mask met with an empty
-    prediction costs nothing.
+    Args:
+        logits: mask logits.
+        masks: true masks, 0 or 1.
+        smooth: added to numerator and denominator, in pixels, so that the loss of an empty
+            prediction for an empty mask is 0.
 
     Shapes:
         logits: (B, M, H, W), or (B, M + 1, H, W) for a softmax
         masks:  (B, M, H, W)
-        out:    (B, M)
+        out:    (B, M), in [0, 1]
     """
     probability = torch.softmax(logits, 1)[:, 1:] if _softmax(logits, masks) else logits.sigmoid()
     overlap = (probability * masks).sum(dim=(2, 3))
@@ -78,25 +82,26 @@ def soft_dice_loss(logits: Tensor, masks: Tensor, smooth: float = 1.0) -> Tensor
 
 
 def focal_loss(logits: Tensor, masks: Tensor, gamma: float) -> Tensor:
-    """Focal loss (Lin et al., 2017, without its alpha) averaged over each example's pixels.
+    """Compute the focal loss (Lin et al., 2017, without alpha), averaged over pixels.
 
-    A pixel costs -(1 - p)^gamma log p, where p is the probability of what is true there: of the
-    mask class being there or not, or, under a softmax, of the pixel's one class. With gamma 0 that
-    is cross-entropy.
+    The loss of a pixel is -(1 - p)^gamma log p, where p is the predicted probability of the truth:
+    of the mask class's presence or absence at this pixel, or, under a softmax, of the pixel's
+    class. With gamma 0 it equals cross-entropy.
 
     Shapes:
-        logits, masks: as ``soft_dice_loss``
-        out:           (B, M), or (B, 1) for a softmax
+        logits, masks: as in ``soft_dice_loss``
+        out:           (B, M), or (B, 1) for a softmax; 0 or more
     """
     odds = _log_odds_of_truth(logits, masks)
     surprise = -F.logsigmoid(odds)  # -log p
     if gamma > 0:
-        surprise = surprise * torch.exp(gamma * F.logsigmoid(-odds))  # of 1 - p, never log 0
+        # logsigmoid(-odds) is log(1 - p), computed without taking the logarithm of 0.
+        surprise = surprise * torch.exp(gamma * F.logsigmoid(-odds))
     return surprise.mean(dim=(2, 3))
 
 
 def _log_odds_of_truth(logits: Tensor, masks: Tensor) -> Tensor:
-    """log(p / (1 - p)) of what is true at each pixel: (B, M, H, W), or (B, 1, H, W)."""
+    """Return log(p / (1 - p)) of the truth at each pixel: (B, M, H, W), or (B, 1, H, W)."""
     if not _softmax(logits, masks):
         return logits * (2 * masks - 1)
     true = torch.cat([1 - masks.sum(1, keepdim=True), masks], dim=1) > 0.5
@@ -111,12 +116,12 @@ def _softmax(logits: Tensor, masks: Tensor) -> bool:
 def segmentation_loss(
     logits: Tensor, masks: Tensor, has_mask: Tensor, config: LossConfig
 ) -> Tensor:
-    """The mean over each example's annotated mask classes; 0 where none is.
+    """Average the segmentation loss over the annotated mask classes of each example.
 
     Shapes:
-        logits, masks: as ``soft_dice_loss``
-        has_mask:      (B, M)
-        out:           (B,)
+        logits, masks: as in ``soft_dice_loss``
+        has_mask:      (B, M), bool
+        out:           (B,), 0 for examples without an annotated mask class
     """
     masks = torch.where(has_mask[:, :, None, None], masks, torch.zeros_like(masks))
     each = soft_dice_loss(logits, masks)
@@ -131,15 +136,16 @@ def segmentation_loss(
 def classification_loss(
     logits: Tensor, labels: Tensor, config: LossConfig, class_weights: Tensor | None
 ) -> Tensor:
-    """Cross-entropy of the one class, or the mean over classes of each one's own (soft margin).
+    """Compute the classification loss of each example.
 
-    Label smoothing gives a share of the label to all classes alike; under soft margin, where each
-    class is a question of yes or no, that draws both answers toward 0.5.
+    The loss is cross-entropy over exclusive classes, or, for ``soft-margin``, the mean over classes
+    of a binary cross-entropy per class. Label smoothing distributes a share of the label evenly
+    over all classes; under soft margin it moves each class's target toward 0.5.
 
     Shapes:
         logits, labels: (B, K)
-        class_weights:  (K,)
-        out:            (B,)
+        class_weights:  (K,), or None for equal weights
+        out:            (B,), 0 or more
     """
     smoothing = config.label_smoothing
     if config.classification == "soft-margin":
@@ -160,16 +166,19 @@ def multi_task_loss(
     config: LossConfig,
     class_weights: Tensor | None = None,
 ) -> Losses:
-    """Segmentation plus weighted classification, example by example.
+    """Combine the segmentation and classification losses of each example.
 
-    Logits are taken to float32 first, so that mixed precision does not round the sums.
+    Logits are converted to float32 first, so that mixed precision does not round the sums.
 
     Args:
-        class_weights: (K,), or None for 1 each.
+        prediction: the network's output.
+        targets: the annotations of the same batch.
+        config: the kinds of losses and how they are weighted.
+        class_weights: (K,), or None for equal weights.
 
     Raises:
-        ValueError: if shapes do not belong together, or the weights are to be learned and the
-            network has none.
+        ValueError: if shapes do not match, or ``loss.weighting`` is ``uncertainty`` and the
+            prediction has no log variances.
     """
     check_shapes(prediction, targets)
     zero = torch.zeros(len(targets.labels), device=targets.labels.device)
@@ -188,8 +197,8 @@ def multi_task_loss(
     if config.weighting == "uncertainty":
         if prediction.log_variances is None:
             raise ValueError(
-                "loss.weighting uncertainty: expected a network in training mode with log "
-                "variances to learn, got none"
+                "loss.weighting uncertainty: expected a network in training mode that was built "
+                "with learned task weights, got a prediction without log variances"
             )
         known = torch.stack([has_mask, has_label], dim=1)
         each = torch.stack([segmentation, classification], dim=1)
@@ -200,7 +209,9 @@ def multi_task_loss(
 
 
 def _weighed_by_uncertainty(losses: Tensor, known: Tensor, log_variances: Tensor) -> Tensor:
-    """Kendall, Gal, Cipolla 2018: exp(-s) loss + s / 2 of every task that the example shows.
+    """Sum exp(-s) * loss + s / 2 over the tasks that an example is annotated for.
+
+    Source: Kendall, Gal, Cipolla, 2018.
 
     Shapes:
         losses, known, log_variances: (B, 2), segmentation first
@@ -211,12 +222,14 @@ def _weighed_by_uncertainty(losses: Tensor, known: Tensor, log_variances: Tensor
 
 
 def balanced_class_weights(counts: Tensor) -> Tensor:
-    """Weights inverse to frequency, 1 on average over the labels that were counted.
+    """Compute class weights inversely proportional to frequency.
 
-    A class without examples gets 1: under cross-entropy its weight is never used.
+    The weights average 1 over the counted labels. A class without examples gets weight 1, which
+    cross-entropy never uses.
 
     Shapes:
-        counts and out: (K,)
+        counts: (K,), number of labels per class
+        out:    (K,), float, greater than 0
     """
     present = counts > 0
     share = counts.float() / counts.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""A batch to sums: what the network says of images, counted against what is annotated."""
+"""Metric sums of a batch: predictions counted against annotations."""
 
 from __future__ import annotations
 
@@ -23,24 +23,29 @@ from polyclinic.mtl_model.sums import (
 
 
 class NonFiniteOutputError(ValueError):
-    """A prediction holds what is no number, and cannot be counted."""
+    """A prediction contains NaN or infinity and cannot be counted."""
 
 
 def batch_sums(
     prediction: Prediction, targets: Targets, classes: Classes, hd95: bool = False
 ) -> MetricSums:
-    """Count one batch. A task whose prediction is None counts nothing.
+    """Count the predictions of one batch against its annotations.
 
-    A pixel is of a mask class whose logit is above 0, or, under a softmax (M + 1 maps, background
-    first), of the one with the largest. An image is of the class with the largest logit, or, with
-    several labels, of every class whose logit is above 0.
+    A pixel is predicted to belong to each mask class with a logit above 0, or, under a softmax
+    (M + 1 maps, background first), to the class with the largest logit. An image is predicted to
+    belong to the class with the largest logit, or, with multiple labels, to each class with a logit
+    above 0. A task with prediction None adds nothing.
 
     Args:
-        hd95: measure distances too; see ``hausdorff_95``.
+        prediction: mask logits (B, M or M + 1, H, W) and class logits (B, K).
+        targets: the annotations of the same batch.
+        classes: names of the mask and image classes.
+        hd95: also compute Hausdorff distances, see ``hausdorff_95``.
 
     Raises:
         NonFiniteOutputError: if a logit is not finite.
-        ValueError: if shapes do not belong together.
+        ValueError: if shapes do not match.
+        DistanceError: if ``hd95`` is set and MONAI is not installed.
     """
     _check(prediction, targets, classes)
     sums = empty_sums(classes)
@@ -67,11 +72,20 @@ def _check(prediction: Prediction, targets: Targets, classes: Classes) -> None:
         )
     for name, logits in (("mask", prediction.mask_logits), ("class", prediction.class_logits)):
         if logits is not None and not logits.isfinite().all():
-            raise NonFiniteOutputError(f"expected finite {name} logits, got others")
+            raise NonFiniteOutputError(f"expected finite {name} logits, got NaN or infinity")
 
 
 def predicted_masks(logits: Tensor, mask_classes: int) -> Tensor:
-    """(B, M, H, W) bool, of (B, M, H, W) logits each for itself, or of a softmax's M + 1."""
+    """Turn mask logits into masks.
+
+    Args:
+        logits: mask logits of any sign.
+        mask_classes: M.
+
+    Shapes:
+        logits: (B, M, H, W) for independent classes, or (B, M + 1, H, W) for a softmax
+        out:    (B, M, H, W), bool
+    """
     if logits.shape[1] == mask_classes:
         return logits > 0
     index = torch.arange(1, mask_classes + 1, device=logits.device)
@@ -107,7 +121,7 @@ def _measure_distances(sums: MetricSums, predicted: Tensor, targets: Targets) ->
 
 
 def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: bool) -> None:
-    """Count images with a label: logits (n, K), true (n, K) bool."""
+    """Count labelled images, with logits (n, K) and true (n, K) bool."""
     sums.labelled[:] = len(logits)
     if multi_label:
         score = logits
@@ -117,7 +131,7 @@ def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: 
         pair = _numpy(true.int().argmax(1)), _numpy(logits.argmax(1))
         np.add.at(sums.confusion, tuple(index.astype(np.int64) for index in pair), 1)
         sums.exact_matches[:] = np.trace(sums.confusion)
-    # upper edges belong to their bin: a logit of exactly 0 is not above 0
+    # Each bin includes its upper edge, so that a logit of exactly 0 does not count as above 0.
     half = BINS // 2
     scale = half / math.asinh(LARGEST_LOGIT / SMALL_LOGIT)
     place = ((score.double() / SMALL_LOGIT).asinh() * scale).ceil() + half - 1
@@ -128,7 +142,11 @@ def _count_classes(sums: MetricSums, logits: Tensor, true: Tensor, multi_label: 
 
 
 def _log_odds(logits: Tensor) -> Tensor:
-    """log(p / (1 - p)) of each class of a softmax, 0 where all are as likely: (n, K)."""
+    """Return the log odds of each class of a softmax, shifted to 0 for equally likely classes.
+
+    Shapes:
+        logits and out: (n, K)
+    """
     itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
     others = logits[:, None, :].masked_fill(itself, float("-inf")).logsumexp(dim=2)
     return logits - others + math.log(max(logits.shape[1] - 1, 1))

@@ -1,6 +1,7 @@
-"""Sums to values: what a set of images, one site's or all sites' together, says of a model.
+"""Metric values computed from the sums of one site or of all sites together.
 
-A value that is undefined (no image with a lesion, no second class) is None, never a silent 0 or 1.
+A value that is undefined (for example, Dice without an image that shows a lesion) is None, never a
+silent 0 or 1.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from polyclinic.mtl_model.sums import BINS, Classes, Floats, MetricSums
 
 @dataclass(frozen=True)
 class MaskClass:
-    """Values of one mask class."""
+    """Metrics of one mask class. Shares are in [0, 1]."""
 
-    annotated: int  # images in which it is annotated
-    present: int  # of those, images that show it: Dice and IoU are averaged over them
+    annotated: int  # number of images in which the class is annotated
+    present: int  # number of annotated images that show the class; dice and iou average over them
     dice: float | None
     iou: float | None
-    pooled_dice: float | None  # one Dice over all pixels
-    false_positive_rate: float | None  # of images without it, those in which it was predicted
-    hd95: float | None  # pixels, mean over the images of the next
-    hd95_images: int  # images that show it and in which it was predicted, if distances were asked
+    pooled_dice: float | None  # a single Dice over the pixels of all images
+    false_positive_rate: float | None  # share of images without the class that have it predicted
+    hd95: float | None  # 95th percentile Hausdorff distance in pixels, mean over hd95_images
+    hd95_images: int  # images with both the class and a prediction of it; 0 if not measured
 
 
 @dataclass(frozen=True)
 class ImageClass:
-    """Values of one image class against the rest."""
+    """Metrics of one image class against all others. Shares are in [0, 1]."""
 
-    positives: int  # images of the class, which sensitivity is a share of
-    negatives: int  # labelled images of other classes or none, which specificity is a share of
+    positives: int  # number of images of the class, the denominator of sensitivity
+    negatives: int  # number of other labelled images, the denominator of specificity
     sensitivity: float | None
     specificity: float | None
     auc: float | None
@@ -41,31 +42,32 @@ class ImageClass:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Values of a set of images, each with its support; None where undefined.
+    """Metrics of a set of images with the number of images behind them; None if undefined.
 
-    Mask values are means over the mask classes for which they are defined. Sensitivity,
-    specificity and AUC are of the positive image class against the rest.
+    Mask metrics are means over the mask classes for which they are defined. Sensitivity,
+    specificity and AUC are those of the positive image class against all others. All shares are
+    in [0, 1].
     """
 
     images: int
-    lesions: int  # images that show any mask class
-    labelled: int  # images that the classification values are computed from
+    lesions: int  # number of images that show any mask class
+    labelled: int  # number of images with a label, the basis of the classification metrics
     dice: float | None
     iou: float | None
     pooled_dice: float | None
     false_positive_rate: float | None
-    accuracy: float | None  # several labels: of images whose classes are all right
+    accuracy: float | None  # with multiple labels: share of images with all classes correct
     balanced_accuracy: float | None
     sensitivity: float | None
     specificity: float | None
     auc: float | None
-    hd95: float | None = None
-    mask_classes: dict[str, MaskClass] = field(default_factory=dict)  # by name
-    image_classes: dict[str, ImageClass] = field(default_factory=dict)
+    hd95: float | None = None  # pixels; None if distances were not measured
+    mask_classes: dict[str, MaskClass] = field(default_factory=dict)  # by class name
+    image_classes: dict[str, ImageClass] = field(default_factory=dict)  # by class name
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Metrics:
-        """Read what ``dataclasses.asdict`` wrote, also before there were values by class."""
+        """Read the output of ``dataclasses.asdict``; older files may lack per-class metrics."""
         by_class = {
             "mask_classes": {
                 name: MaskClass(**values)
@@ -79,14 +81,18 @@ class Metrics:
         return cls(**{**content, **by_class})
 
     def brief(self) -> str:
-        """The main values on one line."""
+        """Format the main metrics on one line."""
         named = {"Dice": self.dice, "balanced accuracy": self.balanced_accuracy, "AUC": self.auc}
         values = (f"{n} {'-' if v is None else f'{v:.3f}'}" for n, v in named.items())
         return f"{', '.join(values)} (n {self.images})"
 
     def value(self, name: str) -> float | None:
-        """A value by its configured name: a field in kebab-case, or ``score``, the mean of Dice and
-        balanced accuracy (of the one that is defined, if only one is)."""
+        """Return the metric with the given configuration name.
+
+        Args:
+            name: a field in kebab-case, or ``score``: the mean of Dice and balanced accuracy, or
+                the defined one if the other is None.
+        """
         if name != "score":
             value: float | None = getattr(self, name.replace("-", "_"))
             return value
@@ -94,7 +100,7 @@ class Metrics:
 
 
 def compute(sums: MetricSums, classes: Classes) -> Metrics:
-    """Turn sums into values."""
+    """Compute metrics from sums."""
     masks = {name: _mask_class(sums, k) for k, name in enumerate(classes.masks)}
     images = {
         name: _one_of_several(sums, k) if classes.multi_label else _one_of_all(sums, k)
@@ -134,7 +140,7 @@ def _mask_class(sums: MetricSums, k: int) -> MaskClass:
 
 
 def _one_of_all(sums: MetricSums, k: int) -> ImageClass:
-    """A class that excludes the others: predicted where its logit is the largest."""
+    """Compute the metrics of an exclusive class, predicted where its logit is the largest."""
     confusion = sums.confusion
     right, positives = confusion[k, k], confusion[k].sum()
     negatives = confusion.sum() - positives
@@ -143,7 +149,10 @@ def _one_of_all(sums: MetricSums, k: int) -> ImageClass:
 
 
 def _one_of_several(sums: MetricSums, k: int) -> ImageClass:
-    """A class for itself: predicted where its logit is above 0, a histogram's upper half."""
+    """Compute the metrics of an independent class, predicted where its logit is above 0.
+
+    Logits above 0 are the upper half of the histogram.
+    """
     negatives, positives = sums.scores[k]  # (BINS,) each
     return _image_class(
         sums,
@@ -173,8 +182,12 @@ def _image_class(
 
 
 def _balanced(images: list[ImageClass], multi_label: bool) -> float | None:
-    """Mean sensitivity of the classes present, at least two; with several labels, the mean over
-    classes of the mean of sensitivity and specificity, where both are defined."""
+    """Compute the balanced accuracy.
+
+    For exclusive classes it is the mean sensitivity of the classes that occur, of which there must
+    be at least two. With multiple labels it is the mean over classes of
+    (sensitivity + specificity) / 2 where both are defined.
+    """
     if multi_label:
         return _mean(
             (c.sensitivity + c.specificity) / 2
@@ -186,10 +199,13 @@ def _balanced(images: list[ImageClass], multi_label: bool) -> float | None:
 
 
 def area_under_curve(positives: Floats, negatives: Floats) -> float | None:
-    """Chance that a positive scores above a negative, ties counted half.
+    """Compute the area under the ROC curve from two score histograms.
 
-    Args:
-        positives, negatives: (BINS,) images by score, low to high.
+    It is the probability that a positive image scores above a negative one, with ties counted half;
+    None if there are no positive or no negative images.
+
+    Shapes:
+        positives, negatives: (BINS,), number of images per score bin, low to high
     """
     below = np.cumsum(negatives) - negatives
     wins = (positives * (below + negatives / 2)).sum()

@@ -1,7 +1,7 @@
-"""The multi-task UNet: one shared encoder, a mask and an image class.
+"""The multi-task UNet: segmentation and classification with a shared encoder.
 
-Paper: arXiv 2412.00351. Group norm is the default here (published: batch norm), so that no
-example sees another and one site's statistics do not leak into another's.
+Paper: arXiv 2412.00351. The default norm is group norm (published: batch norm), so that examples
+do not influence each other and the statistics of one site do not leak to another.
 """
 
 from __future__ import annotations
@@ -26,20 +26,27 @@ from polyclinic.mtl_model.uncertainty import Uncertainty
 
 
 class Prediction(NamedTuple):
-    """What the network says of a batch; None for a task that was not asked for."""
+    """The network's output for a batch; None for a task that was not requested."""
 
-    mask_logits: Tensor | None  # (B, M, H, W), or M + 1 maps, the first of background
+    mask_logits: Tensor | None  # (B, M, H, W), or (B, M + 1, H, W) with the background first
     class_logits: Tensor | None  # (B, K)
-    log_variances: Tensor | None = None  # (B, 2), where a network in training weighs its losses
+    log_variances: Tensor | None = None  # (B, 2), only in training with learned task weights
 
 
 class MultiTaskUNet(nn.Module):
-    """Segment and classify.
+    """Multi-task network for segmentation and classification of images.
+
+    Args:
+        encoder: the shared encoder.
+        dfe: the enhancement module of each encoder map.
+        decoder: computes mask logits from the enhanced maps.
+        head: computes class logits from the encoder maps.
+        uncertainty: the learned weights of the tasks' losses; None if they are not learned.
 
     Shapes:
-        in:  (B, in_channels, H, W), any H and W: padded to multiples of the encoder's stride and
-             cropped back
-        out: Prediction
+        in:  (B, in_channels, H, W), float, normalised as configured by ``data.normalise``. Any H
+             and W: images are padded with 0 to multiples of the encoder's stride, masks cropped.
+        out: ``Prediction``, logits of any sign
     """
 
     def __init__(
@@ -58,9 +65,12 @@ class MultiTaskUNet(nn.Module):
         self.uncertainty = uncertainty
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Let the encoder compute activations again in the backward pass instead of keeping them:
-        less memory for some time, and the same numbers. Not for per-example gradients, whose
-        hooks would hear each layer twice."""
+        """Turn activation checkpointing in the encoder on or off.
+
+        Checkpointing recomputes activations in the backward pass: it needs less memory and more
+        time, and gives the same results. It cannot be combined with per-example gradients, because
+        their hooks would be called twice per layer.
+        """
         self.encoder.set_grad_checkpointing(enable)
 
     def forward(self, images: Tensor, tasks: tuple[Task, ...] = TASKS) -> Prediction:
@@ -87,16 +97,22 @@ def build_model(
     uncertainty: Uncertainty | None = None,
     seed: int | None = None,
 ) -> MultiTaskUNet:
-    """Build the network of a config.
+    """Build a network with random weights from its configuration.
 
     Args:
-        size: height and width of the images it is built for, in pixels: they set the attention
-            window (the deepest map's side unless given) and the largest useful dilation. Other
-            sizes work.
-        mask_channels: maps of mask logits: M, or M + 1 where a softmax tells classes apart.
-        uncertainty: the tasks' weights, if they are to be learned.
-        seed: of the initial weights; the caller's random state is left as it was. None draws
-            from the caller's random state.
+        config: the model settings.
+        size: height and width of the images, in pixels. They determine the attention window (the
+            deepest map's side unless configured) and the largest useful dilation. The network
+            accepts images of other sizes too.
+        in_channels: channels of the images.
+        image_classes: K.
+        mask_channels: mask logits per pixel: M, or M + 1 for a softmax over exclusive classes.
+        uncertainty: the learned weights of the tasks' losses; None if they are not learned.
+        seed: seed of the initial weights, which leaves the global random state unchanged. None
+            draws from the global random state.
+
+    Raises:
+        BackboneError: if the configured backbone cannot be used.
     """
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -105,7 +121,17 @@ def build_model(
 
 
 def network_of(model: ModelConfig, data: DataConfig, loss: LossConfig, seed: int) -> MultiTaskUNet:
-    """Build the network that a run's settings ask for: as ``build_model``, for the run's images."""
+    """Build the network for the settings of a run.
+
+    Args:
+        model: the model settings.
+        data: determines image size, channels and classes.
+        loss: determines whether the tasks' weights are learned.
+        seed: seed of the initial weights.
+
+    Raises:
+        BackboneError: if the configured backbone cannot be used.
+    """
     learned = loss.weighting == "uncertainty"
     return build_model(
         model,

@@ -1,8 +1,9 @@
-"""Weights as few flat arrays: one for each task group and dtype.
+"""Weights packed into flat arrays, one per task group and dtype.
 
-Flower moves every array of a message as an object of its own, so that a network of 300 tensors
-pays 300 times. The layout (names, shapes, dtypes in order) follows from the network; its hash
-travels along, and an end whose network differs is refused by name instead of being averaged.
+Flower transfers every array of a message as a separate object, with an overhead that a network of
+300 tensors would pay 300 times. The layout (names, shapes and dtypes in order) follows from the
+network. Its hash is sent along, so that weights of a different network are rejected instead of
+averaged.
 """
 
 from __future__ import annotations
@@ -28,27 +29,28 @@ _LONGEST_HEADER = 1024  # bytes before the values of a .npy file; NumPy writes 1
 
 @dataclass(frozen=True)
 class LayoutEntry:
-    """One tensor of a network's state."""
+    """One tensor of a network's state dict."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # without "torch.", for example "float32"
 
     @property
     def key(self) -> str:
-        """The packed array that holds it."""
+        """Key of the packed array that contains the tensor."""
         return f"{group_of(self.name)}/{self.dtype}"
 
     @property
     def size(self) -> int:
+        """Number of values."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
 def group_of_key(key: str) -> Group:
-    """The task group of a packed array.
+    """Return the task group of a packed array.
 
     Raises:
-        ValueError: if there is no such group.
+        ValueError: if the key does not start with a known group.
     """
     for group in GROUPS:
         if key.startswith(f"{group}/"):
@@ -58,12 +60,13 @@ def group_of_key(key: str) -> Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The order in which a network's state lies in its packed arrays."""
+    """The order of a network's tensors in its packed arrays."""
 
     entries: tuple[LayoutEntry, ...]
 
     @classmethod
     def of(cls, network: nn.Module) -> Layout:
+        """Return the layout of a network's state dict."""
         return cls(
             tuple(
                 LayoutEntry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
@@ -72,7 +75,7 @@ class Layout:
         )
 
     def parts(self, apart: Set[str]) -> tuple[Layout, Layout]:
-        """Two layouts: of all entries but those named, and of those, each in the same order."""
+        """Split into a layout without the named entries and one with only them, order kept."""
         return (
             Layout(tuple(e for e in self.entries if e.name not in apart)),
             Layout(tuple(e for e in self.entries if e.name in apart)),
@@ -80,62 +83,62 @@ class Layout:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over names, shapes and dtypes in order, as hexadecimal."""
+        """Hexadecimal SHA-256 of names, shapes and dtypes in order."""
         text = "\n".join(f"{e.name} {e.shape} {e.dtype}" for e in self.entries)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def by_key(self) -> dict[str, tuple[LayoutEntry, ...]]:
-        """Entries of each packed array, keys in a fixed order."""
+        """Entries of each packed array, with keys in sorted order."""
         keys = sorted({entry.key for entry in self.entries})
         return {key: tuple(e for e in self.entries if e.key == key) for key in keys}
 
     def pack(self, state: Mapping[str, Tensor]) -> Packed:
-        """Copy a state dict into flat arrays."""
+        """Copy a state dict into flat arrays, one 1-D array per key."""
         return {
             key: np.concatenate([state[e.name].detach().cpu().numpy().ravel() for e in entries])
             for key, entries in self.by_key.items()
         }
 
     def read(self, serialised: Mapping[str, bytes]) -> Packed:
-        """Read arrays that arrived as NumPy's files (``.npy``), and compare them with this layout.
+        """Read arrays received in NumPy's ``.npy`` format and check them against this layout.
 
-        Nothing that is larger than it may be is read, and whatever is wrong with the bytes is one
-        kind of error: they come from somebody else.
+        The bytes are untrusted: arrays larger than expected are rejected before they are parsed,
+        and every kind of invalid content raises the same kind of error.
 
         Raises:
-            ValueError: as ``unpack``.
+            ValueError: as in ``unpack``.
         """
-        self._only_known(serialised)
+        self._check_known(serialised)
         packed: Packed = {}
         for key, entries in self.by_key.items():
             size, dtype = sum(e.size for e in entries), np.dtype(entries[0].dtype)
             content = serialised.get(key)
             if content is None:
-                continue  # which ``check`` tells
+                continue  # ``check`` reports the missing array
             if len(content) > size * dtype.itemsize + _LONGEST_HEADER:
                 raise ValueError(
                     f"{key}: expected {size} values of {dtype}, got {len(content)} bytes"
                 )
             try:
-                # NEVER allow pickles: they run as code
+                # NEVER allow pickles: unpickling untrusted data executes code.
                 packed[key] = np.lib.format.read_array(BytesIO(content), allow_pickle=False)
             except Exception as error:  # noqa: BLE001 - NumPy raises a dozen kinds
                 raise ValueError(f"{key}: expected an array in NumPy's format, {error}") from None
         self.check(packed)
         return packed
 
-    def _only_known(self, keys: Iterable[str]) -> None:
+    def _check_known(self, keys: Iterable[str]) -> None:
         extra = sorted(set(keys) - set(self.by_key))
         if extra:
             raise ValueError(f"{extra[0]}: expected only {', '.join(self.by_key) or 'no arrays'}")
 
     def unpack(self, packed: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
-        """Cut flat arrays into a state dict.
+        """Split flat arrays into a state dict.
 
         Raises:
-            ValueError: naming the array that is missing, unknown, of another dtype or length, or
-                not finite.
+            ValueError: if an array is missing, unknown, of a different dtype or length, or not
+                finite. The message names the array.
         """
         self.check(packed)
         state: dict[str, Tensor] = {}
@@ -148,12 +151,12 @@ class Layout:
         return state
 
     def check(self, packed: Mapping[str, NDArray[Any]]) -> None:
-        """Compare arrays that arrived with this layout.
+        """Check received arrays against this layout.
 
         Raises:
-            ValueError: as ``unpack``.
+            ValueError: as in ``unpack``.
         """
-        self._only_known(packed)
+        self._check_known(packed)
         for key, entries in self.by_key.items():
             size, dtype = sum(e.size for e in entries), entries[0].dtype
             if key not in packed:

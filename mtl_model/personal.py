@@ -1,4 +1,4 @@
-"""Which of the network's parts stay at a site, where a run has personal layers."""
+"""Personal layers: the parts of the network that stay at a site."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def personal_names(network: nn.Module, kind: Personal) -> frozenset[str]:
-    """Name the state-dict entries that a site keeps for itself.
+    """List the state-dict entries that a site does not share.
 
-    ``norms``: scales, shifts and running statistics of all normalisation layers (FedBN; Li et al.,
-    2021). ``heads``: everything behind the shared encoder (FedPer; Arivazhagan et al., 2019), with
-    the tasks' learned loss weights.
+    Args:
+        network: the network of the run.
+        kind: ``none`` for no entries; ``norms`` for scales, shifts and running statistics of all
+            normalisation layers (FedBN; Li et al., 2021); ``heads`` for everything after the shared
+            encoder, including the tasks' learned loss weights (FedPer; Arivazhagan et al., 2019).
     """
     if kind == "heads":
         return frozenset(name for name in network.state_dict() if group_of(name) != "encoder")

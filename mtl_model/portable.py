@@ -1,9 +1,9 @@
-"""The network as one graph for any size, which exporters can follow.
+"""A form of the network that can be exported as one graph for all image sizes.
 
-Window attention (attention.py) cuts a map into rectangles by Python numbers, and the network pads
-images only where it must: a traced graph of either is bound to the size that it was traced at.
-Here the same arithmetic is written without a branch or a loop over sizes. The parameters are the
-network's own; tests hold that both forms give the same numbers.
+Window attention (attention.py) cuts a map into rectangles with Python integers, and the network
+pads images only if necessary, so a traced graph of either is valid only for the traced size. This
+module implements the same computation without branches or loops that depend on sizes. It uses the
+network's own parameters; tests check that both forms give the same results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from polyclinic.mtl_model.network import MultiTaskUNet
 
 
 def portable_form(network: MultiTaskUNet) -> PortableNetwork:
-    """A copy of a network, ready for evaluation, that an exporter can follow."""
+    """Copy a network into an exportable form in evaluation mode, on the CPU."""
     portable = copy.deepcopy(network).cpu()
     for module in list(portable.modules()):
         for name, child in module.named_children():
@@ -31,11 +31,11 @@ def portable_form(network: MultiTaskUNet) -> PortableNetwork:
 
 
 class PortableNetwork(nn.Module):
-    """Both tasks' logits, as a pair.
+    """Exportable network that returns the logits of both tasks as a pair.
 
     Shapes:
-        in:  (B, in_channels, H, W), any H and W
-        out: mask logits (B, M, H, W), or M + 1 maps, and class logits (B, K)
+        in:  (B, in_channels, H, W), float, any H and W
+        out: mask logits, (B, M, H, W) or (B, M + 1, H, W), and class logits, (B, K)
     """
 
     def __init__(self, network: MultiTaskUNet) -> None:
@@ -53,10 +53,10 @@ class PortableNetwork(nn.Module):
 
 
 class PortableGroupNorm(nn.Module):
-    """Group norm whose means are taken axis by axis.
+    """Group norm that averages one axis at a time.
 
-    Some engines add a group's numbers up one after the other in float32: over the many pixels of a
-    large map that costs two digits, and more where most of an image is black.
+    Some inference engines sum a group sequentially in float32. For the many pixels of a large map
+    this loses two decimal digits, and more if most of an image is black.
 
     Shapes:
         in and out: (B, C, H, W)
@@ -75,15 +75,15 @@ class PortableGroupNorm(nn.Module):
 
 
 def _mean(parts: Tensor) -> Tensor:
-    """Of each group: (B, groups, 1, 1, 1)."""
+    """Average each group: (B, groups, C / groups, H, W) to (B, groups, 1, 1, 1)."""
     return parts.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True)
 
 
 class PortableAttention(nn.Module):
-    """Window attention on a map that is padded to whole windows.
+    """Window attention on a map padded to a whole number of windows.
 
-    Windows lie where WindowAttention has them: the first ends after ``shift`` tokens, so that
-    ``window - shift`` tokens of padding come before the map. Nobody looks at padding.
+    The windows are at the same positions as in ``WindowAttention``: the first one ends after
+    ``shift`` tokens, so ``window - shift`` tokens of padding precede the map. Padding is masked.
 
     Shapes:
         in and out: (B, H, W, C), any H and W
@@ -99,7 +99,7 @@ class PortableAttention(nn.Module):
         self.qkv, self.out = fast.qkv, fast.out
         index = offset_index(fast.window, fast.window, fast.window, fast.bias.table.device)
         self.register_buffer("bias", fast.bias.table.detach()[:, index])  # (heads, N, N)
-        # a buffer, so that it is where the weights are: a tracer would write down the device
+        # A buffer, so that it moves with the weights; a traced constant would fix the device.
         self.register_buffer("outside", torch.zeros(1, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,12 +121,12 @@ class PortableAttention(nn.Module):
         return self.out(out[:, self.before : self.before + h, self.before : self.before + w])
 
     def _padded(self, x: Tensor, value: float) -> Tensor:
-        """Whole windows: (B, rows * window, columns * window, .)."""
+        """Pad a map to whole windows: (B, rows * window, columns * window, channels)."""
         h, w = x.shape[1] + self.before, x.shape[2] + self.before
         below, right = _whole(h, self.window) - h, _whole(w, self.window) - w
         return F.pad(x, (0, 0, self.before, right, self.before, below), value=value)
 
 
 def _whole(length: int, side: int) -> int:
-    """The next multiple of a side: a product, in which torch.export sees that it can be divided."""
+    """Round up to a multiple of ``side``, as a product that torch.export knows to be divisible."""
     return (length + side - 1) // side * side

@@ -1,4 +1,4 @@
-"""Weights from elsewhere for the convolutional path: matched by name and shape, never in part."""
+"""Pretrained weights for the convolutional path, loaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from polyclinic.mtl_model.backbone import build_conv_path, names_of_path, timm_m
 from polyclinic.mtl_model.blocks import norm_layer
 from polyclinic.mtl_model.network import MultiTaskUNet
 
-PRETRAINED_CHANNELS = 3  # of the images that published weights were learned from
-_SHOWN = 5  # names in a message
+PRETRAINED_CHANNELS = 3  # channels of the images that published weights were trained on
+_SHOWN = 5  # maximum number of tensors listed in a message
 
 
 class PretrainedError(ValueError):
-    """Pretrained weights cannot be used. The message says which names and shapes do not fit."""
+    """Pretrained weights cannot be used. The message lists the names and shapes that do not fit."""
 
 
 def load_pretrained(
     network: MultiTaskUNet, config: ModelConfig, in_channels: int, state: Mapping[str, Tensor]
 ) -> None:
-    """Put a backbone's weights into a network's convolutional path.
+    """Load pretrained backbone weights into a network's convolutional path.
 
-    The first convolution is adapted to other channel counts (summed for one channel, repeated and
-    scaled for more than three). Into a group-norm network go the batch norms' scale and shift; what
-    they counted of the images they were trained on has no place there.
+    The first convolution is adapted to the number of image channels (summed for one channel,
+    repeated and scaled for more than three). In a network with group norm, only the scale and shift
+    of batch norms are used; their running statistics have no counterpart.
 
     Args:
-        config: what the network was built from.
-        state: state dict of the timm model of that name, with or without its classifier. Names
-            of another implementation are taken if all its tensors are of timm's kinds (weight,
-            running_mean, ...) and shapes in timm's order.
+        network: the network to load into.
+        config: the settings that the network was built with.
+        in_channels: channels of the network's images.
+        state: state dict of the timm model, with or without its classifier. The names of another
+            implementation are accepted if its tensors have timm's kinds (weight, running_mean, ...)
+            and shapes in timm's order.
 
     Raises:
-        PretrainedError: if a tensor that the path needs is missing, of another shape or not finite,
-            if there are more than it has, or if it cannot be told how their network padded.
+        PretrainedError: if a tensor is missing, of a different shape, not finite or unexpected, or
+            if it cannot be determined how the pretrained network pads its convolutions.
     """
     model = timm_model(config.backbone, PRETRAINED_CHANNELS, config.width, config.depths)
     state = _in_timms_names(state, model, config.backbone)
@@ -67,28 +69,31 @@ def load_pretrained(
 def _in_timms_names(
     state: Mapping[str, Tensor], model: nn.Module, backbone: str
 ) -> dict[str, Tensor]:
-    """Without the prefix of a parallel training; or in timm's names, if only the names differ."""
+    """Rename entries to timm's names if only the names differ.
+
+    The prefix that PyTorch's data-parallel training adds is removed.
+    """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     own = model.state_dict()
     if set(state) & set(own) or _kinds(state) != _kinds(own):
         return state
     if timm.is_model(f"tf_{backbone}"):
         raise PretrainedError(
-            f"model.pretrained: expected names as timm's {backbone} has them "
-            f"({next(iter(own))}, ...), got another implementation's ({next(iter(state))}, ...), "
-            f"from which it cannot be told whether it padded as TensorFlow does; if so, choose "
-            f"model.backbone tf_{backbone}, for which such weights are made"
+            f"model.pretrained: expected the names of timm's {backbone} ({next(iter(own))}, ...), "
+            f"got those of another implementation ({next(iter(state))}, ...), which may pad its "
+            f"convolutions as TensorFlow does; for weights trained with TensorFlow's padding, set "
+            f"model.backbone to tf_{backbone}"
         )
     return dict(zip(own, state.values(), strict=True))
 
 
 def _kinds(state: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...]]]:
-    """What each tensor is to its module (weight, running_mean, ...) and its shape, in order."""
+    """List each tensor's kind (weight, running_mean, ...) and shape, in order."""
     return [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in state.items()]
 
 
 def _first_conv(model: nn.Module) -> str:
-    """The name of the weight that reads the image."""
+    """Return the name of the first convolution's weight."""
     first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     return f"{first}.weight"
 
@@ -101,7 +106,7 @@ def _adapted(state: dict[str, Tensor], name: str, in_channels: int) -> dict[str,
 
 
 def _beyond(state: Mapping[str, Tensor], model: nn.Module, backbone: str) -> list[str]:
-    """Names of a path's parts that this one does not have: of a deeper network, say."""
+    """List entries under the path's modules that the model lacks, as from a deeper network."""
     known = set(model.state_dict())
     roots = {name.partition(".")[0] for name in names_of_path(model, backbone)}
     return [
@@ -122,7 +127,7 @@ def _check(
 ) -> None:
     problems = [f"{name}: expected nothing, got {tuple(state[name].shape)}" for name in beyond]
     problems += [
-        f"{name}: expected finite numbers, got others"
+        f"{name}: expected finite values, got NaN or infinity"
         for name in needed
         if name in state and not state[name].isfinite().all()
     ]
@@ -137,7 +142,7 @@ def _check(
     more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     unknown = [f"{name} {tuple(t.shape)}" for name, t in state.items() if name not in own]
     raise PretrainedError(
-        f"model.pretrained: {len(problems)} tensors do not fit the {len(needed)} of {backbone}: "
-        f"{'; '.join(problems[:_SHOWN])}{more}. Names that {backbone} does not have: "
+        f"model.pretrained: {len(problems)} tensors do not match the {len(needed)} of {backbone}: "
+        f"{'; '.join(problems[:_SHOWN])}{more}. Names unknown to {backbone}: "
         f"{', '.join(unknown[:_SHOWN]) or 'none'}"
     )

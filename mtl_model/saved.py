@@ -1,7 +1,7 @@
-"""A model's file, opened: safetensors, ONNX or TorchScript, used in the same way.
+"""Load saved models in safetensors, ONNX or TorchScript format behind one interface.
 
-Safetensors hold numbers alone and are never executed. An ONNX file is a graph and a TorchScript
-file a program: either is run as it stands.
+A safetensors file contains only numbers and is never executed. ONNX and TorchScript files contain
+a graph or program, which is executed: open such files only from trusted sources.
 """
 
 from __future__ import annotations
@@ -32,32 +32,34 @@ SUFFIXES: dict[str, Format] = {
     ".pt": "torchscript",
 }
 
-# Images (B, C, H, W) float32 to mask logits (B, M, H, W), or M + 1 maps, and class logits (B, K)
+# Maps images (B, C, H, W) float32, normalised, to mask logits (B, M, H, W) or (B, M + 1, H, W), and
+# class logits (B, K).
 Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model that is ready to be used."""
+    """A model that was loaded from a file and is ready for inference."""
 
     passport: ModelMetadata
-    sha256: str  # of the file
+    sha256: str  # hexadecimal digest of the file
     logits: Logits
 
     @property
     def weights_sha256(self) -> str:
-        """Of the checkpoint: the same for every file that was exported from it."""
+        """Digest of the checkpoint; the same for every file that was exported from it."""
         return self.passport.weights_sha256 or self.sha256
 
 
 def format_of(path: Path, named: str | None = None) -> Format:
-    """The format of a file, by its suffix.
+    """Determine the format of a file from its suffix.
 
     Args:
-        named: what the format is said to be, which the suffix must agree with.
+        path: the file, which need not exist.
+        named: the requested format, which must agree with the suffix; None for any format.
 
     Raises:
-        ModelFileError: if there is no such format, or they do not agree.
+        ModelFileError: if the format is unknown, or the suffix does not match it.
     """
     if named is not None and named not in SUFFIXES.values():
         known = ", ".join(SUFFIXES.values())
@@ -69,11 +71,11 @@ def format_of(path: Path, named: str | None = None) -> Format:
 
 
 def open_model(path: Path) -> SavedModel:
-    """Open a model's file, of any format, on the CPU.
+    """Load a model file of any supported format on the CPU.
 
     Raises:
-        ModelFileError: naming the file, if it is not a model of Polyclinic, or one that this
-            version cannot use, or ONNX without ONNX Runtime being installed.
+        ModelFileError: if the file is not a Polyclinic model, cannot be used by this version, or
+            is an ONNX file and ONNX Runtime is not installed. The message names the file.
     """
     opened = _OPENERS[format_of(path)]
     with path.open("rb") as file:
@@ -83,11 +85,11 @@ def open_model(path: Path) -> SavedModel:
 
 
 def open_network(path: Path) -> tuple[ModelMetadata, MultiTaskUNet]:
-    """Build the network of a safetensors file and give it its weights, ready for evaluation.
+    """Build the network of a safetensors file and load its weights, in evaluation mode.
 
     Raises:
-        ModelFileError: naming the file, if it is not a model of Polyclinic, or its network is
-            another one in this version.
+        ModelFileError: if the file is not a Polyclinic model, or this version builds a different
+            network from its settings. The message names the file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -104,15 +106,15 @@ def open_network(path: Path) -> tuple[ModelMetadata, MultiTaskUNet]:
     built = Layout.of(network).digest
     if built != passport.layout:
         raise ModelFileError(
-            f"{path}: written by polyclinic {passport.version}, whose network of these settings "
-            f"is another one: expected layout {built[:12]}, got {passport.layout[:12]}; open it "
-            "with the version that wrote it"
+            f"{path}: written by polyclinic {passport.version}, which builds a different network "
+            f"from these settings: expected layout {built[:12]}, got {passport.layout[:12]}; open "
+            "the file with the version that wrote it"
         )
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise ModelFileError(
-            f"{path}: expected weights of its settings' network, {error}"
+            f"{path}: expected weights that match the network of its settings, {error}"
         ) from None
     return passport, network.eval()
 
@@ -136,16 +138,15 @@ def _open_safetensors(path: Path) -> tuple[ModelMetadata, Logits]:
 
 
 def check_onnx(*packages: str) -> None:
-    """See that packages for ONNX are there, without importing them yet.
+    """Check that packages for ONNX are installed, without importing them.
 
     Raises:
-        ModelFileError: naming those that are not, and what to install.
+        ModelFileError: if one is missing. The message names it and what to install.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelFileError(
-            f"ONNX files: expected {', '.join(missing)}, not installed here; "
-            "pip install 'polyclinic[export]'"
+            f"ONNX files: missing packages {', '.join(missing)}; pip install 'polyclinic[export]'"
         )
 
 
@@ -199,8 +200,11 @@ def _open_torchscript(path: Path) -> tuple[ModelMetadata, Logits]:
 
 @contextmanager
 def torchscript_deprecated() -> Iterator[None]:
-    """Silence PyTorch's word that TorchScript is deprecated: it is here for programs without Python
-    that read nothing else, and its user cannot do anything about it."""
+    """Suppress PyTorch's deprecation warnings about TorchScript.
+
+    The format is offered for programs without Python that support no other format; users of this
+    package cannot act on the warnings.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)

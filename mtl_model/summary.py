@@ -1,4 +1,4 @@
-"""What a network is made of: parameters, operations and output shapes, part by part."""
+"""Summary of a network: parameters, operations and output shapes of each part."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a network, for one image."""
+    """One part of a network, with figures for one image."""
 
     name: str
     parameters: int
-    gmacs: float  # 10^9 multiply-adds; a matrix product or convolution counts, an addition does not
-    outputs: tuple[Shape, ...]  # without the batch
+    gmacs: float  # 10^9 multiply-adds of matrix products and convolutions
+    outputs: tuple[Shape, ...]  # shapes of the outputs without the batch dimension
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A network's size, whole and by part."""
+    """The size of a network, in total and by part, with figures for one image."""
 
     parameters: int
-    gmacs: float
-    state_bytes: int  # what a round sends each way, before any compression
+    gmacs: float  # 10^9 multiply-adds of matrix products and convolutions
+    state_bytes: int  # uncompressed bytes that a round sends in each direction
     parts: tuple[Part, ...]
 
 
 def summarise(model: ModelConfig, data: DataConfig, loss: LossConfig) -> Summary:
-    """Count the network that a run's settings ask for, at the run's image size.
+    """Summarise the network of a run's settings, at the run's image size.
 
-    Nothing is computed: tensors have shapes alone (PyTorch's meta device).
+    The network is built on PyTorch's meta device, where tensors have shapes but no data.
 
     Raises:
-        BackboneError: if the backbone cannot serve.
+        BackboneError: if the configured backbone cannot be used.
     """
     with torch.device("meta"):
         network = network_of(model, data, loss, seed=0).eval()
@@ -86,7 +86,7 @@ def _members(network: MultiTaskUNet) -> dict[str, list[nn.Module]]:
 def _counted(
     network: MultiTaskUNet, image: Tensor, members: dict[str, list[nn.Module]]
 ) -> tuple[dict[nn.Module, float], dict[nn.Module, list[Shape]]]:
-    """10^9 multiply-adds and output shapes of every member, and of the whole network."""
+    """Count 10^9 multiply-adds and record output shapes of every member and the whole network."""
     gmacs: dict[nn.Module, float] = {}
     outputs: dict[nn.Module, list[Shape]] = {}
     counter = FlopCounterMode(display=False)
@@ -102,7 +102,7 @@ def _counted(
 
     hooks: list[Callable[[], None]] = []
     for module in wanted:
-        gmacs[module] = 0.0  # of one that is not called
+        gmacs[module] = 0.0  # for modules that are not called
         hooks.append(module.register_forward_pre_hook(before).remove)
         hooks.append(module.register_forward_hook(after).remove)
     with torch.no_grad(), counter:

@@ -1,14 +1,15 @@
-"""What a site tells of its images: sums, which can be added to other sites'.
+"""Metric sums of a site, which can be added to the sums of other sites.
 
-A site turns its images into sums (measure.py) and sends only those; the server adds them up and
-turns them into values (metrics.py).
+A site computes sums over its images (measure.py) and sends only those; the server adds them up and
+computes metrics from them (metrics.py).
 
-Area under the curve comes from histograms of scores, which add up across sites as an exact rank
-statistic would not. Scores are binned by asinh(logit / 0.01): 1e-4 of a logit wide around 0, an
-84th of the logit further out, up to 1000, so that a network's are told apart that has only begun to
-learn, and one's that is very sure; within a bin they count as ties. A softmax's logits are counted
-from where all classes are as likely. One edge is at logit 0, so that, where labels are several, a
-histogram's upper half is what is predicted to be of the class.
+The area under the ROC curve is computed from histograms of scores, which can be added across sites,
+unlike exact rank statistics. Scores are binned by asinh(logit / 0.01), up to a logit of 1000: bins
+are about 1e-4 wide around 0 and about 1/84 of the logit further out. This resolves the scores of a
+network that has only begun to learn as well as those of a very confident one. Scores in the same
+bin count as ties. The logits of a softmax are shifted so that equally likely classes have logit 0.
+Logit 0 is a bin edge, so that with multiple labels the upper half of a histogram contains the
+images that are predicted to belong to the class.
 """
 
 from __future__ import annotations
@@ -25,45 +26,46 @@ from polyclinic.configs.schema.data import DataConfig
 Floats = NDArray[np.float64]
 
 BINS = 2048
-SMALL_LOGIT = 1e-2  # about which bins change from equal widths to equal ratios
-LARGEST_LOGIT = 1e3
+SMALL_LOGIT = 1e-2  # logit at which bins change from equal widths to equal ratios
+LARGEST_LOGIT = 1e3  # larger logits count in the last bin
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What is told apart, by name."""
+    """Names of the mask and image classes."""
 
     masks: tuple[str, ...]  # M
     images: tuple[str, ...]  # K
-    positive: str  # the image class that single values refer to
-    multi_label: bool = False  # an image may be of several image classes, or of none
+    positive: str  # the image class that sensitivity, specificity and AUC refer to
+    multi_label: bool = False  # True if an image may belong to several image classes or to none
 
     @classmethod
     def of(cls, data: DataConfig) -> Classes:
+        """Return the classes of a run's data settings."""
         several = data.label_kind == "multi-label"
         return cls(data.mask_classes, data.classes, data.positive, several)
 
 
 @dataclass(frozen=True)
 class MetricSums:
-    """What a set of images adds up to. Every field is additive."""
+    """Sums over a set of images. Every field is additive and 0 or more."""
 
-    images: Floats  # (1,)
+    images: Floats  # (1,) number of images
     lesions: Floats  # (1,) images in which any annotated mask class is present
     annotated: Floats  # (M,) images in which the mask class is annotated
-    present: Floats  # (M,) of those, images in which it is present
-    dice: Floats  # (M,) sum over images with the class
-    iou: Floats  # (M,) sum over images with the class
-    false_positives: Floats  # (M,) images without the class in which a pixel was predicted
-    overlap: Floats  # (M,) pixels, over all images with a mask annotation, like the next two
-    predicted: Floats  # (M,)
-    actual: Floats  # (M,)
-    hd95: Floats  # (M,) sum of pixels, over the images of the next
-    hd95_images: Floats  # (M,) images with the class in which a pixel was predicted, if asked for
+    present: Floats  # (M,) annotated images in which the mask class is present
+    dice: Floats  # (M,) sum of Dice over the images with the class
+    iou: Floats  # (M,) sum of IoU over the images with the class
+    false_positives: Floats  # (M,) annotated images without the class that have it predicted
+    overlap: Floats  # (M,) pixels both predicted and true, over all annotated images
+    predicted: Floats  # (M,) predicted pixels, over all annotated images
+    actual: Floats  # (M,) true pixels, over all annotated images
+    hd95: Floats  # (M,) sum of 95th percentile Hausdorff distances in pixels, over hd95_images
+    hd95_images: Floats  # (M,) images with both the class and a prediction; 0 if not measured
     labelled: Floats  # (1,) images with a label
-    exact_matches: Floats  # (1,) of those, images whose classes are all predicted, and no others
-    confusion: Floats  # (K, K) images by true and predicted class; 0 where they may have several
-    scores: Floats  # (K, 2, BINS) images by class, whether they are of it, and score
+    exact_matches: Floats  # (1,) labelled images with all classes predicted correctly
+    confusion: Floats  # (K, K) images by true and predicted class; 0 with multiple labels
+    scores: Floats  # (K, 2, BINS) images by class, membership (0 no, 1 yes) and score bin
 
     def __add__(self, other: MetricSums) -> MetricSums:
         return MetricSums(
@@ -71,21 +73,23 @@ class MetricSums:
         )
 
     def to_lists(self) -> dict[str, list[float]]:
-        """Flat lists by field name, as a message carries them."""
+        """Convert to flat lists by field name, the form used in messages."""
         return {f.name: getattr(self, f.name).ravel().tolist() for f in fields(MetricSums)}
 
     @classmethod
     def from_lists(
         cls, lists: Mapping[str, Sequence[float]], classes: Classes, size: tuple[int, int]
     ) -> MetricSums:
-        """Read what ``to_lists`` wrote, at the other end of a wire.
+        """Read and check the received output of ``to_lists``.
 
         Args:
-            size: height and width of the images, which bound pixels and distances.
+            lists: flat lists by field name; unknown names are ignored.
+            classes: names of the mask and image classes.
+            size: height and width of the images in pixels, which bound pixels and distances.
 
         Raises:
-            ValueError: naming the field that is missing, of another length, negative, not finite,
-                or larger than the images allow.
+            ValueError: if a field is missing, of a different length, negative, not finite, or
+                larger than the number of images allows. The message names the field.
         """
         zero = empty_sums(classes)
         arrays = {}
@@ -106,7 +110,7 @@ class MetricSums:
     def _check(self, size: tuple[int, int], multi_label: bool) -> None:
         with_label = self.scores.sum(axis=(1, 2))
         bounds = (
-            ("masked", self.annotated, self.images),
+            ("annotated", self.annotated, self.images),
             ("present", self.present, self.annotated),
             ("lesions", self.lesions, np.minimum(self.images, self.present.sum())),
             ("dice", self.dice, self.present),
@@ -120,7 +124,7 @@ class MetricSums:
             ("labelled", self.labelled, self.images),
             ("confusion", self.confusion.sum(), 0.0 if multi_label else self.labelled),
             (
-                "right",
+                "exact_matches",
                 self.exact_matches,
                 self.labelled if multi_label else np.trace(self.confusion),
             ),
@@ -132,7 +136,7 @@ class MetricSums:
 
 
 def empty_sums(classes: Classes) -> MetricSums:
-    """The sums of no images at all."""
+    """Return the sums of an empty set of images."""
     k = len(classes.images)
     per_mask = (len(classes.masks),)
     shapes: dict[str, tuple[int, ...]] = {

@@ -1,4 +1,4 @@
-"""The two tasks, and which of the network's parameters serve which."""
+"""The two tasks and the parameters that belong to each."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _GROUP_OF_PART: dict[str, Group] = {
 
 
 def group_of(name: str) -> Group:
-    """Return the group of a state-dict entry of MultiTaskUNet: shared encoder, or one task's own.
+    """Return the group of a state-dict entry of MultiTaskUNet: the shared encoder or a task.
 
     Raises:
-        ValueError: if no part of the network has that name.
+        ValueError: if the name belongs to no part of the network.
     """
     for part, group in _GROUP_OF_PART.items():
         if name.startswith(f"{part}."):

@@ -1,9 +1,10 @@
-"""How much each task's loss counts, learned with the network.
+"""Learned weights of the two tasks' losses.
 
 Paper: Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", 2018. A
-task's loss counts exp(-s), where s is the logarithm of its variance, and s / 2 is added, so that
-no task can be silenced for nothing. What differs: here a site without a task's annotations leaves
-that task's s alone, and the server averages each s over the sites that trained it.
+task's loss is multiplied by exp(-s), where s is its learned log variance, and s / 2 is added to
+penalise small weights. In contrast to the paper, training is federated: a site without annotations
+for a task does not change that task's s, and the server averages each s over the sites that
+trained it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 
 
 class LogVariance(nn.Module):
-    """One task's s.
+    """The learned log variance s of one task.
 
-    A module of its own that is called with the examples, and answers once for each, so that the
-    gradient of s can be told apart by example. Opacus hears of that gradient only while the
-    examples want none themselves, as images do not.
+    This is a separate module that takes the batch as an argument and returns one copy of s per
+    example, so that per-example gradients of s can be computed. Opacus captures this gradient only
+    if the examples themselves do not require a gradient, which holds for images.
+
+    Args:
+        start: initial value of s.
 
     Shapes:
-        in:  (B, ...), only B is read
-        out: (B, 1), a view: the same number for every example
+        in:  (B, ...), only B is used
+        out: (B, 1), a view with the same value for every example
     """
 
     def __init__(self, start: float) -> None:
@@ -35,13 +39,14 @@ class LogVariance(nn.Module):
 
 
 class Uncertainty(nn.Module):
-    """Both tasks' s.
+    """The learned log variances of both tasks.
 
     Args:
-        segmentation, classification: weights that the tasks' losses start with.
+        segmentation: initial weight of the segmentation loss, greater than 0.
+        classification: initial weight of the classification loss, greater than 0.
 
     Shapes:
-        in:  (B, ...)
+        in:  (B, ...), only B is used
         out: (B, 2), segmentation first
     """
 

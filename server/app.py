@@ -1,4 +1,4 @@
-"""What the coordinator does when a run starts: read settings, gather sites, run rounds, tell."""
+"""Run the coordinator's part of a run: read settings, wait for sites, run rounds, show results."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import flwr
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from rich.console import Console
 
 from polyclinic.configs import VERSION
+from polyclinic.configs.files import write_atomically, write_json
+from polyclinic.configs.output import print_result, print_table
 from polyclinic.configs.run import RunConfig
 from polyclinic.configs.schema.rounds import RoundsConfig
 from polyclinic.mtl_model.backbone import BackboneError
@@ -32,12 +33,14 @@ from polyclinic.server.aggregation.central_dp import (
 )
 from polyclinic.server.aggregation.initial import initial_network
 from polyclinic.server.aggregation.parameters import Parts
-from polyclinic.server.rounds.federation import Federation, GridClient, RunRefused
+from polyclinic.server.rounds.errors import RunRefused
+from polyclinic.server.rounds.federation import Federation
+from polyclinic.server.rounds.grid import GridClient
 from polyclinic.server.rounds.loop import Evaluation, Rounds
 from polyclinic.server.rounds.messages import RunIdentity, question
 from polyclinic.server.runs.checkpoint import ResumeError, ServerState, load_latest
 from polyclinic.server.runs.events import Events
-from polyclinic.server.runs.folder import RunFolder, to_toml, write_atomically, write_json
+from polyclinic.server.runs.folder import RunFolder, to_toml
 from polyclinic.server.runs.history import Line
 from polyclinic.server.runs.logs import log_to_stream
 from polyclinic.server.runs.reports import SiteReport
@@ -48,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def server_app() -> ServerApp:
-    """Make the app that Flower starts for every run."""
+    """Create the app that Flower starts for every run."""
     app = ServerApp()
 
     @app.main()
@@ -59,14 +62,23 @@ def server_app() -> ServerApp:
 
 
 def run(grid: GridClient, config: RunConfig) -> RunFolder:
-    """Run a run from its settings to its results, or go on with one (``run.resume``).
+    """Execute a run from its settings to its results, or resume one (``run.resume``).
 
-    Whatever ends it, the run folder says how (outcome.json), and what ended it is raised so that
-    Flower calls the run failed.
+    The outcome is always written to outcome.json in the run folder. An error is also raised, so
+    that Flower marks the run as failed.
+
+    Args:
+        grid: Flower's connection to the sites.
+        config: settings of the run.
+
+    Returns:
+        The folder of the run.
 
     Raises:
-        ConfigError: if the run folder is another run's, or the run cannot be resumed so.
-        RunRefused, RunFailed: saying why, as outcome.json does.
+        ConfigError: if the folder belongs to another run, or the run cannot be resumed with these
+            settings.
+        RunRefused: if the run cannot start; outcome.json has the same reason.
+        RunFailed: if the run cannot continue; outcome.json has the same reason.
     """
     log_to_stream(config.run.log_format)
     if config.run.resume:
@@ -103,7 +115,7 @@ def _run(grid: GridClient, config: RunConfig, folder: RunFolder, events: Events)
         rounds = Rounds(config, folder, federation, parts, state, identity, watch, central)
         evaluation = rounds.run()
         status = "completed"
-        reason = "no better round came (rounds.patience)" if rounds.stopped_early else ""
+        reason = "stopped early: no better round (rounds.patience)" if rounds.stopped_early else ""
     except BaseException as error:
         status = "refused" if isinstance(error, RunRefused) else "failed"
         reason = str(error) or type(error).__name__
@@ -115,14 +127,14 @@ def _run(grid: GridClient, config: RunConfig, folder: RunFolder, events: Events)
             "reason": reason,
             "seconds": round(time.time() - started, 1),
             "rounds": rounds.done if rounds else 0,
-            "best-round": best.number if best else None,
-            "best-value": best.value if best else None,
+            "best_round": best.number if best else None,
+            "best_value": best.value if best else None,
         }
         try:
             write_json(folder.outcome, outcome)
             events.notify({"event": "end", **outcome})
-        except OSError as error:  # a full disk, which must not hide what ended the run
-            log.error("outcome %s: %s; it could not be written down: %s", status, reason, error)
+        except OSError as error:  # for example a full disk; must not hide why the run ended
+            log.error("outcome %s: %s; cannot write outcome.json: %s", status, reason, error)
     _print_results(config, folder, evaluation)
     return folder
 
@@ -130,7 +142,7 @@ def _run(grid: GridClient, config: RunConfig, folder: RunFolder, events: Events)
 def _state(
     config: RunConfig, folder: RunFolder, network: MultiTaskUNet, parts: Parts
 ) -> ServerState:
-    """Where the run begins: at its initial weights, or after the last round that was saved."""
+    """Return the initial state of the run, or the state after the last saved round."""
     initial = ServerState(0, parts.whole.pack(network.state_dict()))
     if not config.run.resume:
         return initial
@@ -141,7 +153,7 @@ def _state(
     folder.rewind(state.number)
     fresh = RunConfig.from_flat({**config.to_flat(), "run.resume": ""})
     write_atomically(folder.config, to_toml(fresh).encode())
-    log.info("going on after round %d of %d", state.number, config.rounds.count)
+    log.info("resuming after round %d of %d", state.number, config.rounds.count)
     return state
 
 
@@ -153,12 +165,12 @@ def _identity(config: RunConfig, folder: RunFolder) -> RunIdentity:
 
 
 def _check_sampling(rounds: RoundsConfig, sites: int) -> None:
-    """See that a round's sample can be the quorum that is asked for."""
+    """Check that the sites drawn for a round can reach the required number of sites."""
     drawn = math.ceil(rounds.fraction * sites)
     if rounds.min_sites.isdigit() and int(rounds.min_sites) > drawn:
         raise RunRefused(
-            f"rounds.min-sites: expected at most {drawn}, which rounds.fraction "
-            f"{rounds.fraction:g} draws of {sites} sites, got {rounds.min_sites}"
+            f"rounds.min-sites: expected at most {drawn}, the number that rounds.fraction "
+            f"{rounds.fraction:g} draws from {sites} sites, got {rounds.min_sites}"
         )
 
 
@@ -170,8 +182,8 @@ def _initial(config: RunConfig) -> MultiTaskUNet:
 
 
 def _tensorboard(folder: RunFolder, done: int) -> Callable[[Line], None]:
-    """What writes a line of the history as TensorBoard's scalars."""
-    from torch.utils.tensorboard import SummaryWriter  # 1 s to import, needed here alone
+    """Return a function that writes a line of the history as TensorBoard scalars."""
+    from torch.utils.tensorboard import SummaryWriter  # takes 1 s to import; used only here
 
     writer = SummaryWriter(str(folder.path), purge_step=done + 1 if done else None)
 
@@ -203,10 +215,10 @@ def _central(
     except ValueError as error:
         raise RunRefused(f"central.mode {config.central.mode}: {error}") from None
     ratio = noise_to_update(config.central, len(reports), weights)
-    say = log.info if ratio < 1 else log.warning
-    say(
-        "central differential privacy of %d sites: each round's noise has %.3g times the largest "
-        "norm that the average update can have",
+    report = log.info if ratio < 1 else log.warning
+    report(
+        "central differential privacy with %d sites: the norm of each round's noise is about %.3g "
+        "times the largest possible norm of the average update",
         len(reports),
         ratio,
     )
@@ -215,18 +227,18 @@ def _central(
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:
-    """Every value that is defined, a class's own under the class's name ("dice-mass")."""
+    """Return the defined values; values of one class are suffixed with its name ("dice-mass")."""
     found = vars(metrics)
     for by_class in (metrics.mask_classes, metrics.image_classes):
-        for name, of_class in by_class.items():
-            found = found | {f"{field}-{name}": value for field, value in vars(of_class).items()}
+        for name, values in by_class.items():
+            found = found | {f"{field}-{name}": value for field, value in vars(values).items()}
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def _environment(
     config: RunConfig, folder: RunFolder, reports: dict[str, SiteReport]
 ) -> dict[str, object]:
-    """What runs where on which data; of a resumed run, what ran before stays beside it."""
+    """Describe versions, machine, seed and sites; a resumed run keeps the earlier descriptions."""
     before: list[dict[str, Any]] = []
     if config.run.resume and folder.environment.is_file():
         last = json.loads(folder.environment.read_text(encoding="utf-8"))
@@ -234,7 +246,7 @@ def _environment(
         for name, report in reports.items():
             fingerprint = last["sites"].get(name, {}).get("fingerprint", report.fingerprint)
             if fingerprint != report.fingerprint:
-                log.warning("site %s: its data are not those that the run began with", name)
+                log.warning("site %s: its data have changed since the run started", name)
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {
@@ -255,16 +267,15 @@ def _announce(reports: dict[str, SiteReport]) -> None:
         counts = ", ".join(f"{split} {n}" for split, n in report.examples.items())
         log.info("site %s: %s images on %s", name, counts, report.device)
         for sentence in report.skipped:
-            log.warning("site %s left out: %s", name, sentence)
+            log.warning("site %s: left out: %s", name, sentence)
 
 
 def _print_results(config: RunConfig, folder: RunFolder, evaluation: Evaluation) -> None:
-    """The table and the folder, where ``flwr run --stream`` shows them."""
-    console = Console(width=110, markup=False, highlight=False)
+    """Print the test results and the run folder, which ``flwr run --stream`` shows."""
     title = f"Best round's model on the held-out test images ({folder.name})"
-    console.print(metrics_table(title, evaluation.metrics, config.data.positive))
+    print_table(metrics_table(title, evaluation.metrics, config.data.positive))
     for table in class_tables(evaluation.metrics, config.data):
-        console.print(table)
+        print_table(table)
     for line in withheld_text(evaluation.withheld):
-        console.print(line, soft_wrap=True)
-    console.print(f"Run folder: {folder.path}", soft_wrap=True)
+        print_result(line)
+    print_result(f"Run folder: {folder.path}")

@@ -3,53 +3,68 @@
 from __future__ import annotations
 
 import json
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import (
+    group,
+    messages,
+    new_table,
+    print_json,
+    print_message,
+    print_result,
+    print_table,
+    results,
+)
 from polyclinic.configs.presets import load_run_config, read_run_config
 from polyclinic.server.deployment.commands import coordinator
+from polyclinic.server.runs.summary import summary_of
 
 if TYPE_CHECKING:  # it brings torch
     from polyclinic.server.export.export import Exported
 
-app = typer.Typer()
-runs = typer.Typer(help="List runs; print a run's tables again.", invoke_without_command=True)
+app = group()
+runs = group("List runs, show one, or follow one.", invoke_without_command=True)
 app.add_typer(runs, name="runs")
-model = typer.Typer(help="Look at the network that settings ask for.", no_args_is_help=True)
+model = group("Inspect the network that settings describe.", no_args_is_help=True)
 app.add_typer(model, name="model")
 app.add_typer(coordinator, name="server")
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", help="Preset: a TOML file such as configs/demo.toml."),
+    typer.Option(
+        "--config", "-c", help="Preset: the name of a packaged one, such as demo, or a TOML file."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be given several times."),
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Change one setting; may be given repeatedly."
+    ),
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder that holds run folders.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its folder.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that contains run folders.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.command()
 def settings(config: ConfigOption = None, changes: SetOption = None) -> None:
-    """Print a run's settings, every key, as the one TOML file that `flwr run -c` takes.
+    """Print every setting of a run as one TOML file, for `flwr run -c`.
 
-    Flower takes either a file or key=value pairs; this makes one file of both.
+    Flower accepts either a file or key=value pairs; this combines both into one file.
     """
     from polyclinic.server.runs.folder import to_toml
 
-    sys.stdout.write(to_toml(load_run_config(config, changes or ())))
+    print_result(to_toml(load_run_config(config, changes or ())).rstrip("\n"))
 
 
 SizeOption = Annotated[
-    str | None, typer.Option("--size", help="Pixels: 224, or height x width as 256x320.")
+    str | None,
+    typer.Option("--size", help="Image size in pixels: 224, or height x width such as 256x320."),
 ]
 
 
@@ -60,14 +75,12 @@ def info(
     size: SizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a network's parameters, operations and output shapes, part by part, for one image."""
+    """Print the network's parameters, operations and output shapes per part, for one image."""
     overrides = list(changes or ())
     if size is not None:
         height, width = read_size(size)
         overrides += [f"data.image-height={height}", f"data.image-width={width}"]
     settings = load_run_config(config, overrides)
-
-    from dataclasses import asdict
 
     from polyclinic.mtl_model.backbone import BackboneError
     from polyclinic.mtl_model.summary import summarise
@@ -78,14 +91,13 @@ def info(
     except BackboneError as error:
         raise ConfigError(str(error)) from None
     if as_json:
-        sys.stdout.write(json.dumps(asdict(summary), indent=2) + "\n")
+        print_json(asdict(summary))
         return
-    console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
-    console.print(summary_table(summary, settings))
+    print_table(summary_table(summary, settings))
 
 
 def read_size(text: str) -> tuple[int, int]:
-    """Height and width from ``224`` or ``256x320``.
+    """Read height and width from ``224`` or ``256x320``.
 
     Raises:
         ConfigError: if it is neither.
@@ -98,44 +110,45 @@ def read_size(text: str) -> tuple[int, int]:
 
 @runs.callback()
 def list_runs(
-    context: typer.Context, out: OutOption = Path("runs"), as_json: JsonOption = False
+    context: typer.Context, runs: RunsOption = Path("runs"), as_json: JsonOption = False
 ) -> None:
     """List the runs of a folder, oldest first."""
     if context.invoked_subcommand is not None:
         return
-    if not out.is_dir():
-        raise ConfigError(f"{out.absolute()}: expected a folder of runs, found none")
-    rows = [_summary(path.parent) for path in out.glob("*/config.toml")]
-    rows.sort(key=lambda row: str(row["started"]))
+    if not runs.is_dir():
+        raise ConfigError(f"{runs.absolute()}: expected a folder of runs; there is none")
+    found = [summary_of(path.parent) for path in runs.glob("*/config.toml")]
+    found.sort(key=lambda run: str(run.started))
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        print_json({"runs": [asdict(run) for run in found]})
         return
-    table = Table()
-    for column in ("run", "started", "status", "rounds", "best round", "best value"):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in list(row.values())[:6]))
-    Console(markup=False, highlight=False).print(table)
+    table = new_table(
+        ("run", "status", "strategy", "data", "best"), ("seed", "rounds", "best round")
+    )
+    for run in found:
+        best = "-" if run.best_value is None else f"{run.select_by} {run.best_value:.3f}"
+        number = "-" if run.best_round is None else str(run.best_round)
+        table.add_row(
+            *(run.run, run.status, run.strategy, run.data, best, str(run.seed)),
+            *(str(run.rounds), number),
+        )
+    print_table(table)
 
 
 @runs.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
-    out: OutOption = Path("runs"),
-    as_json: JsonOption = False,
-) -> None:
-    """Print a run's tables: every round's pooled values, and every site on the test images."""
+def show(run: RunArgument, runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
+    """Print a run's tables: pooled values per round, and every site on the test images."""
     from polyclinic.server.runs.history import POOLED, read_history
     from polyclinic.server.runs.tables import central_text, class_tables, metrics_table, spent_text
 
-    folder = _folder_of(name, out)
+    folder = folder_of(run, runs)
     lines = read_history(folder / "history.jsonl")
+    summary = summary_of(folder)
     if as_json:
         text = (folder / "history.jsonl").read_text(encoding="utf-8") if lines else ""
         content = [json.loads(line) for line in text.splitlines()]
-        sys.stdout.write(json.dumps({**_summary(folder), "history": content}, indent=2) + "\n")
+        print_json({**asdict(summary), "history": content})
         return
-    console = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
     config = read_run_config(folder / "config.toml")
     data = config.data
     pooled = {
@@ -143,7 +156,7 @@ def show(
         for line in lines
         if line.site == POOLED and line.split == "val" and line.metrics
     }
-    console.print(metrics_table("All sites' validation images pooled", pooled, data.positive))
+    print_table(metrics_table("Validation images of all sites, pooled", pooled, data.positive))
     for split, title in (("val", "validation"), ("test", "held-out test")):
         last = max((line.round for line in lines if line.split == split), default=None)
         rows = {
@@ -153,38 +166,39 @@ def show(
         }
         if rows:
             heading = f"Round {last} on the {title} images"
-            console.print(metrics_table(heading, rows, data.positive))
+            print_table(metrics_table(heading, rows, data.positive))
             for table in class_tables(rows, data):
-                console.print(table)
+                print_table(table)
     spent = {
         line.site: line.train.epsilon for line in lines if line.train and line.train.epsilon
-    }  # the last round's of each site
+    }  # of each site's last round
+    console = results()
     if spent:
         console.print(spent_text(spent, config.privacy.unit))
     for release in [line.central for line in lines if line.central][-1:]:
         console.print(central_text(release))
-    summary = _summary(folder)
-    console.print(f"{summary['status']}" + (f": {summary['reason']}" if summary["reason"] else ""))
-    console.print(f"run folder: {folder.absolute()}", soft_wrap=True, highlight=False)
+    print_result(f"{summary.status}: {summary.reason}" if summary.reason else summary.status)
+    print_result(f"run folder: {folder.absolute()}")
 
 
 @runs.command()
 def watch(
-    name: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
-    out: OutOption = Path("runs"),
+    run: RunArgument,
+    runs: RunsOption = Path("runs"),
     silence_s: Annotated[
         float | None,
         typer.Option(
+            "--silence-s",
             min=1.0,
-            help="Give up after so long without a word; by default, by the run's deadlines.",
+            help="Seconds without an event after which to give up; by default the run's deadlines.",
         ),
     ] = None,
 ) -> None:
     """Follow a run to its end. The last line says how it ended.
 
-    Exit status: 0 completed, 1 failed, refused, or no longer heard of, 130 stopped watching.
+    Exit status: 0 completed; 1 failed, refused or silent for too long; 130 stopped watching.
     """
-    folder = _folder_of(name, out)
+    folder = folder_of(run, runs)
 
     from polyclinic.server.runs.folder import RunFolder
     from polyclinic.server.runs.watch import watch_run
@@ -194,52 +208,62 @@ def watch(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write: .onnx, .pt or .safetensors.")],
+    run: RunArgument,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File to write: .onnx, .pt or .safetensors.")
+    ],
     kind: Annotated[
         str | None,
-        typer.Option("--format", help="onnx, torchscript or safetensors; by default, by the file."),
+        typer.Option(
+            "--format", help="onnx, torchscript or safetensors; by default, by the file's ending."
+        ),
     ] = None,
     number: Annotated[
-        int | None, typer.Option("--round", min=1, help="A kept round; by default the best.")
+        int | None,
+        typer.Option("--round", min=1, help="Number of a saved round; default: the best round."),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(min=0.0, help="Largest difference of a logit, relative to the largest logit."),
+        typer.Option(
+            "--tolerance",
+            min=0.0,
+            help="Largest difference of a logit, relative to the largest logit.",
+        ),
     ] = 1e-4,
     card: Annotated[
-        Path | None, typer.Option(help="Model card to write; by default FILE with .md behind it.")
+        Path | None,
+        typer.Option("--card", help="Model card to write; by default FILE with .md appended."),
     ] = None,
-    runs_folder: Annotated[
-        Path, typer.Option("--runs", help="Folder that holds run folders.")
-    ] = Path("runs"),
+    runs: RunsOption = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
-    """Write a run's model as a file for other programs, and a model card beside it.
+    """Write a run's model to a file for other programs, and a model card next to it.
 
-    The file is tried against the network first; one that differs is not kept (exit status 1).
+    The file's outputs are compared with the network's first. A file that differs is not kept, and
+    the exit status is 1.
     """
-    folder = _folder_of(run, runs_folder)
+    folder = folder_of(run, runs)
     card = card or out.with_name(f"{out.name}.md")
     for path in (out, card):
         if path.exists():
-            raise ConfigError(f"{path}: is there already; it is not written over")
+            raise ConfigError(f"{path} already exists and is not overwritten; give another name")
 
-    # torch takes seconds to import; a mistyped name need not wait for it
+    # torch takes seconds to import, which a mistyped name does not have to wait for
+    from polyclinic.configs.files import write_atomically
     from polyclinic.mtl_model.saved import format_of
     from polyclinic.server.export.export import ParityError, chosen_checkpoint, export_model
     from polyclinic.server.export.model_card import model_card
-    from polyclinic.server.runs.folder import RunFolder, write_atomically
+    from polyclinic.server.runs.folder import RunFolder
 
     found = RunFolder(folder.absolute())
-    words = Console(stderr=True, markup=False, highlight=False)
+    words = messages()
     chosen = format_of(out, kind)
     checkpoint = chosen_checkpoint(found, number)
     try:
-        with words.status(f"writing {chosen} and trying it (onnx: about a minute)"):
+        with words.status(f"writing and checking {chosen} (onnx: about a minute)"):
             exported = export_model(checkpoint, found.name, chosen, out, tolerance)
     except ParityError as error:
-        words.print(f"error: {error}", soft_wrap=True)
+        print_message(f"error: {error}")
         raise typer.Exit(1) from None
     write_atomically(card, model_card(found, exported).encode())
     _print_exported(exported, card, as_json)
@@ -248,51 +272,40 @@ def export(
 def _print_exported(exported: Exported, card: Path, as_json: bool) -> None:
     number = exported.passport.round
     if as_json:
-        content = {
-            "file": str(exported.path),
-            "card": str(card),
-            "format": exported.format,
-            "round": number,
-            "sha256": exported.sha256,
-            "weights-sha256": exported.passport.weights_sha256,
-            "parity": {
-                p.output: {"absolute": p.absolute, "relative": p.relative} for p in exported.parity
-            },
-            "inputs": exported.inputs,
-        }
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        print_json(
+            {
+                "file": str(exported.path),
+                "card": str(card),
+                "format": exported.format,
+                "round": number,
+                "sha256": exported.sha256,
+                "weights_sha256": exported.passport.weights_sha256,
+                "parity": {
+                    p.output: {"absolute": p.absolute, "relative": p.relative}
+                    for p in exported.parity
+                },
+                "inputs": exported.inputs,
+            }
+        )
         return
     shapes = ", ".join("x".join(map(str, shape)) for shape in exported.inputs)
-    sys.stdout.write(f"difference from the network over inputs of {shapes}:\n")
+    print_result(f"difference from the network, for inputs of {shapes}:")
     for parity in exported.parity:
-        sys.stdout.write(f"  {parity}\n")
-    sys.stdout.write(f"{exported.path}: round {number}, {exported.bytes:,} bytes\n")
-    sys.stdout.write(f"{card}: its model card, with parts for the owner to fill in\n")
+        print_result(f"  {parity}")
+    print_result(f"{exported.path}: round {number}, {exported.bytes:,} bytes")
+    print_result(f"{card}: model card, with sections for its owner to fill in")
 
 
-def _folder_of(name: str, out: Path) -> Path:
-    """A run's folder, by its name or path."""
-    folder = out / name if (out / name).is_dir() else Path(name)
+def folder_of(run: str, runs: Path) -> Path:
+    """Find a run's folder by its name or path.
+
+    Raises:
+        ConfigError: if there is no such run.
+    """
+    folder = runs / run if (runs / run).is_dir() else Path(run)
     if not (folder / "config.toml").is_file():
-        raise ConfigError(f"{name}: no such run under {out.absolute()}")
+        raise ConfigError(
+            f"{run}: no such run in {runs.absolute()}; `polyclinic runs` lists runs, and --runs "
+            "names their folder"
+        )
     return folder
-
-
-def _summary(folder: Path) -> dict[str, object]:
-    outcome = _json(folder / "outcome.json")
-    environment = _json(folder / "environment.json")
-    states = sorted((folder / "checkpoints").glob("state-*.json"))
-    value = outcome.get("best-value")
-    return {
-        "run": folder.name,
-        "started": environment.get("started"),
-        "status": outcome.get("status", "running or interrupted"),
-        "rounds": _json(states[-1])["round"] if states else 0,
-        "best-round": outcome.get("best-round"),
-        "best-value": round(value, 3) if isinstance(value, float) else None,
-        "reason": outcome.get("reason", ""),
-    }
-
-
-def _json(path: Path) -> dict[str, object]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -9,46 +9,77 @@ from typing import Annotated
 import typer
 
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import group, print_result
 from polyclinic.configs.presets import load_run_config
 from polyclinic.configs.run import RunConfig
-from polyclinic.server.commands import ConfigOption, SetOption
+from polyclinic.server.commands import (
+    ConfigOption,
+    JsonOption,
+    RunArgument,
+    RunsOption,
+    SetOption,
+    folder_of,
+)
 
-app = typer.Typer()
-bench = typer.Typer(help="Measure speed, memory and privacy.", no_args_is_help=True)
+app = group()
+bench = group("Measure speed, memory and privacy.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", "-d", help="Folder of the sites' images (data.root); without it, phantoms."
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Folder to write run folders to (run.output-dir)."),
+]
+ParallelOption = Annotated[
+    int | None,
+    typer.Option(
+        "--parallel",
+        min=1,
+        help="Sites that compute at the same time; default: 1 on a GPU, else by CPU cores.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random choices.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+TurnsOption = Annotated[
+    int, typer.Option("--turns", min=1, help="Number of times that each one is timed.")
+]
+ModelPresetOption = Annotated[
+    str, typer.Option("--model-preset", help="model.preset: full or light.")
+]
 
 
 @app.command()
 def simulate(
     config: ConfigOption = None,
     settings: SetOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the sites' images (data.root); without it, phantoms."),
+    data: DataOption = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", "-r", help="Number of rounds (rounds.count).")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds (rounds.count).")] = None,
     sites: Annotated[
         str | None,
-        typer.Option(help="Sites of the data by name, with commas; or how many phantoms."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder that holds run folders (run.output-dir).")
-    ] = None,
-    parallel: Annotated[
-        int | None,
         typer.Option(
-            min=1, help="Sites that compute at once; by default 1 on a GPU, else by cores."
+            "--sites", help="Names of sites in the data, comma-separated; or a number of phantoms."
         ),
     ] = None,
+    out: OutOption = None,
+    parallel: ParallelOption = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="Go on with a run, by name or folder; its settings need not be given."),
+        typer.Option("--resume", help="Resume a run, by name or folder, with its own settings."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Results as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Train and evaluate a federation on this machine, through Flower's simulation.
+    """Train and evaluate a federation on this machine with Flower's simulation runtime.
 
-    Exit status: 0 done, 1 failed, 2 settings or data do not fit (nothing was started), 130 stopped.
+    Exit status: 0 completed; 1 failed; 2 invalid settings or data, nothing was started; 130
+    stopped.
     """
     overrides = list(settings or ())
     if data is not None:
@@ -65,7 +96,7 @@ def simulate(
 
         run_config = resumed_config(run_config)
 
-    # torch, flwr and Ray take seconds to import; a mistyped key need not wait for them
+    # torch, flwr and Ray take seconds to import, which a mistyped key does not have to wait for
     from polyclinic.simulation.local.run import run_simulation
 
     raise typer.Exit(run_simulation(run_config, parallel, as_json))
@@ -80,75 +111,79 @@ def _with_sites(config: RunConfig, sites: str | None) -> RunConfig:
     elif sites.isdigit():
         flat["phantom.sites"] = int(sites)
     else:
-        raise ConfigError(f"--sites: expected a number of phantom hospitals, got {sites!r}")
+        raise ConfigError(f"--sites: expected a number of phantom sites, got {sites!r}")
     return RunConfig.from_flat(flat)
 
 
 @app.command()
 def phantom(
-    out: Annotated[Path, typer.Option(help="Folder to write a folder for each site into.")],
-    sites: Annotated[int, typer.Option(min=1, help="Hospitals.")] = 3,
-    examples: Annotated[int, typer.Option(min=10, help="Images a hospital, on average.")] = 120,
-    size: Annotated[int, typer.Option(min=32, help="Long side of the images, pixels.")] = 128,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write one folder per site to.")
+    ],
+    sites: Annotated[int, typer.Option("--sites", min=1, help="Number of phantom sites.")] = 3,
+    examples: Annotated[
+        int, typer.Option("--examples", min=10, help="Images per site, on average.")
+    ] = 120,
+    size: Annotated[
+        int, typer.Option("--size", min=32, help="Longer side of the images in pixels.")
+    ] = 128,
+    seed: SeedOption = 0,
     normal_fraction: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of images without a lesion.")
+        float,
+        typer.Option(
+            "--normal-fraction", min=0.0, max=0.99, help="Share of images without a lesion."
+        ),
     ] = 0.0,
 ) -> None:
-    """Write phantom hospitals: synthetic ultrasound as ordinary site folders."""
+    """Write phantom sites: synthetic ultrasound images in ordinary site folders."""
     from polyclinic.simulation.phantom.writer import write_phantoms
 
     folders = [out.absolute() / f"site-{number}" for number in range(1, sites + 1)]
     for folder in folders:
         if folder.exists():
-            raise ConfigError(f"--out: {folder} is there already; it is not written over")
+            raise ConfigError(f"--out: {folder} already exists and is not overwritten")
     write_phantoms(
         out, sites=sites, examples=examples, seed=seed, size=size, normal_fraction=normal_fraction
     )
     for folder in folders:
         images = len(list((folder / "images").iterdir()))
-        typer.echo(f"{folder}: {images} images")
+        print_result(f"{folder}: {images} images")
 
 
 @app.command()
-def compare(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished simulation.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Results as JSON.")] = False,
-) -> None:
-    """Train each site alone, and all pooled, as many steps as a run's sites did; compare.
+def compare(run: RunArgument, runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
+    """Compare a finished simulation with local and pooled training.
 
-    Answers whether federation was worth it: the same network, images, splits and steps a site.
+    Trains each site by itself, and all sites' images together, with the run's network, images,
+    splits and number of steps, and tests every model at every site.
     """
     from polyclinic.simulation.experiments.compare import compare_run
 
-    raise typer.Exit(compare_run(run, as_json))
+    raise typer.Exit(compare_run(folder_of(run, runs), as_json))
 
 
 @app.command()
 def tradeoff(
     config: ConfigOption = None,
     settings: SetOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the sites' images (data.root); without it, phantoms."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder that holds run folders (run.output-dir).")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Begins the names of its runs.")] = "tradeoff",
-    epsilons: Annotated[str, typer.Option(help="With commas; inf is without privacy.")] = (
-        "inf,10,3,1"
-    ),
-    units: Annotated[str, typer.Option(help="example, patient, or both.")] = "example,patient",
-    seeds: Annotated[str, typer.Option(help="Of initial weights and order.")] = "0,1",
-    parallel: Annotated[
-        int | None, typer.Option(min=1, help="Sites that compute at once, as in simulate.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Results as JSON.")] = False,
+    data: DataOption = None,
+    out: OutOption = None,
+    name: Annotated[str, typer.Option("--name", help="Prefix of the runs' names.")] = "tradeoff",
+    epsilons: Annotated[
+        str, typer.Option("--epsilons", help="Comma-separated; inf is without privacy.")
+    ] = "inf,10,3,1",
+    units: Annotated[
+        str, typer.Option("--units", help="example, patient, or both, comma-separated.")
+    ] = "example,patient",
+    seeds: Annotated[
+        str, typer.Option("--seeds", help="Seeds of weights and order, comma-separated.")
+    ] = "0,1",
+    parallel: ParallelOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Run the same federation at several epsilons, by image and by patient; compare the quality.
+    """Run one federation at several epsilons, per image and per patient, and compare quality.
 
-    Runs that are there already are not run again, so it may be stopped and called again.
+    Runs that are already finished are not repeated, so the command can be stopped and restarted.
     """
     overrides = [*(settings or ()), f"run.name={json.dumps(name)}"]
     if data is not None:
@@ -164,80 +199,99 @@ def tradeoff(
 
 @bench.command("model")
 def bench_model(
-    size: Annotated[int, typer.Option(min=64, help="Side of the images, pixels.")] = 224,
-    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 2,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    turns: Annotated[int, typer.Option(min=1, help="Times that each network is timed.")] = 7,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    size: Annotated[int, typer.Option("--size", min=64, help="Image side in pixels.")] = 224,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Images per training step.")
+    ] = 2,
+    threads: ThreadsOption = 2,
+    turns: TurnsOption = 7,
+    device: DeviceOption = "cpu",
     only: Annotated[
         str | None,
         typer.Option(
-            help="Contestants by name, with commas; ratios are to plain, or to the first."
+            "--only",
+            help="Networks by name, comma-separated; ratios are to plain, or to the first.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Time the network beside itself written plainly and beside others, in turns.
+    """Time the network against a reference implementation and other networks, interleaved.
 
-    Milliseconds an image and peak memory, of inference and of a training step. The others need
-    `pip install 'polyclinic[bench]'`.
+    Reports milliseconds per image and peak memory, of inference and of a training step. The other
+    networks need the optional dependencies `bench`.
     """
     from polyclinic.simulation.benchmarks.bench import run_bench
 
-    run_bench(size, batch, threads, turns, device, only, as_json)
+    run_bench(size, batch_size, threads, turns, device, only, as_json)
 
 
 @bench.command("privacy")
 def bench_privacy(
-    size: Annotated[int, typer.Option(min=32, help="Side of the images, pixels.")] = 224,
-    preset: Annotated[str, typer.Option(help="model.preset: full or light.")] = "full",
+    size: Annotated[int, typer.Option("--size", min=32, help="Image side in pixels.")] = 224,
+    model_preset: ModelPresetOption = "full",
     images: Annotated[
-        str, typer.Option(help="Images a pass (privacy.physical-batch-size), with commas.")
+        str,
+        typer.Option(
+            "--physical-batch-sizes",
+            help="Numbers of images per pass, comma-separated.",
+        ),
     ] = "2,8",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    turns: Annotated[int, typer.Option(min=1, help="Times that each way is timed.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    threads: ThreadsOption = 2,
+    turns: TurnsOption = 5,
+    device: DeviceOption = "cpu",
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "fp32",
     only: Annotated[
-        str | None, typer.Option(help="Some of plain, ghost, hooks, functorch, with commas.")
+        str | None,
+        typer.Option(
+            "--only", help="Methods: plain, ghost, hooks, functorch, comma-separated; default: all."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Time a step with differential privacy beside a plain one, in turns, and peak memory."""
+    """Time a step with differential privacy against a plain one, interleaved, and peak memory."""
     from polyclinic.simulation.benchmarks.privacy import run_privacy_bench
 
-    run_privacy_bench(size, preset, images, threads, turns, device, precision, only, as_json)
+    run_privacy_bench(size, model_preset, images, threads, turns, device, precision, only, as_json)
 
 
 @bench.command("memory")
 def bench_memory(
-    sites: Annotated[
-        str, typer.Option(help="Numbers of sites whose replies are folded, with commas.")
+    folded: Annotated[
+        str,
+        typer.Option("--folded", help="Numbers of sites, if replies are averaged as they arrive."),
     ] = "3,30,300",
     gathered: Annotated[
-        str, typer.Option(help="Numbers of sites whose replies are gathered, as fedmedian needs.")
+        str,
+        typer.Option(
+            "--gathered", help="Numbers of sites, if all replies are kept, as fedmedian needs."
+        ),
     ] = "3,10",
-    preset: Annotated[str, typer.Option(help="model.preset: full or light.")] = "full",
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    model_preset: ModelPresetOption = "full",
+    as_json: JsonOption = False,
 ) -> None:
-    """Measure the server's peak memory while it takes in a round's replies."""
+    """Measure the server's peak memory while it receives the replies of one round."""
     from polyclinic.simulation.benchmarks.memory import run_memory_bench
 
-    run_memory_bench(sites, gathered, preset, as_json)
+    run_memory_bench(folded, gathered, model_preset, as_json)
 
 
 @bench.command("audit")
 def bench_audit(
-    only: Annotated[str | None, typer.Option(help="Rounds by name, with commas.")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", help="Rounds by name, comma-separated; default: all."),
+    ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Of coins and noise; by default the system's, as at a site."),
+        typer.Option(
+            "--seed", min=0, help="Seed of coins and noise; default: system entropy, as at a site."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Attack private rounds: a lower bound of epsilon beside the one that is accounted for.
+    """Attack private rounds: compare a lower bound of epsilon with the accounted epsilon.
 
-    Exit status: 0 all bounds hold, 1 a lower bound is above its epsilon.
+    Exit status: 0 if every bound holds, 1 if a lower bound exceeds its epsilon.
     """
     from polyclinic.simulation.attacks.audit import run_audit
 
@@ -246,16 +300,18 @@ def bench_audit(
 
 @bench.command("inversion")
 def bench_inversion(
-    out: Annotated[Path | None, typer.Option(help="PNG to draw the pictures into.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="PNG file to write the pictures to.")
+    ] = None,
     noise: Annotated[
-        str, typer.Option(help="Noise multipliers of DP-SGD, with commas.")
+        str, typer.Option("--noise", help="Noise multipliers of DP-SGD, comma-separated.")
     ] = "0.01,0.1,1",
-    seed: Annotated[int, typer.Option(min=0, help="Of the phantom, noise and search.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
-    """Attack one step on one image: the picture found from it, without privacy and with.
+    """Reconstruct an image from one training step on it, without privacy and with.
 
-    Two minutes on one core.
+    Takes about two minutes on one core.
     """
     from polyclinic.simulation.attacks.inversion import run_inversion
 

@@ -12,7 +12,7 @@ import psutil
 import yaml
 
 from polyclinic.client.data.split_key import SPLIT_KEY
-from tests.conftest import free_port
+from polyclinic.configs.ports import free_port
 from tests.faults.deployment import PROGRAMS, Deployment
 
 
@@ -124,7 +124,7 @@ class Consortium(Deployment):
             *("server", "status", "--kit", self.kits / "server", "--state", self.state),
             *("--control", str(self.control), "--json"),
         )[1]
-        return {site["name"]: site for site in json.loads(said)}
+        return {site["name"]: site for site in json.loads(said)["sites"]}
 
     def online(self) -> set[str]:
         return {name for name, site in self.status().items() if site["status"] == "online"}

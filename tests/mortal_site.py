@@ -37,7 +37,7 @@ from polyclinic.client.ledger.budget import LEDGER, Ledger, Reservation
 from polyclinic.client.policy.site_policy import OPEN, Decline
 from polyclinic.client.privacy.accounting import DpEvent
 from polyclinic.client.private_round import train_within_budget
-from polyclinic.client.site import Standing
+from polyclinic.client.site import PrivacyDeclaration
 from polyclinic.client.training.local_round import Round
 from polyclinic.configs.run import RunConfig
 from polyclinic.configs.schema.site import BudgetConfig
@@ -103,7 +103,7 @@ def live(state: Path, run: str, cap: float, late: bool) -> None:
     global round_now
     polyclinic.client.private_round.Ledger = LateLedger if late else ReportingLedger  # type: ignore[misc]
     budget = BudgetConfig(epsilon=cap, delta=DELTA, unit="patient")
-    standing = Standing(run, "north", EXAMPLES, PATIENTS, state / LEDGER, budget)
+    standing = PrivacyDeclaration(run, "north", EXAMPLES, PATIENTS, state / LEDGER, budget)
     say("ready", 0)
     while True:
         round_now += 1
@@ -152,7 +152,9 @@ def rehearse() -> None:
     """Train a round unheard: what torch does once in a process need not be done in each life."""
     with tempfile.TemporaryDirectory() as folder:
         budget = BudgetConfig(epsilon=100.0, delta=DELTA, unit="patient")
-        standing = Standing("rehearsal", "north", EXAMPLES, PATIENTS, Path(folder) / LEDGER, budget)
+        standing = PrivacyDeclaration(
+            "rehearsal", "north", EXAMPLES, PATIENTS, Path(folder) / LEDGER, budget
+        )
         train_within_budget(
             MODEL,
             TRAINING,

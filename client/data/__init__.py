@@ -1,1 +1,1 @@
-"""From a hospital's files to arrays: manifest, images, splits, augmentation."""
+"""Load a site's data: manifest, images, splits and augmentation."""

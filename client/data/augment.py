@@ -1,4 +1,4 @@
-"""What a training image goes through before the network sees it: a flip, a turn, other light."""
+"""Random augmentation of training images: flip, rotation, scale, brightness and contrast."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or it asks the internet at import
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no version check over the internet
 
 import albumentations as A
 
 
 class Augmentation:
-    """Random changes of an image and its masks, the same for the same (seed, index).
+    """Random changes of an image and its masks, reproducible for the same seed and index.
 
-    The published recipe's horizontal flip and rotation up to 25 degrees, with mild changes of
-    scale, gain and contrast, as scanners differ. Vertical flips are left out: sound comes from
-    above, and shadows fall below.
+    Horizontal flip and rotation up to 25 degrees, as in the published recipe, plus mild changes of
+    scale, brightness and contrast, because scanners differ. There are no vertical flips: in
+    ultrasound, the probe is at the top and shadows point down.
 
     Args:
-        seed: of one pass over the data; another pass takes another.
+        seed: seed of one pass over the data; use a different one for each pass.
     """
 
     def __init__(self, seed: int) -> None:
@@ -36,13 +36,19 @@ class Augmentation:
     def __call__(
         self, image: NDArray[np.uint8], masks: NDArray[np.uint8], index: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Change one example.
+        """Augment one example.
+
+        Args:
+            image: the image.
+            masks: its masks, transformed like the image.
+            index: position of the example in its split.
 
         Shapes:
-            image: (H, W, C); masks: (H, W, M)
+            image: (H, W, C)
+            masks: (H, W, M)
         """
         self.pipeline.set_random_seed((self.seed + index) % 2**32)
-        # each mask by itself: OpenCV rounds two channels otherwise than one or four, and classes
-        # that exclude each other must go on doing so
+        # Each mask is transformed separately: OpenCV rounds two channels differently from one or
+        # four, and exclusive classes must not overlap afterwards.
         changed = self.pipeline(image=image, masks=list(np.moveaxis(masks, 2, 0)))
         return np.ascontiguousarray(changed["image"]), np.stack(changed["masks"], axis=2)

@@ -1,4 +1,4 @@
-"""A site's images in memory: decoded and resized once, kept as bytes."""
+"""Load a site's images into memory as uint8 arrays, decoded and resized once."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from polyclinic.mtl_model.tasks import Task
 
 @dataclass(frozen=True)
 class Examples:
-    """Images of one split with what is known of each; n examples, in the manifest's order."""
+    """The n images of one split with their annotations, in the manifest's order."""
 
     images: NDArray[np.uint8]  # (n, H, W, C)
-    masks: NDArray[np.uint8]  # (n, H, W, M), 0 or 1; 0 where there is none
-    has_mask: NDArray[np.bool_]  # (n, M)
-    labels: NDArray[np.uint8]  # (n, K), 1 for each class that an image is of
-    has_label: NDArray[np.bool_]  # (n,)
-    group: NDArray[np.str_]  # (n,), the patient; the image itself where the manifest names none
+    masks: NDArray[np.uint8]  # (n, H, W, M), 0 or 1; 0 if not annotated
+    has_mask: NDArray[np.bool_]  # (n, M), whether the mask class is annotated
+    labels: NDArray[np.uint8]  # (n, K), 1 for each class of the image
+    has_label: NDArray[np.bool_]  # (n,), whether the label is annotated
+    group: NDArray[np.str_]  # (n,), the patient; the image path if the manifest has no group
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,44 +49,47 @@ class Examples:
 
     @property
     def with_mask(self) -> int:
-        """Examples of which at least one mask class is annotated."""
+        """Number of examples with at least one annotated mask class."""
         return int(self.has_mask.any(axis=1).sum())
 
     @property
     def with_label(self) -> int:
+        """Number of examples with a label."""
         return int(self.has_label.sum())
 
     def class_counts(self) -> NDArray[np.int64]:
-        """(K,) examples of each class."""
+        """Count the labelled examples of each class, (K,)."""
         return self.labels[self.has_label].sum(axis=0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class SiteData:
-    """All of a site's examples, by split, and what was left out."""
+    """All examples of a site by split, and the skipped rows."""
 
     site: str
     splits: dict[str, Examples]
-    skipped: tuple[str, ...]  # one sentence for each row that could not be used
-    fingerprint: str  # sha256 over pixels, masks and labels of every split
+    skipped: tuple[str, ...]  # one message per row that could not be used
+    fingerprint: str  # SHA-256 over pixels, masks and labels of all splits
 
 
 def load_site(manifest: Manifest, config: DataConfig, key: bytes | None = None) -> SiteData:
     """Read, check, split and resize a site's images.
 
     Args:
-        key: of a private site, which divides its patients by it; None divides in public.
+        manifest: the site's manifest.
+        config: the run's data settings.
+        key: secret split key of a private site; None: patients are split by a public hash.
 
     Raises:
-        DataError: for an unknown label, too few images to split, or, if ``on_error`` is
-            ``refuse``, the first row whose image or mask is missing, unreadable, of another size
-            or with an index that is no class. Otherwise such rows are left out and reported in
-            ``skipped``.
+        DataError: if a label is unknown, or if there are too few images to split. If ``on_error``
+            is ``refuse``, also for the first row with a missing or unreadable file, a mask of
+            another size than the image, or a mask value without a class. Otherwise such rows are
+            skipped and listed in ``skipped``.
     """
     rows = [row for row in manifest.rows if not _dropped(row, config)]
     _check_labels(manifest, rows, config)
     _check_masks(manifest, rows, config)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
         read = list(pool.map(lambda row: read_or_reason(manifest, row, config), rows))
     skipped = tuple(found for found in read if isinstance(found, str))
     if skipped and config.on_error == "refuse":
@@ -117,20 +120,20 @@ def _check_labels(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -
             raise DataError(
                 f"{manifest.path}: row {row.line}: label: expected {', '.join(config.classes)} "
                 f"(data.classes){several if config.label_kind == 'multi-label' else ''} or "
-                f"nothing, got {unknown[0]!r}; rows of a label that the task "
-                "does not need are left out with data.drop-labels"
+                f"nothing, got {unknown[0]!r}; to skip rows with a label, list it in "
+                "data.drop-labels"
             )
 
 
 def _check_masks(manifest: Manifest, rows: Sequence[Row], config: DataConfig) -> None:
-    """Masks under other columns than the run's would be left alone without a word."""
+    """Refuse mask columns that do not match the run's, since they would be ignored silently."""
     one_file = any(row.mask is not None for row in rows)
     of_class = sorted({name for row in rows for name, _ in row.masks_of})
     if config.mask_kind == "exclusive":
         if of_class and not one_file:
             raise DataError(
                 f"{manifest.path}: expected masks in a column mask (data.mask-kind exclusive), got "
-                f"{', '.join(MASK_OF + name for name in of_class)} alone"
+                f"only {', '.join(MASK_OF + name for name in of_class)}"
             )
     elif (of_class or one_file) and set(config.mask_classes).isdisjoint(of_class):
         raise DataError(
@@ -141,7 +144,7 @@ def _check_masks(manifest: Manifest, rows: Sequence[Row], config: DataConfig) ->
 
 
 def read_or_reason(manifest: Manifest, row: Row, config: DataConfig) -> Pixels | str:
-    """A row's pixels, or in one sentence why it cannot be used."""
+    """Read a row's pixels; return a message instead if the row cannot be used."""
     try:
         return read_pixels(row, config)
     except Unusable as reason:
@@ -177,7 +180,7 @@ def _fingerprint(splits: dict[str, Examples]) -> str:
 
 
 class Example(NamedTuple):
-    """One item of a data set, or, stacked, a batch of them: each field with B in front."""
+    """One item of a data set, or a batch of items with an additional first dimension B."""
 
     image: Tensor  # (H, W, C), uint8
     masks: Tensor  # (H, W, M), uint8
@@ -187,7 +190,10 @@ class Example(NamedTuple):
 
 
 class ExampleDataset(Dataset[Example]):
-    """Examples one by one, augmented if asked; item i of a pass is the same on every machine."""
+    """A PyTorch data set of examples, optionally augmented.
+
+    Item i of a pass is the same on every machine.
+    """
 
     def __init__(self, examples: Examples, augmentation: Augmentation | None = None) -> None:
         self.examples = examples
@@ -211,7 +217,7 @@ class ExampleDataset(Dataset[Example]):
 
 
 def to_batch(batch: Example, normalise: str, device: torch.device) -> tuple[Tensor, Targets]:
-    """Bytes to what the network takes.
+    """Convert a batch of uint8 examples to the network's input and targets.
 
     Shapes:
         out: (B, C, H, W) float32, and Targets with masks (B, M, H, W)
@@ -228,7 +234,12 @@ def to_batch(batch: Example, normalise: str, device: torch.device) -> tuple[Tens
 
 
 def normalised(images: Tensor, normalise: str) -> Tensor:
-    """Bytes to what the network takes, images alone.
+    """Convert uint8 images to the network's input.
+
+    Args:
+        images: the images.
+        normalise: ``image`` for zero mean and unit deviation per image; ``fixed`` maps 0 to 255
+            linearly to -2 to 2.
 
     Shapes:
         images: (B, H, W, C), uint8
@@ -237,5 +248,5 @@ def normalised(images: Tensor, normalise: str) -> Tensor:
     x = images.permute(0, 3, 1, 2).float()
     if normalise == "image":
         deviation, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True, correction=0)
-        return (x - mean) / (deviation + 1.0)  # + 1 grey level: a blank image becomes 0, not noise
+        return (x - mean) / (deviation + 1.0)  # + 1 grey level maps a blank image to 0, not noise
     return (x / 255 - 0.5) / 0.25

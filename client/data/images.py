@@ -1,4 +1,4 @@
-"""A row's files as pixels: decoded, checked against each other and resized."""
+"""Decode, check and resize the image and masks of a manifest row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from polyclinic.configs.schema.data import DataConfig
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow mode by number of channels
 _WITH_ALPHA = ("LA", "PA", "RGBA")
 
 
@@ -26,19 +26,19 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Pixels:
-    """One example as it is kept."""
+    """The resized image and masks of one example."""
 
     image: NDArray[np.uint8]  # (H, W, C)
-    masks: NDArray[np.uint8]  # (H, W, M), 0 or 1; 0 where there is none
-    has_mask: NDArray[np.bool_]  # (M,)
+    masks: NDArray[np.uint8]  # (H, W, M), 0 or 1; 0 if not annotated
+    has_mask: NDArray[np.bool_]  # (M,), whether the mask class is annotated
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a resized picture comes to lie."""
+    """Size and position of a resized image within the network's input."""
 
-    size: tuple[int, int]  # width, height of the picture itself
-    inside: tuple[slice, slice]  # its rows and columns
+    size: tuple[int, int]  # width and height of the resized image without padding
+    inside: tuple[slice, slice]  # its rows and columns in the input
 
     @classmethod
     def of(cls, image: Image.Image, config: DataConfig) -> Frame:
@@ -55,17 +55,17 @@ class Frame:
 class Picture:
     """An image without its annotations."""
 
-    original: Image.Image  # as decoded, in as many channels as the network takes
-    pixels: NDArray[np.uint8]  # (H, W, C), as the network takes it
+    original: Image.Image  # decoded at full size, converted to the network's channels
+    pixels: NDArray[np.uint8]  # (H, W, C), resized and padded to the network's input
     frame: Frame
 
 
 def read_pixels(row: Row, config: DataConfig) -> Pixels:
-    """Read a row's image and masks and bring them to the size of the config.
+    """Read a row's image and masks and resize them to the configured size.
 
     Raises:
-        Unusable: if a file is missing or cannot be decoded, if a mask is not as large as the image,
-            or if it holds an index that is no mask class.
+        Unusable: if a file is missing or cannot be decoded, if a mask has another size than the
+            image, or if a mask has a value without a class.
     """
     picture = read_picture(row.image, config)
     image, frame, pixels = picture.original, picture.frame, picture.pixels
@@ -88,7 +88,7 @@ def read_pixels(row: Row, config: DataConfig) -> Pixels:
 
 
 def read_picture(path: Path, config: DataConfig) -> Picture:
-    """Read an image alone and bring it to the size of the config.
+    """Read an image without masks and resize it to the configured size.
 
     Raises:
         Unusable: if the file is missing or cannot be decoded.
@@ -102,7 +102,7 @@ def read_picture(path: Path, config: DataConfig) -> Picture:
 
 
 def _binary_masks(row: Row, config: DataConfig) -> list[Path | None]:
-    """One file a mask class, None where the class is not annotated."""
+    """List one file per mask class; None if the class is not annotated."""
     if config.mask_kind == "exclusive":
         return [row.mask]
     paths = dict(row.masks_of)
@@ -122,32 +122,37 @@ def _opened(kind: str, path: Path) -> Iterator[Image.Image]:
 
 
 def _image(path: Path, mode: str) -> Image.Image:
-    """The whole picture; 16-bit greys keep their upper 8 bits."""
+    """Decode an image; 16-bit greyscale keeps its upper 8 bits."""
     with _opened("image", path) as file:
         if file.mode.startswith("I;16"):
             return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert(mode)
         if file.mode in ("I", "F"):
-            raise Unusable(f"image {path}: 32 bits a pixel: expected 8 or 16; window it first")
+            raise Unusable(
+                f"image {path}: 32 bits per pixel: expected 8 or 16; convert it first, with a "
+                "suitable intensity window"
+            )
         return file.convert(mode)
 
 
 def _marked(path: Path) -> Image.Image:
-    """255 wherever any channel is not 0 (alpha aside), whatever the mask's depth: masks of 0/1 and
-    of 0/255 both occur."""
+    """Decode a binary mask; the result is 255 where a channel other than alpha is not 0.
+
+    Masks with values 0 and 1 and masks with values 0 and 255 are both common.
+    """
     with _opened("mask", path) as file:
         mask = np.asarray(file.convert("RGB") if file.mode in ("P", *_WITH_ALPHA) else file) != 0
         return Image.fromarray(np.uint8(255) * (mask.any(axis=2) if mask.ndim == 3 else mask))
 
 
 def _indices(path: Path, classes: Sequence[str]) -> Image.Image:
-    """A class's index a pixel: a palette's own, else the grey value (alpha aside)."""
+    """Decode a mask of class indices: palette indices, or grey values without alpha."""
     with _opened("mask", path) as file:
         values = np.asarray(file).astype(np.float64)
         if file.mode in _WITH_ALPHA:
             values = values[..., :-1]
-        if values.ndim == 3:  # a grey picture may be saved as a colour one
+        if values.ndim == 3:  # a greyscale mask may be saved as a colour image
             if (values != values[..., :1]).any():
-                raise Unusable(f"mask {path}: expected an index a pixel, got colours")
+                raise Unusable(f"mask {path}: expected one class index per pixel, got colours")
             values = values[..., 0]
         wrong = values[~np.isin(values, np.arange(len(classes) + 1))]
         if wrong.size:
@@ -168,9 +173,9 @@ def _of_size(mask: Image.Image, path: Path, image: Image.Image) -> Image.Image:
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(height, width) or (height, width, C)."""
+    """Resize an image bilinearly; (height, width) or (height, width, C)."""
     if image.mode != "RGBA":
         return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-    # band by band: Pillow blackens what alpha hides, but to us it is a channel like the others
+    # per band, since Pillow would premultiply alpha, which is an ordinary channel here
     bands = [band.resize(size, Image.Resampling.BILINEAR) for band in image.split()]
     return np.stack([np.asarray(band) for band in bands], axis=2)

@@ -1,8 +1,8 @@
-"""A site's folder: which images it has, and what is known of each.
+"""Read a site's manifest: its images and their annotations.
 
-A folder holds ``labels.csv`` with a column ``image`` and any of ``mask``, ``mask-<class>``,
-``label``, ``group``, ``split``, ``site``; other columns are left alone. Paths are relative to the
-folder. An empty cell means "not annotated". docs/data.md is the user's guide.
+A data folder has a file ``labels.csv`` with a column ``image`` and any of ``mask``,
+``mask-<class>``, ``label``, ``group``, ``split``, ``site``; other columns are ignored. Paths are
+relative to the folder. An empty cell means "not annotated". docs/data.md is the user's guide.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from polyclinic.configs import wire
 from polyclinic.configs.schema.data import LABEL_SEPARATOR, NO_LABEL, LabelKind
 
 MANIFEST = "labels.csv"
-MASK_OF = "mask-"  # a column for each class of overlapping masks: mask-mass, mask-vessel
+MASK_OF = "mask-"  # prefix of the columns for overlapping masks: mask-mass, mask-vessel
 _COLUMNS = ("image", "mask", "label", "group", "split", "site")
 
 
 class DataError(ValueError):
-    """A site's data cannot be used as they are. The message says what to mend."""
+    """A site's data cannot be used as they are. The message says what to fix."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example as the manifest names it."""
+    """One row of the manifest, which describes one example."""
 
-    line: int  # in labels.csv, the header being line 1
+    line: int  # line number in labels.csv; the header is line 1
     image: Path
     mask: Path | None
     label: str | None
-    group: str  # what must not be split: the patient; the image itself where none is given
+    group: str  # usually the patient, who must not be divided; the image path if not given
     split: str | None
-    masks_of: tuple[tuple[str, Path], ...] = ()  # by mask class, where each has its own
+    masks_of: tuple[tuple[str, Path], ...] = ()  # pairs of mask class and file, if separate
 
     def labels(self, kind: LabelKind) -> frozenset[str] | None:
-        """The image's classes as its cell names them; None where it is not annotated."""
+        """Parse the image's classes from its label cell; None if it is not annotated."""
         if self.label is None:
             return None
         if kind == "exclusive":
@@ -57,10 +57,10 @@ class Manifest:
 
 
 def read_sites(root: Path) -> dict[str, Manifest]:
-    """Read every site under a folder, by name in alphabetical order.
+    """Read the manifests of all sites in a folder, sorted by name.
 
-    The folder holds either one ``labels.csv`` (one site, or several told apart by its column
-    ``site``) or one folder for each site.
+    The folder has either one ``labels.csv`` (one site, or several that its column ``site``
+    distinguishes) or one subfolder per site.
 
     Raises:
         DataError: if there is no site, or a manifest cannot be read.
@@ -76,17 +76,21 @@ def read_sites(root: Path) -> dict[str, Manifest]:
                 sites[folder.name] = Manifest(folder.name, manifest.path, manifest.rows)
     if not sites:
         raise DataError(
-            f"data folder {root.absolute()}: expected {MANIFEST}, or one folder a site with "
+            f"data folder {root.absolute()}: expected {MANIFEST}, or one folder per site with "
             f"{MANIFEST} in it, found neither; docs/data.md describes both"
         )
     return sites
 
 
 def read_site(folder: Path, name: str) -> Manifest:
-    """Read a folder that belongs to one site alone, whatever its rows call it.
+    """Read the manifest of a single site; its column ``site`` is ignored.
+
+    Args:
+        folder: the site's data folder.
+        name: name to give the site.
 
     Raises:
-        DataError: if there is no manifest or it cannot be read.
+        DataError: if there is no manifest, or it cannot be read.
     """
     if not (folder / MANIFEST).is_file():
         raise DataError(f"data folder {folder.absolute()}: expected {MANIFEST}, found none")
@@ -94,14 +98,14 @@ def read_site(folder: Path, name: str) -> Manifest:
 
 
 def chosen_sites(sites: dict[str, Manifest], names: Collection[str]) -> dict[str, Manifest]:
-    """Keep the named sites, all of them if no name is given.
+    """Select sites by name; select all if no name is given.
 
     Raises:
-        DataError: naming a site that is not there.
+        DataError: if there is no site of a given name.
     """
     for name in names:
         if name not in sites:
-            raise DataError(f"data.sites: no site {name!r}; the data hold {', '.join(sites)}")
+            raise DataError(f"data.sites: no site {name!r}; the data have {', '.join(sites)}")
     return {name: m for name, m in sites.items() if not names or name in names}
 
 
@@ -113,7 +117,7 @@ def _by_site(folder: Path) -> dict[str, Manifest]:
 
 
 def _read(folder: Path) -> list[tuple[Row, str]]:
-    """Every row of a folder's manifest with the site it names, if any."""
+    """Read all rows of a folder's manifest, each with the contents of its column ``site``."""
     path = folder / MANIFEST
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -130,13 +134,13 @@ def _read(folder: Path) -> list[tuple[Row, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: expected a CSV file in UTF-8, {error}") from None
     if not rows:
-        raise DataError(f"{path}: expected a row an image, got a header alone")
+        raise DataError(f"{path}: expected one row per image, got only a header")
     seen: dict[Path, int] = {}
     for row, _ in rows:
         if row.image in seen:
             raise DataError(
                 f"{path}: row {row.line}: {row.image.name} is already in row {seen[row.image]}; "
-                "an image listed twice could be both learned from and tested on"
+                "an image listed twice could be in both training and test data"
             )
         seen[row.image] = row.line
     return rows

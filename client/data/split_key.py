@@ -1,7 +1,7 @@
-"""The secret of a private site that decides which patients train, validate and test.
+"""The secret key with which a private site divides its patients into splits.
 
-Whoever knows it can compute the place of any patient identifier, and whoever can change it can move
-a patient from training to validation. It therefore never leaves the site's state folder.
+Anyone who knows the key can compute the split of any patient identifier, and anyone who can change
+it can move a patient from training to validation. It never leaves the site's state folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from polyclinic.configs.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SPLIT_KEY = "split.key"  # in a site's state folder
+SPLIT_KEY = "split.key"  # file name in a site's state folder
 _BYTES = 32
 
 
@@ -28,14 +28,14 @@ def split_key(state: Path) -> bytes:
     """Read the site's split key, and create it on first use.
 
     Args:
-        state: folder of the site that outlasts runs.
+        state: the site's state folder, which persists between runs.
 
     Returns:
-        32 bytes from the operating system's randomness.
+        32 random bytes from the operating system.
 
     Raises:
-        SplitKeyError: if the key cannot be read or created, or is not what was written. A damaged
-            key is never replaced: a new one would move patients between training and validation.
+        SplitKeyError: if the key cannot be read or created, or is damaged. A damaged key is never
+            replaced, because a new one would move patients between training and validation.
     """
     path = state / SPLIT_KEY
     try:
@@ -58,7 +58,7 @@ def split_key(state: Path) -> bytes:
 
 
 def _create(path: Path) -> None:
-    """Write a new key that appears whole or not at all, readable by its owner only."""
+    """Write a new key atomically, readable by its owner only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")  # mode 0600
     try:
@@ -68,7 +68,7 @@ def _create(path: Path) -> None:
             os.fsync(file.fileno())
         try:
             os.link(draft, path)
-        except FileExistsError:  # another process was first; its key counts
+        except FileExistsError:  # another process was faster; use its key
             return
     finally:
         os.unlink(draft)

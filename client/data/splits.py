@@ -1,4 +1,4 @@
-"""Divide a site's examples into training, validation and test."""
+"""Divide a site's examples into training, validation and test splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from polyclinic.configs.schema.data import LABEL_SEPARATOR, NO_LABEL, DataConfig
 
 Splits = dict[str, list[Row]]
 Groups = dict[str, list[Row]]
-Rank = Callable[[str], str]  # of a group: 64 hexadecimal digits, uniform; their order divides
+Rank = Callable[[str], str]  # maps a group to a uniform hash of 64 hexadecimal digits
 
 
 def split_rows(
@@ -20,23 +20,26 @@ def split_rows(
 ) -> Splits:
     """Divide a site's rows into train, val and test.
 
-    A group (patient) is never divided. Rows that name their split keep it. The others are placed
-    by a hash of seed, site and group, so that the same data give the same split on every machine;
-    with a key, by HMAC-SHA256 of the group, so that nobody without the key can compute or choose
-    a group's place:
+    All rows of a group (patient) are in the same split. Rows with a split in the manifest keep it.
+    The other groups are assigned by a hash of seed, site and group, so that the same data give the
+    same splits on every machine. With a key, the hash is HMAC-SHA256 of the group, so that nobody
+    without the key can compute or choose a group's split. There are two methods (``data.split``):
 
-    - ``stratified`` by label (multi-label: by the set of labels) and ordered by the hash. Where a
-      label has too few groups for its share, what is left over is passed on to the next label, so
-      that the site's totals hold.
-    - ``independent``: by its own hash alone, so that no group's place depends on another's. One
-      patient more or less then changes the training images by that patient's and no others, which
-      differential privacy takes for granted; shares hold on average.
+    - ``stratified`` divides the groups of each label (multi-label: of each set of labels) in the
+      order of their hashes. If a label has too few groups for its share, the remainder is passed on
+      to the next label, so that the site's totals are correct.
+    - ``independent`` assigns each group by its own hash, independently of all other groups. Adding
+      or removing a patient then changes only that patient's images in the training split, which
+      differential privacy requires. Fractions are met on average only.
 
     Args:
-        key: secret of a private site (``client.data.split_key``); None hashes in public.
+        manifest: the site's manifest, for its name and path.
+        rows: the rows to divide.
+        config: the run's data settings.
+        key: secret key of a private site (``client.data.split_key``); None: the hash is public.
 
     Raises:
-        DataError: if a group's rows name different splits, or a split that was asked for is empty.
+        DataError: if a group's rows name different splits, or if a requested split is empty.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -92,7 +95,7 @@ def _stratified(
 
 def _independent(rank: Rank, groups: Groups, share: dict[str, float]) -> dict[str, str]:
     def of(group: str) -> str:
-        place = int(rank(group), 16) / 16**64  # even in 0 to 1
+        place = int(rank(group), 16) / 16**64  # uniform in [0, 1)
         for name, fraction in share.items():
             if place < fraction:
                 return name
@@ -123,12 +126,12 @@ def _check(manifest: Manifest, splits: Splits, groups: int, share: dict[str, flo
     if empty and all(row.split for rows in splits.values() for row in rows):
         raise DataError(
             f"site {manifest.site}: {manifest.path} names every row's split, but none is "
-            f"{' or '.join(empty)}; add such rows, or leave the cells of some empty"
+            f"{' or '.join(empty)}; add such rows, or leave the split of some rows empty"
         )
     if empty:
         images = sum(map(len, splits.values()))
         raise DataError(
             f"site {manifest.site}: {images} images of {groups} groups are too few to split: "
-            f"nothing is left for {' and '.join(empty)}; add images, or set "
+            f"none are left for {' and '.join(empty)}; add images, or change "
             "data.val-fraction and data.test-fraction"
         )

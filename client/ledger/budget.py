@@ -1,19 +1,21 @@
-"""The site's privacy budget: what was promised for a cohort, what is spent, what is left.
+"""The site's privacy budget: the cap of each cohort, and what its rounds have spent.
 
-A budget belongs to a cohort that the site declares, not to files: one new image does not renew it.
-Before the first step of a round its cost is reserved, after it the steps that were taken are
-settled; what was never settled, because the process died, stays spent in full. Epsilon is computed
-over all rounds of all runs together (``client.privacy.accounting``).
+A budget belongs to a cohort that the site declares, not to files: a new image does not renew it.
+The cost of a round is reserved before its first step. After the round, the number of steps that
+were run is settled and the rest is released. A reservation that is never settled, because the
+process died, counts as spent in full. Epsilon is computed over all rounds of all runs together
+(``client.privacy.accounting``).
 
-What may change, each time as an entry with the time: the cap, up or down; how many units the site
-declares; delta, to a smaller one and only by ``lower_delta``, since epsilon at a smaller delta
-holds at a larger one too. What may not: the unit, and delta otherwise, once anything is reserved.
+The terms of a cohort may change; each change is an entry with its time. The cap may go up or down,
+the number of declared units may change, and ``lower_delta`` may lower delta, since epsilon at a
+smaller delta also holds at a larger one. Once anything is reserved, the unit is fixed and delta
+cannot change in any other way.
 
-A refused round writes nothing. The file itself, and who changed it, is
-``client.ledger.hash_chain``'s matter.
+A refused round writes nothing. ``client.ledger.hash_chain`` stores the entries and detects changes
+to the file.
 
 LedgerError           the ledger cannot be used, or the request is refused; nothing was spent
-├── LedgerTampered    what it holds is not what was written
+├── LedgerTampered    the contents differ from what was written
 └── BudgetExceeded    the round would cost more than is left
 """
 
@@ -31,8 +33,8 @@ from polyclinic.client.ledger.hash_chain import Entry, HashChain, Head, LedgerEr
 from polyclinic.client.privacy import accounting
 from polyclinic.client.privacy.accounting import DpEvent
 
-LEDGER = "ledger.db"  # in a site's state folder
-ACCOUNTANTS_DIFFER = 0.01  # relative, between what was computed then and what is computed now
+LEDGER = "ledger.db"  # file name in a site's state folder
+ACCOUNTANTS_DIFFER = 0.01  # relative tolerance between recorded and recomputed epsilon
 
 Unit = Literal["example", "patient"]
 
@@ -53,7 +55,7 @@ __all__ = [
     "verify_ledger",
 ]
 
-Watch = Callable[[Sequence[Entry]], Iterable[Entry]]  # hands entries on, and may count them
+Watch = Callable[[Sequence[Entry]], Iterable[Entry]]  # wraps the entries, e.g. in a progress bar
 
 
 class BudgetExceeded(LedgerError):
@@ -65,35 +67,35 @@ class BudgetExceeded(LedgerError):
         super().__init__(
             f"privacy budget of cohort {cohort}: this round would cost epsilon {cost:.4g}, but of "
             f"{cap:.4g} there is {self.left:.4g} left ({spent:.4g} spent); nothing was spent. "
-            "Fewer steps, more noise or a lower sample rate cost less"
+            "Use fewer steps, more noise or a lower sample rate"
         )
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """The people or images that a budget protects, as the site declares them; public."""
+    """The patients or examples that a budget protects, as declared by the site; public."""
 
     name: str
     unit: Unit
-    units: int  # how many, declared
+    units: int  # declared number of examples or patients
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What holds for a cohort from an entry on."""
+    """The terms of a cohort's budget from one entry on."""
 
-    since: str  # UTC, ISO
+    since: str  # time of the entry, UTC, ISO 8601
     unit: Unit
-    units: int
+    units: int  # declared number of examples or patients
     delta: float
-    cap: float | None  # largest epsilon; None: no cap, spending is only written down
+    cap: float | None  # largest epsilon; None: no cap, spending is only recorded
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """A round's steps, spent until they are settled."""
+    """The reserved steps of a round, which count as spent until they are settled."""
 
-    number: int  # of its entry
+    number: int  # number of the reserving entry
     run: str
     round: int
     spent: DpEvent
@@ -101,17 +103,17 @@ class Reservation:
 
 @dataclass
 class LedgerRound:
-    """A round of an account, for tables."""
+    """One round of an account."""
 
-    number: int  # of the entry that reserved it
-    time: str  # UTC, ISO
+    number: int  # number of the reserving entry
+    time: str  # time of the reservation, UTC, ISO 8601
     run: str
     round: int
     noise_multiplier: float
     sample_rate: float
-    reserved: int  # steps
-    taken: int | None = None  # None: never settled, so spent in full
-    epsilon: float | None = None  # of all that was spent then; None: without a cap, not computed
+    reserved: int  # reserved steps
+    taken: int | None = None  # settled steps; None: never settled, so spent in full
+    epsilon: float | None = None  # total epsilon after the round; None: not recorded without a cap
 
     @property
     def spent(self) -> DpEvent:
@@ -121,10 +123,10 @@ class LedgerRound:
 
 @dataclass
 class Account:
-    """One cohort's part of a ledger."""
+    """The terms and rounds of one cohort."""
 
     cohort: str
-    terms: list[Terms] = field(default_factory=list)  # oldest first; the last one holds
+    terms: list[Terms] = field(default_factory=list)  # oldest first; the last ones apply
     rounds: list[LedgerRound] = field(default_factory=list)
 
     @property
@@ -132,23 +134,24 @@ class Account:
         return self.terms[-1]
 
     def history(self) -> list[DpEvent]:
-        """What counts as spent: steps settled, and all that were reserved and never settled."""
+        """List what is spent: settled steps, and all reserved steps that were never settled."""
         return [each.spent for each in self.rounds]
 
     def spent(self) -> float:
-        """Epsilon at the cohort's delta, by PRV where that can be trusted."""
+        """Compute the spent epsilon at the cohort's delta, by PRV where it is reliable."""
         return accounting.epsilon(self.history(), self.now.delta)
 
     def spent_rdp(self) -> float:
+        """Compute the spent epsilon at the cohort's delta by RDP only."""
         return accounting.epsilon_rdp(self.history(), self.now.delta)
 
     def left(self) -> float:
-        """Epsilon that is left under the cap; infinity without one."""
+        """Compute the epsilon that is left under the cap; infinite without a cap."""
         cap = self.now.cap
         return math.inf if cap is None else max(cap - self.spent(), 0.0)
 
     def by_round(self) -> list[LedgerRound]:
-        """Every round with the epsilon after it, computed where no cap made it be written down."""
+        """List all rounds with the epsilon after each, computed where it was not recorded."""
         history = self.history()
         return [
             replace(each, epsilon=accounting.epsilon(history[: i + 1], self.now.delta))
@@ -158,7 +161,7 @@ class Account:
         ]
 
     def settled(self, number: int, steps: int) -> Account:
-        """The account as it would be once a reservation is settled."""
+        """Return a copy of the account in which a reservation is settled."""
         rounds = [replace(r, taken=steps) if r.number == number else r for r in self.rounds]
         return replace(self, rounds=rounds)
 
@@ -166,20 +169,19 @@ class Account:
 class Ledger:
     """A cohort's budget, open for training.
 
-    To be used by one thread. Other processes may hold it open too: they take turns.
+    Use it from one thread only. Other processes may have the same file open.
 
     Args:
         path: the ledger's file; several cohorts may share it.
-        cohort: whose budget it is.
-        delta: at which epsilon is meant.
-        cap: the largest epsilon; None for none.
-        timeout_s: how long to wait for another process's turn.
+        cohort: the cohort that the budget protects.
+        delta: delta at which epsilon is computed, in (0, 1 / units).
+        cap: largest epsilon; None: no cap.
+        timeout_s: how long to wait for another process's transaction, in seconds.
 
     Raises:
-        LedgerTampered: if the file is not what was written.
-        LedgerError: if it cannot be used (``client.ledger.hash_chain``); if delta is not in (0, 1 /
-        units); if
-            the cohort has spent at another delta, or in another unit.
+        LedgerTampered: if the contents differ from what was written.
+        LedgerError: if the file cannot be used (``client.ledger.hash_chain``), if delta is not in
+            (0, 1 / units), or if the cohort has spent at another delta or in another unit.
     """
 
     def __init__(
@@ -193,7 +195,7 @@ class Ledger:
     ) -> None:
         _check_terms(cohort.name, cohort.unit, cohort.units, delta, cap)
         self.cohort, self.delta, self.cap = cohort, delta, cap
-        self._mine: set[int] = set()  # reservations of this object that are not settled
+        self._mine: set[int] = set()  # numbers of this object's reservations that are not settled
         self._chain = HashChain(path, timeout_s=timeout_s)
         try:
             if not self._agreed(self.account()):
@@ -223,31 +225,32 @@ class Ledger:
 
     @property
     def head(self) -> Head:
-        """The newest entry's number and hash: noted elsewhere, they show any later forgery."""
+        """Number and hash of the newest entry; a copy in another place detects any forgery."""
         return self._chain.head
 
     def account(self) -> Account:
-        """The cohort's account as far as this process has seen; without terms where it is new."""
+        """Read the cohort's account from the entries seen so far; a new cohort has no terms."""
         accounts = accounts_in(self._chain.entries, self.path)
         return accounts.get(self.cohort.name, Account(self.cohort.name))
 
     def spent(self) -> float:
-        """Epsilon at the cohort's delta, by PRV where that can be trusted."""
+        """Compute the spent epsilon at the cohort's delta, by PRV where it is reliable."""
         return self.account().spent()
 
     def spent_rdp(self) -> float:
+        """Compute the spent epsilon at the cohort's delta by RDP only."""
         return self.account().spent_rdp()
 
     def left(self) -> float:
-        """Epsilon that is left under the cap; infinity without one."""
+        """Compute the epsilon that is left under the cap; infinite without a cap."""
         return self.account().left()
 
     def by_round(self) -> list[LedgerRound]:
-        """Every round with the epsilon after it."""
+        """List all rounds with the epsilon after each."""
         return self.account().by_round()
 
     def reserve(self, run: str, round: int, spent: DpEvent) -> Reservation:
-        """Count a round's steps as spent, before the first of them is taken.
+        """Record the steps of a round as spent, before the first of them runs.
 
         Raises:
             BudgetExceeded: if they do not fit under the cap; nothing was written.
@@ -255,9 +258,10 @@ class Ledger:
         """
         if spent.steps < 1:
             raise LedgerError(f"run {run}, round {round}: expected steps to reserve, got none")
-        # Opacus takes a while to import and to compute: before the turn, so that nobody waits for
-        # it. What was computed is remembered; in the turn it is new only if another process wrote.
-        # It may have settled for less than it reserved, so the turn alone refuses.
+        # Opacus is slow to import and to compute, so this runs before the transaction, in which
+        # other processes would have to wait. The result is cached; the transaction computes again
+        # only if another process wrote in between. That process may have settled fewer steps than
+        # it reserved, so only the check in the transaction refuses the round.
         with contextlib.suppress(BudgetExceeded):
             self._afford(self.account(), spent)
         with self._chain.turn():
@@ -265,7 +269,7 @@ class Ledger:
             if not self._agreed(account):
                 raise LedgerError(
                     f"{self.path}: another process changed the terms of cohort "
-                    f"{self.cohort.name}: now {_told(account.now)}; start this one again"
+                    f"{self.cohort.name} to {_in_words(account.now)}; restart this process"
                 )
             after = self._afford(account, spent)
             entry = self._chain.append(
@@ -282,24 +286,24 @@ class Ledger:
         return Reservation(entry.number, run, round, spent)
 
     def settle(self, reservation: Reservation, steps_taken: int) -> None:
-        """Write down the steps that were really taken; what was reserved beyond them is free again.
+        """Record the steps that were run and release the rest of the reservation.
 
         Raises:
-            LedgerError: if they are more than reserved: then all that was reserved stays spent, and
-                the round's result must not leave; or if the reservation is settled already, or was
-                made by another process.
+            LedgerError: if more steps were run than reserved; then the whole reservation stays
+                spent, and the round's result must not leave the site. Also if the reservation is
+                already settled or was made by another process.
         """
         number, reserved = reservation.number, reservation.spent.steps
         if number not in self._mine:
             raise LedgerError(
                 f"{self.path}: reservation {number} is settled already, or was not made by this "
-                "process; it stays as it is"
+                "process; it was not changed"
             )
         if not 0 <= steps_taken <= reserved:
             raise LedgerError(
                 f"run {reservation.run}, round {reservation.round}: expected 0 to {reserved} steps "
-                f"taken, got {steps_taken}; all that was reserved stays spent, and what came of "
-                "these steps must not leave the site"
+                f"taken, got {steps_taken}; the whole reservation stays spent, and the round's "
+                "result must not leave the site"
             )
         _epsilon_of(self.account().settled(number, steps_taken))
         with self._chain.turn():
@@ -313,43 +317,43 @@ class Ledger:
         self._mine.discard(number)
 
     def verify(self, watch: Watch = iter) -> None:
-        """Read everything from the disk and compute it again.
+        """Read all entries from the disk again and recompute every epsilon.
 
         Raises:
-            LedgerTampered: naming the first entry that does not fit.
+            LedgerTampered: if an entry does not match; names the first one.
         """
         _verify(self._chain, watch)
 
     def _agreed(self, account: Account) -> bool:
-        """Whether the ledger's terms are those that this process was started with."""
+        """Whether the ledger's current terms equal the terms of this process."""
         ours = (self.cohort.unit, self.cohort.units, self.delta, self.cap)
         now = account.terms[-1] if account.terms else None
         return now is not None and ours == (now.unit, now.units, now.delta, now.cap)
 
     def _agree(self, account: Account) -> None:
-        """Write down this process's terms, unless they would break a promise."""
+        """Record the terms of this process, unless they would weaken the promised privacy."""
         name = self.cohort.name
         if account.rounds and account.now.unit != self.cohort.unit:
             raise LedgerError(
                 f"{self.path}: cohort {name} has spent its budget by {account.now.unit}, expected "
-                f"that unit, got {self.cohort.unit}. What was spent in one unit says nothing of "
-                "the other: give the cohort another name to begin a budget of its own"
+                f"that unit, got {self.cohort.unit}. Spending in one unit cannot be converted to "
+                "the other: use another cohort name to start a separate budget"
             )
         if account.rounds and account.now.delta != self.delta:
             raise LedgerError(
                 f"{self.path}: cohort {name} has spent its budget at delta {account.now.delta:g}, "
-                f"expected that delta, got {self.delta:g}. A larger one would weaken what was "
-                "promised; a smaller one is recorded by: polyclinic site lower-delta SITE_YAML"
+                f"expected that delta, got {self.delta:g}. A larger one would weaken the promised "
+                "privacy; to lower delta, run: polyclinic site lower-delta SITE_YAML"
             )
         if not self._agreed(account):
             terms = Terms("", self.cohort.unit, self.cohort.units, self.delta, self.cap)
             _write_terms(self._chain, name, terms)
 
     def _afford(self, account: Account, spent: DpEvent) -> float | None:
-        """Epsilon after some more steps; None without a cap, which nobody need compute.
+        """Compute epsilon after some more steps; return None without a cap.
 
         Raises:
-            BudgetExceeded: if it is above the cap.
+            BudgetExceeded: if epsilon would exceed the cap.
         """
         if self.cap is None:
             return None
@@ -362,11 +366,11 @@ class Ledger:
 
 
 def read_accounts(path: Path) -> dict[str, Account]:
-    """Every cohort's account, read beside whoever trains; none if there is no ledger yet.
+    """Read the account of every cohort, also during training; empty if there is no ledger yet.
 
     Raises:
-        LedgerTampered: if the file is not what was written.
-        LedgerError: if it cannot be read.
+        LedgerTampered: if the contents differ from what was written.
+        LedgerError: if the file cannot be read.
     """
     if not _is_there(path):
         return {}
@@ -375,14 +379,14 @@ def read_accounts(path: Path) -> dict[str, Account]:
 
 
 def verify_ledger(path: Path, watch: Watch = iter) -> int:
-    """Read a ledger beside whoever trains, and compute everything in it again.
+    """Check all hashes of a ledger and recompute every epsilon, also during training.
 
     Returns:
-        How many entries there are.
+        The number of entries.
 
     Raises:
-        LedgerTampered: naming the first entry that does not fit.
-        LedgerError: if it cannot be read.
+        LedgerTampered: if an entry does not match; names the first one.
+        LedgerError: if the file cannot be read.
     """
     if not _is_there(path):
         return 0
@@ -392,16 +396,16 @@ def verify_ledger(path: Path, watch: Watch = iter) -> int:
 
 
 def lower_delta(path: Path, cohort: str, delta: float) -> None:
-    """Promise a smaller delta for a cohort from now on, for instance because it grew.
+    """Lower the delta of a cohort from now on, for instance because the cohort has grown.
 
-    What was promised still holds: an epsilon at a smaller delta holds at a larger one. Epsilon at
-    the smaller one is larger, for all that is spent, so that less may be left.
+    The earlier guarantee still holds, since an epsilon at a smaller delta also holds at a larger
+    one. The spent epsilon is larger at the smaller delta, so less of the budget may be left.
 
     Raises:
         LedgerError: if there is no such cohort, or delta is not above 0 and below the present one.
     """
     if cohort not in read_accounts(path):
-        raise LedgerError(f"{path}: has no cohort {cohort}")
+        raise LedgerError(f"{path}: the ledger has no cohort {cohort}")
     with HashChain(path) as chain, chain.turn():
         now = accounts_in(chain.entries, path)[cohort].now
         if not 0 < delta < now.delta:
@@ -413,10 +417,10 @@ def lower_delta(path: Path, cohort: str, delta: float) -> None:
 
 
 def accounts_in(entries: Iterable[Entry], path: Path) -> dict[str, Account]:
-    """Every cohort's account, from a ledger's entries.
+    """Build the account of every cohort from a ledger's entries.
 
     Raises:
-        LedgerTampered: if an entry says what this program would not have written.
+        LedgerTampered: if an entry is not one that this program would have written.
     """
     accounts: dict[str, Account] = {}
     for entry in entries:
@@ -436,12 +440,12 @@ def _book(accounts: dict[str, Account], entry: Entry, path: Path) -> Account:
             unit, units, delta, cap = (content[k] for k in ("unit", "units", "delta", "cap"))
             _check_terms(name, unit, units, delta, cap)
             if account.rounds and (unit != account.now.unit or delta > account.now.delta):
-                raise ValueError("it breaks a promise")
+                raise ValueError("it weakens the promised privacy")
             account.terms.append(Terms(content["time"], unit, units, delta, cap))
         elif entry.kind == "reserve":
             spent = DpEvent(content["noise"], content["rate"], content["steps"])
             if not account.terms or not spent.steps:
-                raise ValueError("it reserves nothing, or for nobody")
+                raise ValueError("it reserves no steps, or its cohort has no terms")
             row = LedgerRound(
                 number=entry.number,
                 time=content["time"],
@@ -461,7 +465,7 @@ def _book(accounts: dict[str, Account], entry: Entry, path: Path) -> Account:
                 or not isinstance(steps, int)
                 or not 0 <= steps <= row.reserved
             ):
-                raise ValueError("it settles twice, or more than was reserved")
+                raise ValueError("it settles a reservation twice, or more steps than were reserved")
             row.taken, row.epsilon = steps, content["epsilon"]
         else:
             raise ValueError(f"its kind is {entry.kind!r}")
@@ -482,20 +486,20 @@ def _verify(chain: HashChain, watch: Watch) -> None:
 
 
 def _check_epsilon(account: Account, entry: Entry, path: Path) -> None:
-    """Compute an entry's epsilon again, and hold it against what it says and the cap of its time.
+    """Recompute an entry's epsilon and compare it with the recorded value and the cap at the time.
 
-    Another version of Opacus may find a slightly other bound.
+    A tolerance allows for other versions of Opacus, which may find a slightly different bound.
     """
     said, cap = entry.content["epsilon"], account.now.cap
     if said is None and cap is None:
         return
     found = account.spent()
     if said is None and found == math.inf and entry.kind == "settle":
-        return  # steps without noise, from before there was a cap
+        return  # steps without noise, recorded while there was no cap
     if said is None or not math.isclose(found, said, rel_tol=ACCOUNTANTS_DIFFER, abs_tol=1e-4):
         raise LedgerTampered(
             f"{path}: entry {entry.number} says epsilon {said}, expected {found:.6g}, as computed "
-            "from the steps before it"
+            "from the recorded steps"
         )
     if cap is not None and entry.kind == "reserve" and found > cap * (1 + ACCOUNTANTS_DIFFER):
         raise LedgerTampered(
@@ -516,7 +520,7 @@ def _write_terms(chain: HashChain, cohort: str, terms: Terms) -> None:
 
 
 def _epsilon_of(account: Account) -> float | None:
-    """What to write down as spent: nothing where there is no cap, or no noise."""
+    """Compute the epsilon to record: None without a cap or without noise."""
     if account.now.cap is None:
         return None
     spent = account.spent()
@@ -532,17 +536,17 @@ def _check_terms(cohort: str, unit: Unit, units: int, delta: float, cap: float |
     if not 0 < delta < 1 / units:
         raise LedgerError(
             f"cohort {cohort}: expected a delta above 0 and below 1 / {units} ({unit}s declared), "
-            f"got {delta:g}; at 1 / {units} one whole {unit} might be given away"
+            f"got {delta:g}; delta = 1 / {units} would permit revealing one whole {unit}"
         )
     if cap is not None and not 0 < cap < math.inf:
         raise LedgerError(f"cohort {cohort}: expected an epsilon above 0 as cap, got {cap}")
 
 
-def _told(terms: Terms) -> str:
+def _in_words(terms: Terms) -> str:
     cap = "no cap" if terms.cap is None else f"cap {terms.cap:g}"
     return f"{cap}, delta {terms.delta:g}, {terms.units} {terms.unit}s"
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is a ledger, or was one: then opening it says what is missing."""
+    """Whether there is a ledger or its head file; if one is missing, opening it reports that."""
     return path.exists() or path.with_name(f"{path.name}.head").exists()

@@ -1,23 +1,24 @@
-"""A file that only grows, and shows it if anyone changed it.
+"""An append-only, tamper-evident log file.
 
-Entries lie in a SQLite file, each with a hash over itself and the hash before it; a small file
-beside it holds the newest entry's number and hash, so that cutting off the end is found too. An
-entry is durable once it is appended (write-ahead log, full synchronisation), and processes take
-turns: who writes sees all that was written before.
+The entries are stored in an SQLite database. Each entry has a hash over its own content and the
+hash of the previous entry. A small head file holds the newest entry's number and hash, so that
+truncation is detected too. An entry is durable once its transaction has ended (write-ahead log,
+full synchronisation). Transactions of several processes run one after the other, and each of them
+sees everything that was written before.
 
     <name>        the entries
-    <name>-wal    SQLite's; belongs to the entries while a process is at work, and after a crash
-    <name>-shm
+    <name>-wal    SQLite's write-ahead log; holds entries during use and after a crash
+    <name>-shm    SQLite's index of the write-ahead log
     <name>.head   {"number": 12, "hash": "..."}
-    .<name>.head  the next of these, before it is put in place
+    .<name>.head  the next head file, before it replaces the current one
 
-The head file is made before the first entry and written after each commit. So it may be behind
-(a crash in between, which the next who opens the file repairs), and never ahead. Whoever may write
-in the folder can forge all of it together; a copy of ``HashChain.head`` elsewhere shows that as
-well.
+The head file is created before the first entry and written after each commit. It can be behind the
+entries, never ahead: after a crash between the two, the next process that opens the file for
+writing repairs it. Anyone with write access to the folder can forge entries and head together; a
+copy of ``HashChain.head`` in another place detects that as well.
 
 LedgerError           the file cannot be used; nothing was written
-└── LedgerTampered    what it holds is not what was written
+└── LedgerTampered    the contents differ from what was written
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from types import TracebackType
 from typing import Any, Self
 
 SCHEMA = 1
-CLOCK_TOLERANCE_S = 60.0  # that a clock may be set back between two entries
+CLOCK_TOLERANCE_S = 60.0  # how far the clock may go back between two entries, in seconds
 
-_APPLICATION = int.from_bytes(b"PcLg", "big")  # in SQLite's header
-_NO_HASH = "0" * 64  # before the first entry
+_APPLICATION = int.from_bytes(b"PcLg", "big")  # application_id in SQLite's header
+_NO_HASH = "0" * 64  # previous hash of the first entry
 _TABLES = f"""
 CREATE TABLE entries (
     number INTEGER PRIMARY KEY,
@@ -63,16 +64,16 @@ log = logging.getLogger(__name__)
 
 
 class LedgerError(RuntimeError):
-    """A ledger cannot be used or a request of it is refused. The message says what to do."""
+    """A ledger cannot be used, or it refuses a request. The message says what to do."""
 
 
 class LedgerTampered(LedgerError):
-    """What a ledger holds is not what was written. The message names the first entry."""
+    """A ledger's contents differ from what was written. The message names the first such entry."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The newest entry: if it is as it was, so are all before it."""
+    """Number and hash of the newest entry; unchanged, it proves that no earlier entry changed."""
 
     number: int
     hash: str
@@ -83,7 +84,7 @@ class Entry:
     """One entry as it was written."""
 
     number: int
-    content: Mapping[str, Any]  # time (UTC, ISO), kind, and what the kind wants
+    content: Mapping[str, Any]  # number, time (UTC, ISO 8601), kind, and the fields of this kind
     hash: str
 
     @property
@@ -96,19 +97,20 @@ class Entry:
 
 
 class HashChain:
-    """An append-only file, open.
+    """An open append-only file.
 
-    To be used by one thread, and not across a fork.
+    Use it from one thread only, and not across a fork.
 
     Args:
-        path: the file; it and its folder are made if they are not there.
-        read_only: open what is there, beside whoever writes; nothing can be appended.
-        timeout_s: how long to wait for another process's turn to end.
+        path: the file; it and its folder are created if they do not exist.
+        read_only: open an existing file without the right to append; other processes may write to
+            it at the same time.
+        timeout_s: how long to wait for another process's transaction, in seconds.
 
     Raises:
-        LedgerTampered: if an entry, or the end, is not what was written.
-        LedgerError: if the file is locked, damaged, read only, another program's, or of a newer
-            version; and for writing, if its newest entry lies in the future.
+        LedgerTampered: if an entry was changed or entries are missing.
+        LedgerError: if the file is locked, damaged, read only, of another program or of a newer
+            version; if it is opened for writing and its newest entry lies in the future.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, timeout_s: float = 5.0) -> None:
@@ -122,7 +124,7 @@ class HashChain:
         if noted is not None and noted.number and not path.exists():
             raise LedgerTampered(
                 f"{path}: expected {noted.number} entries by {self._head_path.name}, found no "
-                "file; put it back from where it was moved, or from a backup that holds them all"
+                "file; move it back, or restore it from a backup that has all entries"
             )
         if read_only and not path.exists():
             raise LedgerError(f"{path}: no such ledger")
@@ -161,19 +163,19 @@ class HashChain:
 
     @property
     def head(self) -> Head:
-        """The newest of ``entries``; number 0 before the first."""
+        """Number and hash of the newest of ``entries``; number 0 if there are none."""
         return _head(self._entries)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Take the turn to write: inside, ``entries`` is all there is, and ``append`` works.
+        """Open a write transaction, in which ``entries`` is complete and ``append`` is allowed.
 
-        What was appended is written together at the end, or, after any error, not at all.
+        All appended entries are committed together at the end, or none of them after an error.
 
         Raises:
-            LedgerError: if another process keeps its turn too long, the clock went back, or the
-                disk is full.
-            LedgerTampered: if the file changed otherwise than by new entries.
+            LedgerError: if another process holds its transaction for too long, the clock went
+                back, or the disk is full.
+            LedgerTampered: if the file changed in any way other than by new entries.
         """
         with self._explained():
             self._database.execute("BEGIN IMMEDIATE")
@@ -196,10 +198,10 @@ class HashChain:
             self._note()
 
     def append(self, kind: str, **content: object) -> Entry:
-        """Write an entry, within ``turn``. Values are what JSON holds, and finite."""
+        """Append an entry inside ``turn``; values must be valid JSON with finite numbers."""
         if not self._database.in_transaction:
-            raise RuntimeError("append: expected to be within turn(), was called outside")
-        self._check_clock()  # an entry that lies too early would spoil the file for good
+            raise RuntimeError("append: expected a call within turn(), was called outside")
+        self._check_clock()  # an entry before its predecessor would make the file invalid forever
         before = self.head
         text = _canonical(
             {**content, "number": before.number + 1, "time": _now().isoformat(), "kind": kind}
@@ -213,11 +215,11 @@ class HashChain:
         return entry
 
     def verify(self) -> None:
-        """Read everything again from the disk, and check all that can be checked.
+        """Read all entries from the disk again and run every check.
 
         Raises:
-            LedgerTampered: naming the first entry that does not fit.
-            LedgerError: if SQLite finds its file damaged.
+            LedgerTampered: if an entry does not match; names the first one.
+            LedgerError: if SQLite reports a damaged file.
         """
         with self._explained():
             self._check_pages("integrity_check")
@@ -229,11 +231,12 @@ class HashChain:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LedgerError(f"{self.path.parent}: cannot be made: {error.strerror}") from None
-        for place in (self.path.parent, self.path):  # a head is replaced, which asks the folder
+            raise LedgerError(f"{self.path.parent}: cannot be created: {error.strerror}") from None
+        # replacing the head file needs write permission for the folder
+        for place in (self.path.parent, self.path):
             if place.exists() and not os.access(place, os.W_OK):
                 raise LedgerError(
-                    f"{place}: read only; training with privacy writes down what it spends, so "
+                    f"{place}: read only; training with privacy records its budget there, so "
                     "make it writable for this user"
                 )
 
@@ -243,21 +246,21 @@ class HashChain:
             with self._explained():
                 return self._try(uri)
         except LedgerError:
-            # without -wal there is nobody at work, and SQLite need not make files to read
+            # without -wal no process has it open, and SQLite can read it without creating files
             if not read_only or self.path.with_name(f"{self.path.name}-wal").exists():
                 raise
         with self._explained():
             return self._try(f"{uri}&immutable=1")
 
     def _try(self, uri: str) -> sqlite3.Connection:
-        # statements begin transactions where this code says so, not where Python would
+        # isolation_level=None: transactions are only begun explicitly, never by Python
         database = sqlite3.connect(uri, self._timeout_s, uri=True, isolation_level=None)
-        # a damaged byte need not be UTF-8; as another text it does not fit its hash, and is found
+        # damaged text may be invalid UTF-8; decoded with replacements, its hash does not match
         database.text_factory = partial(str, encoding="utf-8", errors="replace")
         try:
             database.execute("PRAGMA synchronous = FULL")
-            # Checkpoints are left to who closes last. Before 3.51.3, one that ran beside another
-            # process's commit could, very rarely, lose that commit.
+            # Only the last process that closes the file makes a checkpoint. In SQLite before
+            # 3.51.3, a checkpoint during another process's commit could, very rarely, lose it.
             database.execute("PRAGMA wal_autocheckpoint = 0")
             database.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except BaseException:
@@ -266,7 +269,8 @@ class HashChain:
         return database
 
     def _check_kind(self) -> None:
-        # tables first: another process may make them, together with the rest, between two looks
+        # Read the tables first: another process may create the tables and the application_id
+        # together between two of these queries.
         tables = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         application = self._pragma("application_id")
         version = self._pragma("user_version")
@@ -275,7 +279,7 @@ class HashChain:
         if version > SCHEMA:
             raise LedgerError(
                 f"{self.path}: was written by a newer Polyclinic (schema {version}, this one "
-                f"knows {SCHEMA}); update this installation"
+                f"supports {SCHEMA}); update this installation"
             )
 
     def _check_pages(self, check: str) -> None:
@@ -291,10 +295,10 @@ class HashChain:
         if (mode := self._to_wal()) != "wal":
             raise LedgerError(
                 f"{self.path}: SQLite cannot keep a write-ahead log there (it offers {mode}); "
-                "put state on a local disk"
+                "put the state folder on a local disk"
             )
         self._check_pages("quick_check")
-        self._database.execute("BEGIN IMMEDIATE")  # nobody writes entries or head meanwhile
+        self._database.execute("BEGIN IMMEDIATE")  # no other process writes entries or head now
         try:
             if self._pragma("application_id") == 0:
                 for statement in _statements(_TABLES):
@@ -312,7 +316,7 @@ class HashChain:
         _sync(self.path.parent)
 
     def _to_wal(self) -> str:
-        """Turn a new file to write-ahead logging; SQLite does not wait for others who do so too."""
+        """Switch to write-ahead logging; retry, since SQLite does not wait for a lock here."""
         give_up = time.monotonic() + self._timeout_s
         while True:
             try:
@@ -324,28 +328,26 @@ class HashChain:
             time.sleep(0.01)
 
     def _read(self) -> None:
-        """Read entries that another process may be adding to."""
+        """Read the entries while another process may append."""
         try:
             self._read_once()
         except LedgerTampered:
-            # the very first entry may have come between the look at the head and at the entries
+            # the first entry may have been appended between reading the head and the entries
             self._entries = []
             self._read_once()
 
     def _read_once(self) -> Head | None:
-        noted = self._noted()  # before the entries: behind it they may be, ahead of it not
-        if self._pragma(
-            "application_id"
-        ):  # else it is empty, as a new one is, or one cut to nothing
+        noted = self._noted()  # read before the entries, which may only be newer than the head
+        if self._pragma("application_id"):  # 0: the file is new, or was truncated to 0 bytes
             self._extend()
         self._check_noted(noted)
         return noted
 
     def _catch_up(self) -> None:
-        """Read, within a turn, what other processes have written since."""
+        """Read, inside a transaction, the entries that other processes have appended."""
         if not self.path.exists() or self.path.stat().st_ino != self._inode:
             raise LedgerTampered(
-                f"{self.path}: was replaced by another file while it was in use; start again"
+                f"{self.path}: was replaced by another file during use; restart this process"
             )
         if self._entries:
             newest = self.head
@@ -353,12 +355,12 @@ class HashChain:
                 "SELECT hash FROM entries WHERE number = ?", (newest.number,)
             ).fetchone()
             if row is None or row[0] != newest.hash:
-                raise self._tampered(newest.number, "it is not what it was a moment ago")
+                raise self._tampered(newest.number, "it changed since it was read")
         self._extend()
         self._check_noted(self._noted())
 
     def _extend(self) -> None:
-        """Read the entries behind those that are known, and check each."""
+        """Read and check the entries after those already read."""
         rows = self._database.execute(
             "SELECT number, content, hash FROM entries WHERE number > ? ORDER BY number",
             (len(self._entries),),
@@ -369,7 +371,7 @@ class HashChain:
             if number != expected:
                 raise self._tampered(expected, f"it is missing, {number} follows")
             if found != _hash(before.hash, text):
-                raise self._tampered(number, "its hash does not fit it and the entry before")
+                raise self._tampered(number, "its hash does not match it and the previous entry")
             try:
                 content = json.loads(text)
                 entry = Entry(number, content, found)
@@ -379,9 +381,9 @@ class HashChain:
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise self._tampered(number, "it cannot be read") from None
             if not fits or not isinstance(content.get("kind"), str):
-                raise self._tampered(number, "it is not as this program writes entries")
+                raise self._tampered(number, "it is not in the format of this program")
             if late:
-                raise self._tampered(number, "its time lies before that of the entry before")
+                raise self._tampered(number, "its time is before that of the previous entry")
             self._entries.append(entry)
 
     def _tampered(self, number: int, why: str) -> LedgerTampered:
@@ -392,28 +394,28 @@ class HashChain:
             if self._entries:
                 raise LedgerTampered(
                     f"{self._head_path}: expected the newest entry's number and hash, found no "
-                    f"file; without it nobody can tell whether entries are missing. {_FROM_BACKUP}"
+                    f"file; without it missing entries cannot be detected. {_FROM_BACKUP}"
                 )
         elif noted.number > len(self._entries):
             raise LedgerTampered(
                 f"{self.path}: entry {len(self._entries) + 1} is missing: "
-                f"{self._head_path.name} knows of {noted.number} entries; {_FROM_BACKUP}"
+                f"{self._head_path.name} records {noted.number} entries; {_FROM_BACKUP}"
             )
         elif noted != _head(self._entries[: noted.number]):
             raise LedgerTampered(
-                f"{self.path}: entry {noted.number} is not the one that {self._head_path.name} "
-                f"knows; {_FROM_BACKUP}"
+                f"{self.path}: entry {noted.number} is not the one in {self._head_path.name}; "
+                f"{_FROM_BACKUP}"
             )
 
     def _check_clock(self) -> None:
         if self._entries and (newest := self._entries[-1].time) > _now() + _TOLERANCE:
             raise LedgerError(
                 f"{self.path}: the clock went back: entry {self.head.number} was written at "
-                f"{newest.isoformat()}, now it is {_now().isoformat()}; set the clock right"
+                f"{newest.isoformat()}, now it is {_now().isoformat()}; correct the system clock"
             )
 
     def _noted(self) -> Head | None:
-        """What the head file says; None if there is none."""
+        """Read the head file; return None if there is none."""
         try:
             content = json.loads(self._head_path.read_bytes())
         except FileNotFoundError:
@@ -431,7 +433,7 @@ class HashChain:
         )
 
     def _note(self) -> None:
-        """Write the newest entry to the head file; nobody else does at the same time."""
+        """Write the newest entry to the head file, locked against other processes."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -442,11 +444,11 @@ class HashChain:
             finally:
                 self._database.execute("ROLLBACK")
         except (sqlite3.OperationalError, LedgerError) as error:
-            # the entry is safe, and whoever writes next finds the head behind and repairs it
-            log.warning("%s: left behind the newest entry: %s", self._head_path, error)
+            # the entry is durable, and the next process that writes repairs the head
+            log.warning("%s: not updated to the newest entry: %s", self._head_path, error)
 
     def _write_head(self, head: Head) -> None:
-        """Put a head in place of the last; within a turn, so that nobody else does."""
+        """Replace the head file, inside a transaction that excludes other processes."""
         self._prepare(head)
         try:
             self._new_head_path.replace(self._head_path)
@@ -455,10 +457,10 @@ class HashChain:
             raise LedgerError(f"{self._head_path}: cannot be written: {error.strerror}") from None
 
     def _prepare(self, head: Head) -> None:
-        """Write a head beside the head file.
+        """Write a new head to a temporary file next to the head file.
 
-        Before a commit, so that a full disk is found while nothing is written yet; after it, the
-        same bytes in place, which need no more room.
+        It is written once before the commit, so that a full disk is detected while no entry is
+        written yet, and again after it over the same bytes, which needs no more disk space.
         """
         text = json.dumps({"number": head.number, "hash": head.hash}).encode() + b"\n"
         try:
@@ -476,16 +478,16 @@ class HashChain:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say what SQLite's errors mean here."""
+        """Translate SQLite's errors into ``LedgerError`` with advice."""
         try:
             yield
-        except UnicodeDecodeError:  # of what SQLite has to say of a damaged table
+        except UnicodeDecodeError:  # SQLite's error message quotes a damaged table
             raise LedgerError(f"{self.path}: damaged; {_FROM_BACKUP}") from None
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             means = {
                 sqlite3.SQLITE_BUSY: f"locked by another process for {self._timeout_s:g} s; if "
-                "that one trains, wait for it, or else end it",
+                "that process is training, wait for it, otherwise stop it",
                 sqlite3.SQLITE_READONLY: "read only; make file and folder writable for this user",
                 sqlite3.SQLITE_CANTOPEN: "cannot be opened; is the folder readable and writable "
                 "for this user?",
@@ -495,10 +497,12 @@ class HashChain:
                 sqlite3.SQLITE_NOTADB: f"expected a ledger, found no database; {_FROM_BACKUP}",
                 sqlite3.SQLITE_CORRUPT: f"damaged; {_FROM_BACKUP}",
             }
-            raise LedgerError(f"{self.path}: {means.get(code, f'SQLite says: {error}')}") from None
+            raise LedgerError(
+                f"{self.path}: {means.get(code, f'SQLite reports: {error}')}"
+            ) from None
 
 
-_FROM_BACKUP = "train no further with privacy before it is put back from a backup and explained"
+_FROM_BACKUP = "do not train with privacy until the cause is known and a backup is restored"
 _TOLERANCE = timedelta(seconds=CLOCK_TOLERANCE_S)
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
@@ -508,7 +512,7 @@ def _now() -> datetime:
 
 
 def _canonical(content: Mapping[str, object]) -> str:
-    """The one way to write it down: keys sorted, no spaces, ASCII, finite numbers."""
+    """Serialise to canonical JSON: keys sorted, no spaces, ASCII, finite numbers."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -521,7 +525,7 @@ def _head(entries: list[Entry]) -> Head:
 
 
 def _statements(script: str) -> Iterator[str]:
-    """A script's statements one by one; run as one, they would end the transaction."""
+    """Split a script into statements, since ``executescript`` would end the transaction."""
     statement = ""
     for line in script.splitlines():
         statement += line + "\n"

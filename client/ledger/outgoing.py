@@ -1,8 +1,8 @@
-"""What has left the site: a line for every reply, written before the reply is given to Flower.
+"""The site's outgoing log: one entry per reply, written before the reply is sent.
 
-An append-only file of the site's own (``client.ledger.hash_chain``), so that what was sent can be
-shown later, to the letter but for the weights, of which size and hash are kept. A reply that cannot
-be written down does not leave.
+The log is an append-only file (``client.ledger.hash_chain``) that proves later what was sent. It
+holds every value of a reply except the weights, of which it keeps size and hash. A reply that
+cannot be recorded is not sent.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 
 from polyclinic.client.ledger.hash_chain import HashChain
 
-OUTGOING = "outgoing.db"  # in a site's state folder
+OUTGOING = "outgoing.db"  # file name in a site's state folder
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A reply, as far as it can be told."""
+    """The contents of one reply, as recorded in the outgoing log."""
 
-    kind: str  # of message: query.describe, train, evaluate
-    outcome: str  # answered, declined, refused
+    kind: str  # message type: query.describe, train or evaluate
+    outcome: str  # answered, declined or refused
     run: str
     round: int
-    release: str  # digest of the code that made it
-    told: Mapping[str, Any]  # settings and numbers, in clear
-    arrays: Mapping[str, bytes]  # as they travel
-    epsilon_before: float | None = None  # of the site's cohort; None without privacy
+    release: str  # digest of the code that produced the reply
+    told: Mapping[str, Any]  # all values except arrays, in plain text
+    arrays: Mapping[str, bytes]  # arrays by name, as serialised for sending
+    epsilon_before: float | None = None  # spent by the site's cohort; None without privacy
     epsilon_after: float | None = None
 
     @property
@@ -38,7 +38,7 @@ class Sent:
 
     @property
     def sha256(self) -> str | None:
-        """Over names and contents of all arrays, in the order of their names."""
+        """SHA-256 over names and contents of all arrays in the order of names; None if empty."""
         if not self.arrays:
             return None
         whole = hashlib.sha256()
@@ -52,7 +52,7 @@ def write_down(state: Path, sent: Sent) -> None:
     """Append a reply to the site's outgoing log.
 
     Raises:
-        LedgerError: if it cannot be written; then the reply must not leave.
+        LedgerError: if it cannot be written; then the reply must not be sent.
     """
     with HashChain(state / OUTGOING) as chain, chain.turn():
         chain.append(
@@ -71,11 +71,11 @@ def write_down(state: Path, sent: Sent) -> None:
 
 
 def read_outgoing(state: Path) -> list[Mapping[str, Any]]:
-    """Every reply that left, oldest first, each with its time; none if there is no log yet.
+    """Read all sent replies with their times, oldest first; empty if there is no log yet.
 
     Raises:
-        LedgerTampered: if the log is not what was written.
-        LedgerError: if it cannot be read.
+        LedgerTampered: if the contents differ from what was written.
+        LedgerError: if the log cannot be read.
     """
     path = state / OUTGOING
     if not path.exists() and not path.with_name(f"{path.name}.head").exists():

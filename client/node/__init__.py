@@ -1,1 +1,1 @@
-"""Running as a deployed site: start, preflight, keys, status."""
+"""Run a deployed site: start, preflight checks, keys and status."""

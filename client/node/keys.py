@@ -1,4 +1,4 @@
-"""A site's own key, made where it stays."""
+"""Create a site's private key, which never leaves the site."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FILE = "site.key"
 
 
 def make_key(folder: Path) -> tuple[Path, str]:
-    """Write a new private key, readable by its owner alone.
+    """Write a new private key, readable by its owner only.
 
     Returns:
-        Its file, and the public key as one line.
+        The key file, and the public key as one line.
 
     Raises:
-        ConfigError: if there is one already.
+        ConfigError: if there is already a key in the folder.
     """
     path = folder / FILE
     key = ec.generate_private_key(ec.SECP384R1())
@@ -35,5 +35,5 @@ def make_key(folder: Path) -> tuple[Path, str]:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
     except FileExistsError:
-        raise ConfigError(f"{path}: is there already, and is not written over") from None
+        raise ConfigError(f"{path}: exists already and is not overwritten") from None
     return path, public_line(key.public_key())

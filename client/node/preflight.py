@@ -1,7 +1,7 @@
-"""What a site looks at before it starts: everything that fails in practice, with what to do.
+"""Check a site before it starts: common causes of failure, each with advice.
 
-``polyclinic site preflight`` prints it; ``polyclinic site start`` looks at all of it first, and
-does not start where something fails.
+``polyclinic site preflight`` prints the checks. ``polyclinic site start`` runs them first and does
+not start if a check fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from polyclinic.client.data.split_key import SPLIT_KEY, split_key
 from polyclinic.client.ledger.budget import LEDGER, read_accounts
 from polyclinic.client.ledger.hash_chain import LedgerError
 from polyclinic.client.policy.approvals import Approvals
-from polyclinic.configs import VERSION
+from polyclinic.configs import VERSION, same_minor
 from polyclinic.configs.diagnostics.checks import Check, check_validity, ok
 from polyclinic.configs.diagnostics.machine import (
     check_address,
@@ -49,7 +49,7 @@ from polyclinic.configs.security.credentials import (
 
 RegistrationProbe = Callable[[CoordinatorConfig], str]
 RENEW = "ask the coordinator for a new kit"
-SHOWN = 3  # rows that cannot be read, by name
+SHOWN = 3  # unusable rows to list by name
 
 
 def preflight(
@@ -58,19 +58,20 @@ def preflight(
     probe_registration: RegistrationProbe,
     health: str | None = None,
 ) -> Iterator[Check]:
-    """Look at everything, one after the other; what another check needs comes first.
+    """Run all checks in order; a check comes after those that it depends on.
 
     Args:
-        data: settings to read every image with; a private site's own take precedence.
-        knock: asks the coordinator whether it takes the site's key
-        (``client.node.supernode.knock``);
-            only while the site itself is not connected.
-        health: where the health service is to listen; None if the site runs already.
+        site_file: the site's ``site.yaml``.
+        data: settings to read every image with; those of a private site's file take precedence.
+        probe_registration: asks the coordinator whether the site's key is registered
+            (``client.node.supernode.probe_registration``); only called while the site itself is
+            not connected.
+        health: address that the health service will listen on; None if the site is running.
     """
     try:
         site = read_site_config(site_file)
     except ConfigError as error:
-        yield Check("site.yaml", "fail", str(error), "mend the file")
+        yield Check("site.yaml", "fail", str(error), "fix the file")
         return
     yield ok("site.yaml", f"{site_file}: site {site.name}")
     yield from _machine(site, health)
@@ -81,7 +82,7 @@ def preflight(
     yield _ledger(site)
     yield _releases(site)
     if site.server is None:
-        advice = "take the section from the kit's site.yaml"
+        advice = "copy the section from the kit's site.yaml"
         yield Check("kit", "fail", "site.yaml has no section server", advice)
         return
     kit = list(_kit(site, site.server))
@@ -102,17 +103,17 @@ def _machine(site: SiteConfig, health: str | None) -> Iterator[Check]:
 
 
 def _gpu() -> Check:
-    """Whether a GPU can be computed on, by computing on it."""
-    import torch  # seconds to import
+    """Check the GPU with a small computation."""
+    import torch  # takes seconds to import
 
     if not torch.cuda.is_available():
         return Check(
             "GPU",
             "warn",
-            "none can be used; the site will train on the CPU",
-            "if the machine has one: see that nvidia-smi works inside the container (GPU overlay "
-            "of the compose file, NVIDIA container toolkit) and that its driver fits CUDA "
-            f"{torch.version.cuda}",
+            "no usable GPU; the site will train on the CPU",
+            "if the machine has a GPU: check that nvidia-smi works inside the container (GPU "
+            "overlay of the compose file, NVIDIA container toolkit) and that the driver supports "
+            f"CUDA {torch.version.cuda}",
         )
     name = torch.cuda.get_device_name()
     try:
@@ -121,41 +122,42 @@ def _gpu() -> Check:
         return Check(
             "GPU",
             "fail",
-            f"{name} is there, but does not compute: {str(error).splitlines()[0]}",
-            "restart the container, then the driver; a daemon reload can take a container's GPU",
+            f"{name} is visible, but a computation failed: {str(error).splitlines()[0]}",
+            "restart the container, then the driver; a reload of the container daemon can detach "
+            "the GPU from a container",
         )
     if found != 512.0:
-        return Check("GPU", "fail", f"{name} computes wrongly", "take the card out of service")
+        return Check("GPU", "fail", f"{name} computes wrong results", "replace the card")
     return ok("GPU", f"{name}, CUDA {torch.version.cuda}, torch {torch.__version__}")
 
 
 def _images(site: SiteConfig, data: DataConfig) -> Iterator[Check]:
-    """Every image and mask, read as training reads them."""
-    from polyclinic.client.data.dataset import read_or_reason  # brings torch
+    """Read every image and mask the same way as training does."""
+    from polyclinic.client.data.dataset import read_or_reason  # imports torch
 
     try:
         manifest = read_site(site.data_root, site.name)
     except DataError as error:
-        yield Check("manifest", "fail", str(error), "docs/data.md says how a site's folder looks")
+        yield Check("manifest", "fail", str(error), "docs/data.md describes a site's data folder")
         return
     except OSError as error:
         yield Check(
             "manifest",
             "fail",
             f"{error.filename}: {error.strerror}",
-            "let the user that runs this read the images; mount the folder into the container",
+            "give this user read access to the images; mount the folder into the container",
         )
         return
     yield ok("manifest", f"{manifest.path}: {len(manifest.rows)} rows")
     with ThreadPoolExecutor() as pool:
         found = list(
-            pool.map(lambda row: _trouble(read_or_reason(manifest, row, data)), manifest.rows)
+            pool.map(lambda row: _reason(read_or_reason(manifest, row, data)), manifest.rows)
         )
     unusable = [reason for reason in found if reason]
     if len(unusable) == len(manifest.rows):
         level, advice = "fail", "none of the images can be used"
     elif unusable:
-        level, advice = "warn", "these rows will be left out; mend or remove them"
+        level, advice = "warn", "these rows will be skipped; fix or remove them"
     else:
         yield ok("images", f"all {len(manifest.rows)} can be read")
         return
@@ -164,21 +166,21 @@ def _images(site: SiteConfig, data: DataConfig) -> Iterator[Check]:
     yield Check("images", "fail" if level == "fail" else "warn", seen + more, advice)
 
 
-def _trouble(read: object) -> str:
-    """Only why a row cannot be used, so that pixels are let go at once."""
+def _reason(read: object) -> str:
+    """Keep only the reason why a row cannot be used, so that its pixels are freed at once."""
     return read if isinstance(read, str) else ""
 
 
 def _split(site: SiteConfig) -> Check:
-    """Check the secret that divides a private site's patients, without creating it."""
+    """Check a private site's split key without creating it."""
     path = site.state / SPLIT_KEY
     if not path.exists():
-        return ok("split", f"{path} will be created when the first message arrives")
+        return ok("split", f"{path} will be created with the first message")
     try:
         split_key(site.state)
     except ConfigError as error:
         return Check("split", "fail", str(error), "restore the state folder from a backup")
-    return ok("split", f"patients are divided by {path}; keep it in the backup")
+    return ok("split", f"{path} divides the patients; include it in backups")
 
 
 def _ledger(site: SiteConfig) -> Check:
@@ -186,16 +188,16 @@ def _ledger(site: SiteConfig) -> Check:
     try:
         account = read_accounts(path).get(site.cohort_name)
     except LedgerError as error:
-        advice = "nothing is trained with privacy until this is understood; keep the file"
+        advice = "do not train with privacy until the cause is known; keep the file"
         return Check("ledger", "fail", str(error), advice)
     if site.budget is None:
-        return ok("ledger", "no budget in site.yaml: trains without differential privacy alone")
+        return ok("ledger", "no budget in site.yaml: only trains without differential privacy")
     if account is None:
         return ok("ledger", f"nothing spent yet of epsilon {site.budget.epsilon:g}")
     left = account.left()
     seen = f"{left:.3g} left of epsilon {site.budget.epsilon:g}"
     if left <= 0:
-        return Check("ledger", "warn", seen, "training is declined; evaluation goes on")
+        return Check("ledger", "warn", seen, "training will be declined; evaluation continues")
     return ok("ledger", seen)
 
 
@@ -208,15 +210,16 @@ def _releases(site: SiteConfig) -> Check:
         return Check(
             "releases",
             "warn",
-            "none is approved: whatever is asked will be declined",
-            "polyclinic site approve SITE_YAML RELEASE.fab shows and approves one",
+            "no release is approved: every request will be declined",
+            "to review and approve one, run: polyclinic site approve SITE_YAML RELEASE.fab",
         )
     last = list(approved.values())[-1]
-    return ok("releases", f"{len(approved)} approved, the last {last.digest[:12]} ({last.version})")
+    seen = f"{len(approved)} approved, latest {last.digest[:12]} ({last.version})"
+    return ok("releases", seen)
 
 
 def _kit(site: SiteConfig, server: CoordinatorConfig) -> Iterator[Check]:
-    """The credentials of the kit: that they fit together, and until when they hold."""
+    """Check that the kit's certificates and key belong together, and when they expire."""
     try:
         authority = read_certificate(server.ca)
         certificate = read_certificate(server.certificate)
@@ -225,7 +228,7 @@ def _kit(site: SiteConfig, server: CoordinatorConfig) -> Iterator[Check]:
         yield Check("kit", "fail", str(error), "copy the kit again, with its permissions")
         return
     if public_line(key.public_key()) != public_line(key_of(certificate)):
-        seen = f"{server.certificate} is not of the key {server.key}"
+        seen = f"{server.certificate} does not belong to the key {server.key}"
         yield Check("kit", "fail", seen, f"files of two kits are mixed: {RENEW}")
         return
     if not vouched_for(certificate, authority):
@@ -233,8 +236,8 @@ def _kit(site: SiteConfig, server: CoordinatorConfig) -> Iterator[Check]:
         yield Check("kit", "fail", seen, f"files of two kits are mixed: {RENEW}")
         return
     if name_of(certificate) != site.name:
-        seen = f"the kit is of site {name_of(certificate)}, site.yaml says {site.name}"
-        yield Check("kit", "fail", seen, "give site.yaml the name in the kit")
+        seen = f"the kit belongs to site {name_of(certificate)}, site.yaml says {site.name}"
+        yield Check("kit", "fail", seen, "use the kit's name in site.yaml")
         return
     yield check_validity("kit", validity_of(certificate), now_utc(), RENEW)
 
@@ -243,23 +246,26 @@ def _coordinator(
     server: CoordinatorConfig, probe_registration: RegistrationProbe, kit_failed: bool
 ) -> Iterator[Check]:
     yield check_proxy(server.address)
-    reached = resolve(server.address, server.port)
-    yield reached
-    if reached.level == "fail":
+    check = resolve(server.address, server.port)
+    yield check
+    if check.level == "fail":
         return
-    reached = connect(server.address, server.port)
-    yield reached
-    if reached.level == "fail" or not server.ca.is_file():
+    check = connect(server.address, server.port)
+    yield check
+    if check.level == "fail" or not server.ca.is_file():
         return
-    shaken = check_tls(server.address, server.port, server.ca)
-    yield shaken
-    if shaken.level == "fail":
+    check = check_tls(server.address, server.port, server.ca)
+    yield check
+    if check.level == "fail":
         return
     try:
         about = ask_about(server.address, server.port, server.ca)
     except OSError as error:
         yield Check(
-            "versions", "fail", str(error), "the coordinator must run polyclinic server start"
+            "versions",
+            "fail",
+            str(error),
+            "the coordinator must be running polyclinic server start",
         )
         return
     yield compare_clocks(about)
@@ -275,21 +281,18 @@ def _coordinator(
         yield Check(
             "key",
             "fail",
-            f"the coordinator does not take this site's key: {refused}",
-            "it was never registered, was revoked, or a newer kit replaces this one: ask the "
-            "coordinator. If this site is connected already, or was until a minute ago, wait",
+            f"the coordinator does not accept this site's key: {refused}",
+            "the key was never registered, was revoked, or was replaced by a newer kit: ask the "
+            "coordinator. If this site is connected, or was until a minute ago, wait",
         )
     else:
-        yield ok("key", "the coordinator knows it")
+        yield ok("key", "registered with the coordinator")
 
 
 def _versions(polyclinic: str, flwr: str) -> Check:
     own = version("flwr")
-    seen = f"here polyclinic {VERSION}, flwr {own}; coordinator {polyclinic}, flwr {flwr}"
-    if (
-        polyclinic.split(".")[:2] != VERSION.split(".")[:2]
-        or own.split(".")[:2] != flwr.split(".")[:2]
-    ):
-        advice = "the first two numbers must agree: upgrade the older side"
+    seen = f"site: polyclinic {VERSION}, flwr {own}; coordinator: {polyclinic}, flwr {flwr}"
+    if not (same_minor(polyclinic, VERSION) and same_minor(own, flwr)):
+        advice = "major and minor versions must be equal: upgrade the older side"
         return Check("versions", "fail", seen, advice)
     return ok("versions", seen)

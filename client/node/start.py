@@ -1,4 +1,4 @@
-"""Starting a site: everything is looked at first, then Flower's SuperNode runs under our guard."""
+"""Start a site: run all checks, then Flower's SuperNode with the release check."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.site import SiteConfig, read_site_config
 from polyclinic.configs.security.credentials import now_utc
 
-SILENCE_S = 180.0  # without a word from the coordinator, while nothing is worked on
+SILENCE_S = 180.0  # an idle site is unhealthy after this many seconds without contact
 
 
 def start_site(
     site_file: Path, data: DataConfig, health: str, say: Callable[[str], None]
 ) -> NoReturn:
-    """Look at everything, then connect and stay.
+    """Run all checks, then connect to the coordinator and serve it until stopped.
 
     Args:
-        data: by which every image is read beforehand.
+        site_file: the site's ``site.yaml``.
+        data: settings to read every image with during the checks.
         health: address of the gRPC health service.
+        say: prints one line.
 
     Raises:
-        ConfigError: if something fails that would keep the site from working.
+        ConfigError: if a check fails.
     """
-    from polyclinic.client.node.supernode import (  # Flower's; seconds to import
+    from polyclinic.client.node.supernode import (  # Flower takes seconds to import
         probe_registration,
         start_supernode,
     )
@@ -42,10 +44,14 @@ def start_site(
 
 
 def site_health(site: SiteConfig, health: str) -> str:
-    """What is wrong with a running site; nothing if it is well.
+    """Return what is wrong with a running site; an empty string if it is healthy.
 
-    A process that lives is not enough: the coordinator must have been heard lately, or the site be
-    at work for it.
+    A running process is not enough: the site must have been in contact with the coordinator
+    recently, or be working on a task.
+
+    Args:
+        site: the site's settings.
+        health: address of the gRPC health service.
     """
     from polyclinic.client.node.supernode import CONTACT, read_contact
 
@@ -54,8 +60,8 @@ def site_health(site: SiteConfig, health: str) -> str:
         return trouble
     contact = read_contact(site.state / CONTACT)
     if contact is None:
-        return "the coordinator has not been heard yet"
+        return "no contact with the coordinator yet"
     silent = (now_utc() - datetime.fromisoformat(contact.last)).total_seconds()
     if silent > SILENCE_S and not contact.working:
-        return f"nothing was heard of the coordinator for {silent:.0f} s"
+        return f"no contact with the coordinator for {silent:.0f} s"
     return ""

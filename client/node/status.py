@@ -1,4 +1,4 @@
-"""What a site is doing, from what it keeps on its own disk."""
+"""Report a site's status from the files in its state folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from polyclinic.configs.security.credentials import now_utc, read_certificate, v
 
 
 def site_status(site: SiteConfig) -> dict[str, Any]:
-    """By what is told; None where nothing is known.
+    """Collect the site's status by key; a value is None if it is unknown.
 
     Raises:
-        ConfigError, LedgerError: if a file of the site's state is damaged.
+        ConfigError: if the site's certificate or list of approvals is damaged.
+        LedgerError: if its ledger or outgoing log is damaged.
     """
     contact = read_contact(site.state / CONTACT)
     sent = read_outgoing(site.state) if (site.state / OUTGOING).exists() else []

@@ -1,9 +1,9 @@
-"""Flower's SuperNode, with what a coordinator cannot switch off: only approved releases run.
+"""Run Flower's SuperNode so that only approved releases run; a coordinator cannot disable this.
 
-This is the one module that touches internals of Flower's SuperNode (1.41): its function that takes
-one message in is given a ``get_fab`` that asks ``client.policy.approvals`` first. An app that is
-not approved is neither unpacked nor run; the message is answered with an error that says so.
-tests/client/node/test_supernode.py fails when a new Flower moves any of it.
+This is the only module that depends on internals of Flower's SuperNode (1.41). Flower's function
+that receives a message is given a ``get_fab`` that checks ``client.policy.approvals`` first. An app
+that is not approved is neither unpacked nor run, and the message is answered with an error.
+tests/client/node/test_supernode.py fails if a new version of Flower changes these internals.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -35,92 +34,95 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from polyclinic.client.policy.approvals import Approvals
-from polyclinic.configs import VERSION, wire
+from polyclinic.configs import VERSION, same_minor, wire
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.files import write_atomically
+from polyclinic.configs.ports import free_port
 from polyclinic.configs.schema.site import CoordinatorConfig, SiteConfig
 from polyclinic.configs.security.credentials import now_utc, read_private_key
 from polyclinic.configs.security.release import open_release
 
-log = logging.getLogger("flwr.polyclinic")  # beside Flower's own lines
+log = logging.getLogger("flwr.polyclinic")  # a child of Flower's logger, to share its output
 
 TAKES_IN = "_pull_and_store_message"
 PUTS_BACK = "_insert_message"
 ASKED_FOR = "receive", "get_run", "get_fab", "state", "object_store"
 
 CONTACT = "contact.json"
-CONTACT_S = 10.0  # between two notes that the coordinator was heard
-KNOCK_S = 30.0  # heartbeat that a knock promises; it leaves at once
+CONTACT_S = 10.0  # shortest time between two updates of an idle site's contact file
+PROBE_S = 30.0  # heartbeat interval of the registration probe, which disconnects at once
 
 
 class Unapproved(Exception):
-    """A release that this site has not approved. The message says which."""
+    """A release is not approved at this site. The message names it and the reason."""
 
 
 @dataclass(frozen=True)
 class Contact:
-    """When the coordinator was last heard, and what this site does for it."""
+    """The last contact with the coordinator and the site's activity."""
 
-    since: str  # the connection's start, UTC
-    last: str
-    server: str
-    release: str = ""  # of the last message
-    working: bool = False  # on a message; nothing more is asked for until it is answered
+    since: str  # start of the connection, UTC, ISO 8601
+    last: str  # last contact, UTC, ISO 8601
+    server: str  # address and port of the coordinator
+    release: str = ""  # digest of the last message's release; empty: no message yet
+    working: bool = False  # whether a message is being processed; there is no contact meanwhile
 
 
 def start_supernode(site_file: Path, site: SiteConfig, health: str | None) -> NoReturn:
-    """Connect a site, and do what it is asked for until it is stopped.
+    """Connect a site to its coordinator and process messages until stopped.
+
+    The process ends with a status other than 0 if the connection cannot be established or is lost
+    permanently, so that a service manager can restart it.
 
     Args:
-        health: address of the gRPC health service; none if absent.
-
-    Raises:
-        SystemExit: with a status that is not 0 if the connection cannot be made or is lost for
-            good; whatever started this starts it again.
+        site_file: the site's ``site.yaml``.
+        site: its contents.
+        health: address of the gRPC health service; None: no health service.
     """
     server = site.server
     assert server is not None
-    place = _place(server)
+    address = _address(server)
     sys.argv = [
         "flower-supernode",
         *("--root-certificates", str(server.ca)),
-        *("--superlink", place),
+        *("--superlink", address),
         *("--auth-supernode-private-key", str(server.key)),
         *("--node-config", f'site-config="{site_file.resolve()}"'),
-        *("--host", "127.0.0.1", "--port", str(_free_port())),
+        *("--host", "127.0.0.1", "--port", str(free_port())),
         *(("--health-server-address", health) if health else ()),
     ]
     os.environ.setdefault("FLWR_HOME", str(site.state / "flwr"))
     os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    gate = ReleaseGuard(Approvals(site.state), site.state / CONTACT, place)
-    setattr(internal, TAKES_IN, gate.wrap(getattr(internal, TAKES_IN)))
+    guard = ReleaseGuard(Approvals(site.state), site.state / CONTACT, address)
+    setattr(internal, TAKES_IN, guard.wrap(getattr(internal, TAKES_IN)))
     status = 1
     try:
         flower_supernode()
         log.error("the connection to the coordinator was lost")
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else 1
-        if isinstance(ending.code, str):  # as where an address is taken
+        if isinstance(ending.code, str):  # for example if an address is already in use
             log.error(ending.code)
-    # Flower's threads would keep the process alive, deaf and looking healthy
+    # Flower's threads would keep the process alive, which would look healthy without a connection
     logging.shutdown()
     os._exit(status)
 
 
 def probe_registration(server: CoordinatorConfig) -> str:
-    """Ask the coordinator's SuperLink whether it takes this site's key, and leave again.
+    """Check that the coordinator's SuperLink accepts the site's key, and disconnect again.
 
     Returns:
-        Why it does not; empty if it does.
+        The reason if the key is refused, otherwise an empty string.
 
     Raises:
-        OSError: if it cannot be reached.
+        OSError: if the coordinator cannot be reached.
     """
     key = read_private_key(server.key)
     public = public_key_to_bytes(key.public_key())
     try:
         with FleetHttpClient.from_server_address(
-            _place(server),
+            _address(server),
             False,
             server.ca.read_bytes(),
             interceptors=[
@@ -129,7 +131,7 @@ def probe_registration(server: CoordinatorConfig) -> str:
             ],
         ) as client:
             node = client.ActivateNode(
-                ActivateNodeRequest(public_key=public, heartbeat_interval=KNOCK_S)
+                ActivateNodeRequest(public_key=public, heartbeat_interval=PROBE_S)
             )
             client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
     except httpx.HTTPStatusError as error:
@@ -141,10 +143,12 @@ def probe_registration(server: CoordinatorConfig) -> str:
 
 
 class ReleaseGuard:
-    """Stands between Flower and the code that a coordinator ships.
+    """Checks each release before Flower unpacks it, and records contact with the coordinator.
 
     Args:
-        contact: file for the sign of life.
+        approvals: the site's approvals.
+        contact: file to record the last contact in.
+        server: address and port of the coordinator.
     """
 
     def __init__(self, approvals: Approvals, contact: Path, server: str) -> None:
@@ -154,23 +158,23 @@ class ReleaseGuard:
         self._since = now_utc().isoformat(timespec="seconds")
         self._noted = float("-inf")
         self._working = False
-        self._releases: dict[str, str] = {}  # Flower's hash of a packed app: the release's digest
+        self._releases: dict[str, str] = {}  # release digest by Flower's hash of the packed app
 
     def wrap(self, take_in: Callable[..., int | None]) -> Callable[..., int | None]:
-        """Flower's function that takes one message in, with the check inside."""
+        """Add the release check to Flower's function that receives a message."""
 
         def guarded(**given: Any) -> int | None:  # noqa: ANN401
             state, receive = given["state"], given["receive"]
             get_run, get_fab = given["get_run"], given["get_fab"]
-            taken: list[Message] = []
+            received: list[Message] = []
 
             def receive_and_note() -> Any:  # noqa: ANN401
                 found = receive()
                 self.record_contact(working=found is not None)
                 if found is not None:
-                    taken.append(found[0])
+                    received.append(found[0])
                     run = state.get_run(found[0].metadata.run_id)
-                    if run is not None:  # it may have been withdrawn since its first message
+                    if run is not None:  # its release may have been withdrawn since
                         self.check(self._releases[run.fab_hash])
                         self.record_contact(working=True, release=self._releases[run.fab_hash])
                 return found
@@ -184,7 +188,7 @@ class ReleaseGuard:
             def get_approved_fab(fab_hash: str, run_id: int) -> Fab:
                 fab: Fab = get_fab(fab_hash, run_id)
                 if hashlib.sha256(fab.content).hexdigest() != fab_hash:
-                    raise Unapproved(f"{wire.UNAPPROVED}: its content is not what its hash says")
+                    raise Unapproved(f"{wire.UNAPPROVED}: its content does not match its hash")
                 self._releases[fab_hash] = self.check_content(fab.content)
                 self.record_contact(working=True, release=self._releases[fab_hash])
                 return fab
@@ -198,7 +202,7 @@ class ReleaseGuard:
                 return take_in(**{**given, **checked})
             except Unapproved as error:
                 log.error("%s", error)
-                (message,) = taken
+                (message,) = received
                 reply = Message(Error(ErrorCode.INVALID_FAB, str(error)), reply_to=message)
                 getattr(internal, PUTS_BACK)(reply, state, given["object_store"])
                 return int(message.metadata.run_id)
@@ -206,10 +210,10 @@ class ReleaseGuard:
         return guarded
 
     def check_content(self, content: bytes) -> str:
-        """See that a packed app may run here; its digest.
+        """Check that a packed app may run at this site and return its digest.
 
         Raises:
-            Unapproved: if not.
+            Unapproved: if the app is invalid, not approved or of an incompatible version.
         """
         try:
             release = open_release(content)
@@ -218,29 +222,34 @@ class ReleaseGuard:
         self.check(release.digest)
         if not same_minor(release.version, VERSION):
             raise Unapproved(
-                f"{wire.UNAPPROVED}: it is of version {release.version}, what is installed here of "
-                f"{VERSION}; the coordinator and this site must agree in the first two numbers, so "
-                "one of them has to be upgraded"
+                f"{wire.UNAPPROVED}: its version is {release.version}, this site has {VERSION}; "
+                "major and minor versions of coordinator and site must be equal, so one of them "
+                "has to be upgraded"
             )
         return release.digest
 
     def check(self, digest: str) -> None:
-        """See that a release is approved, as the file of decisions is now."""
+        """Check that a release is approved at this moment.
+
+        Raises:
+            Unapproved: if it is not, or if the list of approvals is damaged.
+        """
         try:
             approved = self.approvals.approved()
         except ConfigError as error:
             raise Unapproved(f"{wire.UNAPPROVED}: {error}") from None
         if digest not in approved:
             raise Unapproved(
-                f"{wire.UNAPPROVED}: this site has not approved release {digest}; polyclinic site "
-                "approve shows and approves one"
+                f"{wire.UNAPPROVED}: this site has not approved release {digest}; to review and "
+                "approve it, run polyclinic site approve"
             )
 
     def record_contact(self, working: bool, release: str = "") -> None:
-        """Note that the coordinator answered, seldom while there is nothing to do.
+        """Record contact with the coordinator; at most every ``CONTACT_S`` while idle.
 
         Args:
-            release: of the message, once it is known; the last one's before.
+            working: whether a message is being processed.
+            release: digest of the message's release; empty: keep the recorded one.
         """
         now = time.monotonic()
         if not working and not self._working and now - self._noted < CONTACT_S:
@@ -250,34 +259,20 @@ class ReleaseGuard:
         release = release or (last.release if last else "")
         time_now = now_utc().isoformat(timespec="seconds")
         contact = Contact(self._since, time_now, self.server, release, working)
-        part = self.contact.with_suffix(".part")
         try:
-            part.write_text(json.dumps(vars(contact)), encoding="utf-8")
-            part.replace(self.contact)
-        except OSError as error:  # a full disk does not end the site, which will look unwell
+            write_atomically(self.contact, json.dumps(vars(contact)).encode(), durable=False)
+        except OSError as error:  # with a full disk, the site keeps running but looks unhealthy
             log.warning("%s: cannot be written: %s", self.contact, error.strerror)
 
 
 def read_contact(path: Path) -> Contact | None:
-    """What was last noted of the coordinator; None if nothing was, or the note is damaged."""
+    """Read the recorded contact; return None if there is none or the file is damaged."""
     try:
         return Contact(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def same_minor(one: str, other: str) -> bool:
-    """Whether two versions are the same in their first two numbers."""
-    return one.split(".")[:2] == other.split(".")[:2]
-
-
-def _place(server: CoordinatorConfig) -> str:
+def _address(server: CoordinatorConfig) -> str:
     host = f"[{server.address}]" if ":" in server.address else server.address
     return f"{host}:{server.port}"
-
-
-def _free_port() -> int:
-    """For the SuperNode's own app processes, on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

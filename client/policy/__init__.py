@@ -1,1 +1,1 @@
-"""What the site allows: its policy, releases and approvals."""
+"""The site's policy, releases and approvals."""

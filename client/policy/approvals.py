@@ -1,10 +1,10 @@
-"""Releases that a site has approved: nothing else that a coordinator ships is run there.
+"""The releases that a site has approved; a site runs no other code from a coordinator.
 
-``client.node.supernode`` asks here before any of a release's code is unpacked; that is outside the
-release, so that a release cannot approve itself.
+``client.node.supernode`` checks the approval before it unpacks any code of a release. The check is
+not part of the release, so a release cannot approve itself.
 
-``releases/`` in the site's state keeps a copy of every approved release, to show what the next
-one changes, and ``approvals.jsonl``, one line for each approval and withdrawal.
+``releases/`` in the site's state folder holds a copy of every approved release, to show what the
+next one changes, and ``approvals.jsonl`` with one line per approval or withdrawal.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ FOLDER = "releases"
 
 @dataclass(frozen=True)
 class Approval:
-    """One line of what a site decided."""
+    """One approval or withdrawal, a line of ``approvals.jsonl``."""
 
-    time: str
-    digest: str
+    time: str  # UTC, ISO 8601
+    digest: str  # digest of the release
     version: str
     action: Literal["approved", "withdrawn"]
-    by: str
+    by: str  # user name
 
 
 @dataclass(frozen=True)
 class FileChange:
-    """What a release does to one file of the one before."""
+    """The change of one file between two releases."""
 
     name: str
     kind: Literal["new", "changed", "gone"]
-    lines: tuple[str, ...]  # a unified diff, safe to print
+    lines: tuple[str, ...]  # unified diff, safe to print on a terminal
 
 
 def changes(before: Release | None, after: Release) -> Iterator[FileChange]:
-    """What a release changes, file by file; all of it is new where there is none before."""
+    """Compare two releases file by file; all files are new if ``before`` is None."""
     old = before.files if before else {}
     for name in sorted({*old, *after.files}):
         if name.startswith(".info/") or old.get(name) == after.files.get(name):
-            continue  # .info lists the other files
+            continue  # .info/ only lists the other files
         kind: Literal["new", "changed", "gone"] = "changed"
         if name not in old:
             kind = "new"
@@ -63,23 +63,23 @@ def _diff(before: bytes, after: bytes) -> Iterator[str]:
     try:
         old, new = before.decode().splitlines(), after.decode().splitlines()
     except UnicodeDecodeError:
-        yield f"{len(after)} bytes that are no text and cannot be shown"
+        yield f"{len(after)} bytes of binary content"
         return
     for line in difflib.unified_diff(old, new, "before", "after", lineterm=""):
         yield visible(line)
 
 
 def visible(text: str) -> str:
-    """A text as it is, with characters that could hide another written out.
+    """Escape the characters of a text that are not printable.
 
-    Control codes would let a release paint over its own difference on a terminal, and codes for
-    the direction of writing show code in another order than it runs.
+    Control codes could overwrite parts of a diff on a terminal, and codes for the writing direction
+    could display code in a different order than it runs.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Approvals:
-    """A site's decisions, on its own disk.
+    """A site's approvals and withdrawals, stored on its own disk.
 
     Args:
         state: the site's state folder.
@@ -90,10 +90,13 @@ class Approvals:
         self.log = self.folder / "approvals.jsonl"
 
     def approve(self, content: bytes) -> Approval:
-        """Allow a release, and keep a copy of it.
+        """Approve a release and keep a copy of it.
+
+        Args:
+            content: the packed app.
 
         Raises:
-            ConfigError: if it is no packed app.
+            ConfigError: if the content is not a packed app.
         """
         release = open_release(content)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,27 +107,27 @@ class Approvals:
         return self._decide(release.digest, release.version, "approved")
 
     def withdraw(self, digest: str) -> Approval:
-        """Take an approval back; what runs of it ends its message, and gets no other.
+        """Withdraw an approval; a running task is finished, but no further one is accepted.
 
         Args:
-            digest: or its first digits, eight at least.
+            digest: digest of the release, or at least its first 8 digits.
 
         Raises:
-            ConfigError: if no approved release has it.
+            ConfigError: if there is no such approved release.
         """
         found = [a for a in self.approved().values() if a.digest.startswith(digest)]
         if len(digest) < 8 or len(found) != 1:
             raise ConfigError(
-                f"{digest}: expected the digest of an approved release, of "
-                f"{', '.join(each[:12] for each in self.approved()) or 'which there is none'}"
+                f"{digest}: expected the digest of an approved release; approved are: "
+                f"{', '.join(each[:12] for each in self.approved()) or 'none'}"
             )
         return self._decide(found[0].digest, found[0].version, "withdrawn")
 
     def approved(self) -> dict[str, Approval]:
-        """What may run, by digest, the latest approval last.
+        """Return the approved releases by digest, the latest approval last.
 
         Raises:
-            ConfigError: if the file of decisions is damaged.
+            ConfigError: if ``approvals.jsonl`` is damaged.
         """
         standing: dict[str, Approval] = {}
         for decision in self.decisions():
@@ -134,10 +137,10 @@ class Approvals:
         return standing
 
     def decisions(self) -> list[Approval]:
-        """Everything that was decided, oldest first.
+        """Read all approvals and withdrawals, oldest first.
 
         Raises:
-            ConfigError: if the file is damaged.
+            ConfigError: if ``approvals.jsonl`` is damaged.
         """
         if not self.log.exists():
             return []
@@ -148,7 +151,7 @@ class Approvals:
             raise ConfigError(f"{self.log}: is damaged ({error}); no release is allowed") from None
 
     def latest(self) -> Release | None:
-        """The release approved last of those that are still allowed."""
+        """Return the most recently approved release; None if there is none with a copy."""
         for digest in reversed(self.approved()):
             if self.copy_of(digest).is_file():
                 return open_release(self.copy_of(digest).read_bytes())
@@ -172,5 +175,5 @@ class Approvals:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a uid without a name, as in containers
+    except (KeyError, OSError):  # the uid has no name, as in containers
         return f"uid {os.getuid()}"

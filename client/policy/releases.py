@@ -1,9 +1,9 @@
-"""Which code a site runs: the digest of the release it is, wherever it lies.
+"""Compute the release digest of the running code, from any installation.
 
-The same that ``polyclinic site approve`` shows of a packed app (``configs.security.release``). The
-check inside the app (``client.policy.site_policy``) binds an honest coordinator: a dishonest one
-could ship code without it. What keeps unapproved code from running at all stands outside the app
-(``client.node.supernode``).
+The digest equals the one that ``polyclinic site approve`` shows for a packed app
+(``configs.security.release``). The check inside the app (``client.policy.site_policy``) only
+protects against mistakes of an honest coordinator, since a dishonest one could ship code without
+it. The check outside the app (``client.node.supernode``) prevents unapproved code from running.
 """
 
 from __future__ import annotations
@@ -14,30 +14,25 @@ from pathlib import Path
 from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.security.release import PROJECT, digest_of
 
-ROOMS = ("client", "configs", "mtl_model", "server", "simulation")
-BESIDE = (
-    "LICENSE",
-    "apps.py",
-    "polyclinic.py",
-    PROJECT,
-)  # of a folder's other files, what a packed app holds
+PACKAGES = ("client", "configs", "mtl_model", "server", "simulation")
+FILES = ("LICENSE", "apps.py", "polyclinic.py", PROJECT)  # other files in a packed app
 
 
 @lru_cache(maxsize=1)
 def own_release() -> str:
-    """The digest of the code that is running."""
+    """Compute the digest of the running code."""
     return release_of_folder(Path(__file__).resolve().parents[2])
 
 
 def release_of_folder(root: Path) -> str:
-    """The digest of a checkout or of an unpacked app.
+    """Compute the digest of a checkout or of an unpacked app.
 
     Raises:
-        ConfigError: if it lacks what a packed app holds.
+        ConfigError: if the folder lacks a file of a packed app.
     """
-    paths = [root / name for name in BESIDE]
-    for room in ROOMS:
-        paths += [p for p in (root / room).rglob("*") if p.suffix in (".py", ".toml")]
+    paths = [root / name for name in FILES]
+    for package in PACKAGES:
+        paths += [p for p in (root / package).rglob("*") if p.suffix in (".py", ".toml")]
     try:
         return digest_of({p.relative_to(root).as_posix(): p.read_bytes() for p in paths})
     except FileNotFoundError as error:

@@ -1,9 +1,9 @@
-"""What the site allows, whatever the server asks: site.yaml's policy, applied.
+"""Enforce the policy of site.yaml, whatever the server requests.
 
-Plain functions, each of which returns nothing or raises ``Decline`` with what the policy says and
-what was asked; ``suppress_small_groups`` and ``restrict_to_allowed_tasks`` take away what may not
-leave. They are called where the thing in question is first known: a request before any image is
-read, steps and noise before the first step, an update before it is packed into a reply.
+Each ``check_*`` function returns nothing or raises ``Decline`` with the rule and the requested
+value. The other functions remove what must not leave the site. They are called as early as
+possible: a request is checked before any image is read, steps and noise before the first step, and
+an update before it is packed into a reply.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ from polyclinic.mtl_model.sums import MetricSums
 
 
 class Decline(Exception):
-    """The site's own rules say no. The message says which, and with what numbers."""
+    """A rule of the site forbids a request. The message names the rule and the values."""
 
 
 def check_release(policy: PolicyConfig, release: str) -> None:
-    """Whether the code that runs is one that the site approved."""
+    """Check that the site has approved the running code.
+
+    Args:
+        policy: the site's policy.
+        release: digest of the running code.
+    """
     if policy.releases is not None and release not in policy.releases:
         raise Decline(
             f"policy.releases: this site has not approved release {release}; it allows "
@@ -39,10 +44,11 @@ def check_release(policy: PolicyConfig, release: str) -> None:
 
 
 def check_hours(policy: PolicyConfig, now: datetime) -> None:
-    """Whether the site works at this time of day.
+    """Check that the time is within the site's opening hours.
 
     Args:
-        now: in the site's local time.
+        policy: the site's policy.
+        now: current time in the site's time zone.
     """
     if policy.hours is None:
         return
@@ -50,21 +56,21 @@ def check_hours(policy: PolicyConfig, now: datetime) -> None:
     time = now.time()
     inside = start <= time < end if start < end else time >= start or time < end
     if not inside:
-        raise Decline(f"policy.hours: this site works {policy.hours}, now it is {time:%H:%M}")
+        raise Decline(f"policy.hours: this site's hours are {policy.hours}, it is now {time:%H:%M}")
 
 
 def check_evaluation(policy: PolicyConfig) -> None:
-    """Whether models may be tested on the site's images."""
+    """Check that the site permits evaluation on its images."""
     if not policy.evaluation:
-        raise Decline("policy.evaluation: this site evaluates no models")
+        raise Decline("policy.evaluation: this site does not allow evaluation")
 
 
 def check_private_site(site: SiteConfig, config: RunConfig) -> None:
-    """Decline a run that a site with a cohort or a budget must not answer, whatever it asks.
+    """Decline runs without differential privacy at a site that has a cohort or a budget.
 
-    Called for every kind of message, before any row or image is read: with ``privacy.mode`` off,
-    or with the right to divide the site's patients, descriptions and evaluations alone would
-    reveal who is among the training patients.
+    Called for every kind of message, before any row or image is read. If ``privacy.mode`` were off,
+    or if the run could choose how patients are split, descriptions and evaluations would be enough
+    to reveal which patients are in the training split.
     """
     if not site.private:
         return
@@ -79,49 +85,55 @@ def check_private_site(site: SiteConfig, config: RunConfig) -> None:
 
 
 def check_unit(budget: BudgetConfig, privacy: PrivacyConfig) -> None:
-    """Whether the run protects at least what the site protects."""
+    """Check that the run's unit of privacy protects at least the site's unit."""
     if privacy.unit == "example" and budget.unit == "patient":
         raise Decline(
-            "privacy.unit: this site protects patients (site.yaml: budget.unit), the run asks for "
-            "example"
+            "privacy.unit: this site protects patients (site.yaml: budget.unit), the run only "
+            "protects single examples"
         )
 
 
 def check_size(policy: PolicyConfig, examples: int, patients: int) -> None:
-    """Whether there are enough images and patients for one to be lost among them."""
+    """Check that the site has enough training images and patients to hide a single one."""
     for key, found in (("examples", examples), ("patients", patients)):
         least = getattr(policy, f"min_{key}")
         if found < least:
             raise Decline(
-                f"policy.min-{key}: this site trains with {least} {key} or more, it has {found}"
+                f"policy.min-{key}: this site trains with at least {least} {key}, it has {found}"
             )
 
 
 def check_steps(policy: PolicyConfig, steps: int) -> None:
-    """Whether a round is not too long."""
+    """Check the number of steps per round."""
     if policy.max_steps is not None and steps > policy.max_steps:
         raise Decline(
-            f"policy.max-steps: this site takes {policy.max_steps} steps a round at most, the "
+            f"policy.max-steps: this site runs at most {policy.max_steps} steps per round, the "
             f"run asks for {steps}"
         )
 
 
 def check_noise(policy: PolicyConfig, noise_multiplier: float) -> None:
-    """Whether a private round has noise enough, whatever it costs."""
+    """Check the noise multiplier of a private round, regardless of the budget."""
     if noise_multiplier < policy.min_noise_multiplier:
         raise Decline(
-            "policy.min-noise-multiplier: this site adds noise of "
-            f"{policy.min_noise_multiplier:g} times the "
-            f"clipping norm or more, the run asks for {noise_multiplier:.4g}"
+            "policy.min-noise-multiplier: this site adds noise of at least "
+            f"{policy.min_noise_multiplier:g} times the clipping norm, the run asks for "
+            f"{noise_multiplier:.4g}"
         )
 
 
 def check_update(policy: PolicyConfig, before: Packed, after: Packed) -> None:
-    """Whether what a round made of the weights may leave."""
+    """Check the size of the trained weights, and the L2 norm of their change in the round.
+
+    Args:
+        policy: the site's policy.
+        before: weights that the server sent.
+        after: weights after training.
+    """
     size = sum(array.nbytes for array in after.values()) / 1e6
     if policy.max_update_mb is not None and size > policy.max_update_mb:
         raise Decline(
-            f"policy.max-update-mb: this site sends {policy.max_update_mb:g} MB at most, these "
+            f"policy.max-update-mb: this site sends at most {policy.max_update_mb:g} MB, these "
             f"weights have {size:.1f}"
         )
     if policy.max_update_norm is None:
@@ -129,19 +141,19 @@ def check_update(policy: PolicyConfig, before: Packed, after: Packed) -> None:
     norm = float(np.sqrt(sum(_square(after[key], before[key]) for key in after)))
     if norm > policy.max_update_norm:
         raise Decline(
-            f"policy.max-update-norm: this site sends updates of norm "
-            f"{policy.max_update_norm:g} at most, this round's has {norm:.4g}"
+            f"policy.max-update-norm: this site sends updates with a norm of at most "
+            f"{policy.max_update_norm:g}, this round's norm is {norm:.4g}"
         )
 
 
 def _square(after: NDArray[Any], before: NDArray[Any]) -> float:
     if not np.issubdtype(after.dtype, np.floating):
-        return 0.0  # counters
+        return 0.0  # integer buffers, such as batch counters
     return float(np.square(after.astype(np.float64) - before).sum())
 
 
 def restrict_to_allowed_tasks(policy: PolicyConfig, data: SiteData) -> SiteData:
-    """The site's data with the annotations of the policy's tasks alone."""
+    """Remove the annotations of tasks that the policy does not allow."""
     if set(policy.tasks) == {"segmentation", "classification"}:
         return data
     return replace(
@@ -160,13 +172,14 @@ def restrict_to_allowed_tasks(policy: PolicyConfig, data: SiteData) -> SiteData:
 def suppress_small_groups(
     policy: PolicyConfig, examples: Examples, data: DataConfig
 ) -> tuple[Examples, tuple[str, ...]]:
-    """Images to evaluate on, those of too rare a kind taken as not annotated.
+    """Remove the annotations of groups that are too small to evaluate.
 
-    A kind is: an image class; images that show a mask class; images annotated for it that do not
-    show it. Sums over few images of a kind would tell of each.
+    A group is the images of a class, the images that show a mask class, or the images that are
+    annotated for a mask class and do not show it. Metric sums over a group with fewer than
+    ``policy.min-support`` images would reveal too much of each image.
 
     Returns:
-        The examples, and what is withheld, for the server to tell.
+        The examples, and a description of each withheld group for the server to log.
     """
     least, words = policy.min_support, []
     has_label, has_mask = examples.has_label.copy(), examples.has_mask.copy()
@@ -188,7 +201,7 @@ def suppress_small_groups(
                 words.append(f"segmentation of images {kind} {name}: fewer than {least} images")
     if 0 < has_label.sum() < least:
         has_label[:] = False
-    words += [f"{kind}: by policy" for kind in _METRICS if kind not in policy.metrics]
+    words += [f"{kind}: excluded by policy" for kind in _METRICS if kind not in policy.metrics]
     return replace(examples, has_label=has_label, has_mask=has_mask), tuple(words)
 
 
@@ -196,7 +209,7 @@ _METRICS = ("segmentation", "classification", "scores", "distances")
 
 
 def redact_sums(policy: PolicyConfig, sums: MetricSums) -> MetricSums:
-    """The sums without those kinds that the policy keeps at home."""
+    """Set the sums to zero that the policy does not allow to leave the site."""
     zeros: Mapping[str, NDArray[np.float64]] = {
         name: np.zeros_like(getattr(sums, name))
         for kind, names in (("scores", ("scores",)), ("distances", ("hd95", "hd95_images")))
@@ -207,23 +220,23 @@ def redact_sums(policy: PolicyConfig, sums: MetricSums) -> MetricSums:
 
 
 def redact_counts(policy: PolicyConfig, counts: NDArray[np.int64]) -> list[int]:
-    """Images by class; those of too rare a class count as none."""
+    """Set class counts below ``policy.min-support`` to zero."""
     return [int(n) if n >= policy.min_support else 0 for n in counts]
 
 
 def redact_reason(policy: PolicyConfig, reason: str) -> str:
-    """A reason that may name files, as it goes to the server."""
+    """Replace a reason that may contain file names, unless the policy allows them."""
     return reason if policy.name_files else UNNAMED
 
 
 def redact_skipped(policy: PolicyConfig, skipped: tuple[str, ...]) -> tuple[str, ...]:
-    """Rows left out, as they are told to the server."""
+    """Replace messages about skipped rows by their number, unless the policy allows file names."""
     if policy.name_files or not skipped:
         return skipped
-    return (f"{len(skipped)} rows; the site's log says which and why",)
+    return (f"{len(skipped)} rows; see the site's log for the rows and reasons",)
 
 
-UNNAMED = "its images or settings cannot be used; the site's log says why"
+UNNAMED = "its images or settings cannot be used; see the site's log for the reason"
 
-# Of simulated sites, whose images are on the coordinator's own machine.
+# Policy of simulated sites, since their images are on the coordinator's own machine.
 OPEN = PolicyConfig(min_support=1, name_files=True)

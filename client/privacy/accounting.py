@@ -1,17 +1,17 @@
-"""How much privacy a history of noisy steps has cost.
+"""Compute the privacy cost (epsilon at a given delta) of a history of DP-SGD steps.
 
-A step is the Poisson-subsampled Gaussian mechanism: each unit (an example or a patient) takes part
-with some rate, its contribution is clipped, and Gaussian noise is added to the sum. Datasets are
-neighbours if one has one unit more. Every number here is an upper bound of the epsilon at a given
-delta, so that the smaller of two may be taken.
+A step is the Poisson-subsampled Gaussian mechanism: each unit (an example or a patient) is sampled
+with a fixed probability, its contribution is clipped, and Gaussian noise is added to the sum. Two
+datasets are neighbours if one contains one more unit than the other (add/remove). Every result is
+an upper bound of epsilon, so the minimum of two results is also a bound.
 
-Opacus computes two. PRV convolves privacy losses and is tight, but it wants memory in proportion
-to epsilon and to the root of the steps (gigabytes, where noise is little), overflows at an epsilon
-near 700, and falls short of its theory where its own error exceeds 1; there, and wherever numpy
-complains, the RDP bound stands alone. It is looser, by 10 % where much is spent and by a multiple
-where little is, and works everywhere.
+Opacus provides two accountants. PRV convolves privacy loss distributions and is tight, but its
+memory grows with epsilon and with the square root of the steps (gigabytes if there is little
+noise), it overflows at an epsilon near 700, and its guarantee does not hold if its own error
+exceeds 1. In these cases, and if numpy reports a numerical error, only the RDP bound is used. RDP
+works for all inputs but is looser: by about 10 % at a large epsilon, by a factor at a small one.
 
-Nothing here reads or writes a file. Opacus takes seconds to import and is imported when needed.
+This module reads and writes no files. Opacus takes seconds to import and is imported when needed.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PRECISION = 0.001  # relative, of noise_for: never below the noise that is needed, so much above
-MOST_NOISE = 1e6  # more is computed as this; beside it the clipped sum is lost anyway
-LEAST_NOISE = 1e-3  # less is none; at 1e-160 Opacus's RDP series never ends
-LEAST_RATE = 1e-6  # less is computed as this; PRV's density cancels below
+PRECISION = 0.001  # relative error of noise_for, which only errs towards more noise
+MOST_NOISE = 1e6  # larger multipliers are clamped to this; no signal is left at that point
+LEAST_NOISE = 1e-3  # smaller counts as no noise; at 1e-160 Opacus's RDP series never ends
+LEAST_RATE = 1e-6  # smaller rates are clamped to this; PRV's density suffers cancellation below it
 
-# Opacus's orders, and larger ones, which small epsilons need: 63 as the largest cannot go below
-# epsilon 0.1 at delta 1e-5. At 1024 its binomials are still finite.
+# RDP orders: Opacus's defaults, extended because small epsilons need large orders. With 63 as the
+# largest order, epsilon cannot go below 0.1 at delta 1e-5. Opacus's binomials are finite at 1024.
 _ORDERS = (
     *(1 + tenth / 10 for tenth in range(1, 100)),
     *range(12, 64),
     *(64, 72, 80, 96, 128, 192, 256, 384, 512, 768, 1024),
 )
-_POINTS = 2**20  # of PRV's grids together: about 100 MB and a second
-_STRETCHES = 16  # that PRV composes one by one; each costs as much as the first
-_LEAST_DELTA = 1e-10  # of PRV: its sums are doubles, and below this nothing of ours was compared
-_LARGEST_LOSS = 690.0  # exp of it, divided by LEAST_RATE, is still a double
+_POINTS = 2**20  # points of all PRV grids together: about 100 MB and one second
+_MOST_EVENTS = 16  # events that PRV composes, at equal cost each; further ones are merged
+_LEAST_DELTA = 1e-10  # smallest delta for PRV, which sums doubles; smaller ones are untested
+_LARGEST_LOSS = 690.0  # exp(loss) / LEAST_RATE must be a finite double
 
 
 @dataclass(frozen=True)
 class DpEvent:
-    """A stretch of steps of the Poisson-subsampled Gaussian mechanism.
+    """A number of identical steps of the Poisson-subsampled Gaussian mechanism.
 
     Attributes:
-        noise_multiplier: the noise's deviation over the largest norm of one unit's contribution.
-        sample_rate: the probability with which each unit takes part in a step, in (0, 1].
-        steps: how many.
+        noise_multiplier: standard deviation of the noise, divided by the clipping norm.
+        sample_rate: probability with which each unit is sampled in a step, in (0, 1].
+        steps: number of steps.
     """
 
     noise_multiplier: float
@@ -74,17 +74,18 @@ class DpEvent:
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound of epsilon, and whose."""
+    """An upper bound of epsilon and the accountant that computed it."""
 
     epsilon: float
     by: Literal["prv", "rdp"]
 
 
 def epsilon(history: Iterable[DpEvent], delta: float) -> float:
-    """The smaller of two upper bounds, PRV's where it can be trusted and RDP's.
+    """Compute epsilon: the smaller of the PRV bound, where it is reliable, and the RDP bound.
 
-    Infinity without noise, or with too little for either. Order does not matter, and equal noise
-    and rate count as one stretch: a thousand rounds cost no more time than one.
+    The result is infinite without noise or with too little noise for both accountants. The order
+    of events does not matter. Events with equal noise and rate are merged, so a thousand rounds
+    take no longer to compute than one.
 
     Raises:
         ValueError: if delta is not in (0, 1).
@@ -93,7 +94,7 @@ def epsilon(history: Iterable[DpEvent], delta: float) -> float:
 
 
 def epsilon_rdp(history: Iterable[DpEvent], delta: float) -> float:
-    """The RDP bound alone: looser, by other means, and never in doubt.
+    """Compute the RDP bound only: looser than PRV, but an independent check for all inputs.
 
     Raises:
         ValueError: if delta is not in (0, 1).
@@ -102,7 +103,7 @@ def epsilon_rdp(history: Iterable[DpEvent], delta: float) -> float:
 
 
 def bound(history: Iterable[DpEvent], delta: float) -> Bound:
-    """What ``epsilon`` gives, with whose bound it is.
+    """Compute the same value as ``epsilon`` and name the accountant that gave it.
 
     Raises:
         ValueError: if delta is not in (0, 1).
@@ -117,13 +118,20 @@ def noise_for(
     steps: int,
     before: Sequence[DpEvent] = (),
 ) -> float:
-    """The smallest noise multiplier with which steps, composed with ``before``, stay in a target.
+    """Find the smallest noise multiplier that keeps the total epsilon within a target.
 
-    Never too small, and at most ``PRECISION`` too large.
+    The result is never too small, and at most a relative ``PRECISION`` too large.
+
+    Args:
+        target_epsilon: largest epsilon of ``before`` and the new steps together.
+        delta: delta of that epsilon, in (0, 1).
+        sample_rate: sampling probability per unit and step, in (0, 1].
+        steps: number of new steps.
+        before: events that are already spent.
 
     Raises:
-        ValueError: if no noise would do, because ``before`` has spent the target or because the
-            steps are too many for it; or if an argument is out of range.
+        ValueError: if no noise multiplier is large enough, because ``before`` has spent the target
+            or because there are too many steps; or if an argument is out of range.
     """
     if not 0 < target_epsilon < math.inf:
         raise ValueError(f"target epsilon: expected a finite number above 0, got {target_epsilon}")
@@ -131,21 +139,21 @@ def noise_for(
     if spent >= target_epsilon:
         raise ValueError(
             f"epsilon {spent:.4g} of {target_epsilon:.4g} is spent already (delta {delta:g}): no "
-            "noise leaves room for another step"
+            "amount of noise allows another step"
         )
 
     def cost(noise: float, of: Callable[[Iterable[DpEvent], float], float]) -> float:
         return of((*before, DpEvent(noise, sample_rate, steps)), delta)
 
-    # RDP is quick and never the smaller bound, so what fits by it fits
+    # RDP is fast and never smaller than the final bound: what fits by RDP fits
     enough = 1.0
     while cost(enough, epsilon_rdp) > target_epsilon and enough < MOST_NOISE:
         enough *= 2
     if enough >= MOST_NOISE and cost(MOST_NOISE, epsilon) > target_epsilon:
         raise ValueError(
             f"{steps} steps at rate {sample_rate:g} cannot stay within epsilon "
-            f"{target_epsilon:.4g} at delta {delta:g}, of which {spent:.4g} is spent, with any "
-            "noise; ask for fewer steps or a larger epsilon"
+            f"{target_epsilon:.4g} at delta {delta:g} ({spent:.4g} is spent already) with any "
+            "amount of noise; use fewer steps or a larger epsilon"
         )
     if cost(enough, epsilon_rdp) <= target_epsilon:
         enough = _least(enough, 2.0, 1.05, target_epsilon, lambda noise: cost(noise, epsilon_rdp))
@@ -155,38 +163,47 @@ def noise_for(
 def _least(
     enough: float, stride: float, precision: float, target: float, cost: Callable[[float], float]
 ) -> float:
-    """The least noise whose cost is the target at most, to a ratio of precision above it.
+    """Find the least noise that costs at most the target, up to a factor of ``precision``.
 
-    Goes down from what fits in growing strides until something does not, then closes in between
-    the two. A second to compute each cost makes it worth guessing: on a double logarithmic scale
-    costs are nearly a line, on which the guess is put a little to the safe side.
+    The search goes down from ``enough`` in growing strides until a noise costs too much, then
+    narrows the bracket between the two. Each cost takes about a second, so the next guess is
+    interpolated: log cost is almost linear in log noise. The guess is shifted slightly towards
+    more noise.
+
+    Args:
+        enough: noise multiplier that is known to fit.
+        stride: factor of the first step down.
+        precision: largest ratio of the result to the optimum, above 1.
+        target: largest allowed cost.
+        cost: cost of a noise multiplier, which must not increase with the noise.
     """
-    cheap, short = cost(enough), enough / stride
-    while (dear := cost(short)) <= target:
+    low_cost, short = cost(enough), enough / stride
+    while (high_cost := cost(short)) <= target:
         stride *= stride
-        enough, cheap, short = short, dear, short / stride
-    side = 0  # of the last guess; two on one side mean that the line is none, and are halved
+        enough, low_cost, short = short, high_cost, short / stride
+    side = 0  # guesses in a row on one side (sign); after two, bisect: the curve is not linear
     while enough / short > precision:
         guess = math.sqrt(enough * short)
-        if 0 < cheap < dear < math.inf and abs(side) < 2:
-            along = math.log(dear / target) / math.log(dear / cheap)
+        if 0 < low_cost < high_cost < math.inf and abs(side) < 2:
+            along = math.log(high_cost / target) / math.log(high_cost / low_cost)
             line = short * (enough / short) ** along * precision**0.4
             guess = line if short * precision**0.1 < line < enough / precision**0.1 else guess
         if (found := cost(guess)) <= target:
-            enough, cheap, side = guess, found, max(side, 0) + 1
-            # where the line was right, all but the precision can be left out in one step
+            enough, low_cost, side = guess, found, max(side, 0) + 1
+            # a good guess lies within the precision of the optimum: stop if slightly less fails
             if enough / short > precision and cost(enough / precision) > target:
                 return enough
         else:
-            short, dear, side = guess, found, min(side, 0) - 1
+            short, high_cost, side = guess, found, min(side, 0) - 1
     return enough
 
 
 def _merged(history: Iterable[DpEvent], delta: float) -> tuple[DpEvent, ...]:
-    """Stretches in a canonical order, each noise and rate once, none empty.
+    """Merge events of equal noise and rate, drop empty ones and sort by noise and rate.
 
-    Noise and rate are brought within what can be computed, to the costlier side: less noise and a
-    higher rate never cost less, since more noise or a second subsampling is post-processing.
+    Noise and rate are clamped to the range that can be computed, towards the higher cost. Less
+    noise or a higher rate never costs less: adding noise is post-processing, and further
+    subsampling does not increase the cost.
     """
     if not 0 < delta < 1:
         raise ValueError(f"delta: expected a number between 0 and 1, got {delta}")
@@ -197,19 +214,20 @@ def _merged(history: Iterable[DpEvent], delta: float) -> tuple[DpEvent, ...]:
     return tuple(DpEvent(*key, count) for key, count in sorted(steps.items()) if count)
 
 
-def _grouped(stretches: tuple[DpEvent, ...], most: int) -> tuple[DpEvent, ...]:
-    """Put like stretches together until few are left, each group at its least noise, highest rate.
+def _grouped(events: tuple[DpEvent, ...], most: int) -> tuple[DpEvent, ...]:
+    """Combine similar events until at most ``most`` remain.
 
-    Noise and rate of a group lie within a ratio that grows only as far as it must.
+    A group uses its smallest noise and its highest rate, which never understates the cost. The
+    ratio within which events are similar starts at 1.005 and grows only as needed.
     """
     ratio = 1.005
-    while len(stretches) > most:
+    while len(events) > most:
         groups: dict[tuple[int, int], list[DpEvent]] = {}
-        for spent in stretches:
+        for spent in events:
             numbers = (spent.noise_multiplier, spent.sample_rate)
             noise, rate = (math.floor(math.log(value, ratio)) for value in numbers)
             groups.setdefault((noise, rate), []).append(spent)
-        stretches = tuple(
+        events = tuple(
             DpEvent(
                 min(spent.noise_multiplier for spent in group),
                 max(spent.sample_rate for spent in group),
@@ -218,48 +236,48 @@ def _grouped(stretches: tuple[DpEvent, ...], most: int) -> tuple[DpEvent, ...]:
             for group in groups.values()
         )
         ratio **= 2
-    return stretches
+    return events
 
 
 @lru_cache(maxsize=4096)
-def _bound(stretches: tuple[DpEvent, ...], delta: float) -> Bound:
-    rdp = _rdp(stretches, delta)
+def _bound(events: tuple[DpEvent, ...], delta: float) -> Bound:
+    rdp = _rdp(events, delta)
     if rdp in (0.0, math.inf) or delta < _LEAST_DELTA:
         return Bound(rdp, "rdp")
-    prv = _prv(_grouped(stretches, _STRETCHES), delta, rdp)
+    prv = _prv(_grouped(events, _MOST_EVENTS), delta, rdp)
     return Bound(prv, "prv") if prv is not None and prv < rdp else Bound(rdp, "rdp")
 
 
-def _prv(stretches: tuple[DpEvent, ...], delta: float, rdp: float) -> float | None:
-    """Opacus's PRV bound; None where it would take too much, or cannot be trusted.
+def _prv(events: tuple[DpEvent, ...], delta: float, rdp: float) -> float | None:
+    """Compute Opacus's PRV bound; return None if it needs too much memory or is unreliable.
 
-    Its grid reaches from -L to L, L being RDP's epsilon at a far smaller delta, with a mesh of
-    the allowed error over the root of the steps. The error is chosen here: half a percent of the
-    epsilon to be expected, or more where the grid would grow too large.
+    The grid spans [-L, L], where L is RDP's epsilon at a far smaller delta. Its mesh is the allowed
+    error divided by the square root of the steps. The allowed error is half a percent of the
+    expected epsilon, or more if the grid would become too large.
     """
     import numpy as np
     from opacus.accountants import PRVAccountant
     from scipy.integrate import IntegrationWarning
 
     delta_error = delta / 1000
-    steps = sum(spent.steps for spent in stretches)
+    steps = sum(spent.steps for spent in events)
     reach = 3 + max(
-        _rdp(stretches, delta_error / 4),
-        *(_rdp((replace(s, steps=1),), delta_error / (8 * steps)) for s in stretches),
+        _rdp(events, delta_error / 4),
+        *(_rdp((replace(s, steps=1),), delta_error / (8 * steps)) for s in events),
     )
-    least = 2 * reach * math.sqrt(steps * math.log(12 / delta_error) / 2) * len(stretches) / _POINTS
+    least = 2 * reach * math.sqrt(steps * math.log(12 / delta_error) / 2) * len(events) / _POINTS
     error = max(0.005 * rdp, 1e-4, least)
     if error > 1 or reach > _LARGEST_LOSS:
         return None
     accountant = PRVAccountant()
-    accountant.history = [(s.noise_multiplier, s.sample_rate, s.steps) for s in stretches]
+    accountant.history = [(s.noise_multiplier, s.sample_rate, s.steps) for s in events]
     try:
         with (
             warnings.catch_warnings(),
-            # at a rate of 1 it takes the logarithm of 0, and means it
+            # at a sample rate of 1, Opacus takes log(0) on purpose
             np.errstate(over="raise", invalid="raise", divide="ignore", under="ignore"),
         ):
-            warnings.simplefilter("ignore")  # of an order at the end of its range, which is no harm
+            warnings.simplefilter("ignore")  # the best order is the largest, which is harmless
             warnings.simplefilter("error", RuntimeWarning)
             warnings.simplefilter("error", IntegrationWarning)
             found = float(accountant.get_epsilon(delta, eps_error=error, delta_error=delta_error))
@@ -268,32 +286,32 @@ def _prv(stretches: tuple[DpEvent, ...], delta: float, rdp: float) -> float | No
     return max(found, 0.0) if math.isfinite(found) else None
 
 
-def _rdp(stretches: tuple[DpEvent, ...], delta: float) -> float:
-    if not stretches:
+def _rdp(events: tuple[DpEvent, ...], delta: float) -> float:
+    if not events:
         return 0.0
-    if stretches[0].noise_multiplier < LEAST_NOISE:  # the smallest comes first
+    if events[0].noise_multiplier < LEAST_NOISE:  # the smallest comes first
         return math.inf
 
     import numpy as np
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
     total = np.zeros(len(_ORDERS))
-    for spent in stretches:
+    for spent in events:
         total += _rdp_of_a_step(spent.noise_multiplier, spent.sample_rate) * spent.steps
     finite = np.isfinite(total)
     if not finite.any():
         return math.inf
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an order at the end of its range
+        warnings.simplefilter("ignore")  # the best order is the largest or the smallest
         found, _ = get_privacy_spent(
             orders=np.array(_ORDERS)[finite], rdp=total[finite], delta=delta
         )
-    return max(float(found), 0.0)  # the conversion goes below 0 where little is spent
+    return max(float(found), 0.0)  # the conversion can be negative if little is spent
 
 
 @lru_cache(maxsize=4096)
 def _rdp_of_a_step(noise: float, rate: float) -> NDArray[np.float64]:
-    """RDP at each of ``_ORDERS``, (orders,); infinity where Opacus's series fails."""
+    """Compute one step's RDP at each of ``_ORDERS``, (orders,); infinite if the series fails."""
     import numpy as np
     from opacus.accountants.analysis.rdp import compute_rdp
 

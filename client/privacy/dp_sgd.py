@@ -1,12 +1,12 @@
-"""DP-SGD: a local round whose weights tell little of any one image, or of any one patient.
+"""Train a local round with DP-SGD.
 
-Abadi et al., "Deep Learning with Differential Privacy", 2016. Every unit (an example, or a patient
-with all of theirs) is in a step with the same probability, on its own; what it adds to the step's
-gradient is clipped (``client.privacy.unit_gradients``); noise is added to the sum, which is divided
-by the number of units expected, not by how many came.
+Abadi et al., "Deep Learning with Differential Privacy", 2016. Each unit (an example, or all
+examples of a patient) is sampled independently with the same probability in every step. Its
+gradient is clipped (``client.privacy.unit_gradients``), and noise is added to the sum. The sum is
+divided by the expected number of units, not by the sampled number.
 
-Sampling and noise take their randomness from the operating system and never from the run's seed,
-which the server knows: who knows the noise can take it off.
+Sampling and noise use randomness from the operating system, never the run's seed: the server knows
+the seed, and anyone who can reproduce the noise can subtract it.
 """
 
 from __future__ import annotations
@@ -44,58 +44,58 @@ from polyclinic.mtl_model.losses import multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.tasks import Task, group_of
 
-Positions = NDArray[np.int64]  # of examples, in their split
+Positions = NDArray[np.int64]  # indices of examples in their split
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How the clipping norm follows the units' (Andrew et al., 2021)."""
+    """Settings of adaptive clipping (Andrew et al., 2021)."""
 
-    quantile: float  # share of the units whose gradients are to lie below the norm
-    rate: float  # of each step's change of the norm's logarithm
+    quantile: float  # target share of units with a gradient norm below the clipping norm, 0 to 1
+    rate: float  # learning rate of the logarithm of the clipping norm
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What a local round does to the units, as far as privacy goes.
+    """The privacy parameters of one local round.
 
-    Nothing of it depends on the images: it follows from the run's settings and from what the site
-    declares of itself, so it may be told to anyone.
+    They depend on the run's settings and on the numbers that the site declares, never on its
+    images, so they may be public.
     """
 
-    noise_multiplier: float  # standard deviation of the noise over the clipping norm
-    sample_rate: float  # of each unit in each step
-    steps: int  # of one round
-    units: int  # declared
-    clip_norm: float
-    adapts: Adaptation | None = None  # how the clipping norm moves; None: it stays
+    noise_multiplier: float  # standard deviation of the noise, divided by the clipping norm
+    sample_rate: float  # sampling probability per unit and step, in (0, 1]
+    steps: int  # steps per round
+    units: int  # declared number of examples or patients
+    clip_norm: float  # largest L2 norm of one unit's gradient; the initial one if adaptive
+    adapts: Adaptation | None = None  # None: the clipping norm is fixed
 
     @property
     def expected_units(self) -> float:
-        """Units of a step, on average."""
+        """Expected number of units per step."""
         return self.sample_rate * self.units
 
 
 def sampling(train: TrainConfig, examples: int) -> tuple[float, int]:
-    """The rate at which each unit is drawn, and the steps of a round.
+    """Compute the sampling probability per unit and the number of steps per round.
 
     Args:
-        examples: training examples that the site declares; a batch has ``train.batch-size`` of
-            them on average.
+        train: training settings; a batch contains ``train.batch-size`` examples on average.
+        examples: number of training examples that the site declares.
     """
     rate = min(1.0, train.batch_size / examples)
     return rate, train.local_steps or train.local_epochs * -(-examples // train.batch_size)
 
 
 def units_of(examples: Examples, unit: str) -> list[Positions]:
-    """The places of each unit's examples: one each, or all of a patient's."""
+    """List the positions of each unit's examples: one per example, or all of a patient's."""
     if unit == "example":
         return [np.array([place]) for place in range(len(examples))]
     _, patient = np.unique(examples.group, return_inverse=True)
     return [np.flatnonzero(patient == k) for k in range(patient.max() + 1)]
 
 
-def train_one_round_privately(
+def train_one_round_privately(  # noqa: PLR0913 settings of one call, each used by name
     model: MultiTaskUNet,
     examples: Examples,
     where: Round,
@@ -111,13 +111,13 @@ def train_one_round_privately(
 ) -> TrainResult:
     """Train ``model`` in place on one site's examples, with differential privacy.
 
-    As ``train_one_round``, but for what protects the units; losses, which nothing protects, are
-    not told. Which tasks are trained is taken to be known: a site that annotates a task for none of
-    its images leaves that task's parameters as they came.
+    Same as ``train_one_round``, except that gradients are clipped and noisy, and that no losses are
+    returned, since nothing protects them. The set of trained tasks is considered public: a task
+    without any annotation at the site keeps the received parameters.
 
     Args:
-        proximal: pulls the weights to those that came.
-        random: where sampling and noise come from; None: the operating system.
+        proximal: FedProx term that pulls the weights towards the received ones.
+        random: source of sampling and noise; None: seeded by the operating system.
 
     Raises:
         TrainingError: if no example is annotated, or the weights are not finite.
@@ -131,9 +131,9 @@ def train_one_round_privately(
     augmentation = Augmentation(int(random.integers(2**31))) if train.augment else None
     dataset = ExampleDataset(examples, augmentation)
     class_weights = class_weights_of(examples, data, loss).to(device)
-    torch.manual_seed(int(random.integers(2**31)))  # drop path
+    torch.manual_seed(int(random.integers(2**31)))  # used by drop path
     model.to(device).to(memory_format=torch.channels_last).train()
-    trained = _only_those_of(model, tasks)
+    trained = _freeze_other_tasks(model, tasks)
     optimizer = adamw(model, train)
     add_proximal_gradient = proximal.gradient(model)
     gradient = NoisyGradient(trained, mechanism.expected_units, random)
@@ -155,7 +155,9 @@ def train_one_round_privately(
                             prediction = network.forward(images, tasks)
                         losses = multi_task_loss(prediction, targets, loss, class_weights)
                         unit = torch.from_numpy(chunk.unit).to(device)
-                        network.backward(losses.total.sum(), unit, alone=len(microbatch) > 1)
+                        network.backward(
+                            losses.total.sum(), unit, unit_continues=len(microbatch) > 1
+                        )
                     norms.append(network.clip(clipping.norm, gradient.sums).cpu())
                 gradient.release(clipping.deviation)
                 clipping.move(torch.cat(norms))
@@ -171,8 +173,8 @@ def train_one_round_privately(
     return TrainResult(mechanism.steps, time.perf_counter() - started, None, None)
 
 
-def _only_those_of(model: MultiTaskUNet, tasks: tuple[Task, ...]) -> list[nn.Parameter]:
-    """Take the other tasks' parameters out of training; return those that are in it."""
+def _freeze_other_tasks(model: MultiTaskUNet, tasks: tuple[Task, ...]) -> list[nn.Parameter]:
+    """Freeze the parameters of all other tasks and return the trainable ones."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(group_of(name) in ("encoder", *tasks))
     return [p for p in model.parameters() if p.requires_grad]
@@ -180,17 +182,17 @@ def _only_those_of(model: MultiTaskUNet, tasks: tuple[Task, ...]) -> list[nn.Par
 
 @dataclass(frozen=True)
 class Chunk:
-    """Examples that go through the network together."""
+    """Examples of one forward and backward pass."""
 
-    positions: Positions
-    unit: NDArray[np.int64]  # (len(places),) which of its pack's units each belongs to
+    positions: Positions  # (B,)
+    unit: NDArray[np.int64]  # (B,) index of each example's unit within the microbatch
 
 
 def microbatches(units: Sequence[Positions], most: int) -> Iterator[list[Chunk]]:
-    """Share a step's units out to passes of ``most`` examples at most.
+    """Divide a step's units into microbatches of chunks of at most ``most`` examples.
 
-    A pack is what is clipped at once, and no unit is in two: several whole units in one chunk, or
-    one that is too large for a pass in several.
+    A microbatch is clipped at once, and no unit is in two of them. It holds either several whole
+    units in one chunk, or one unit that is too large for one pass in several chunks.
     """
     together: list[Positions] = []
     for unit in units:
@@ -213,24 +215,24 @@ def _chunk(units: Sequence[Positions]) -> Chunk:
 
 
 class ClipNorm:
-    """The clipping norm of a step, and what it costs to let it move.
+    """The clipping norm, fixed or adaptive.
 
-    With adaptation, each step also counts the units whose gradient lies below the norm, with noise
-    of its own, and moves the norm so that the share of them comes to a quantile. A step then
-    releases two numbers of each unit: its clipped gradient and a half more or less of the count.
-    The gradient's noise is raised so that both together are a Gaussian mechanism with the noise
-    multiplier that is accounted for: z_gradient^-2 + (2 sigma_count)^-2 = z^-2 (Andrew et al.,
+    Adaptive clipping counts the units with a gradient norm below the clipping norm in each step,
+    adds noise to the count, and moves the clipping norm so that their share approaches a quantile.
+    Each step then releases two quantities per unit: its clipped gradient and +1/2 or -1/2 in the
+    count. The gradient's noise is increased so that both together are a Gaussian mechanism with the
+    accounted noise multiplier z: z_gradient^-2 + (2 sigma_count)^-2 = z^-2 (Andrew et al.,
     "Differentially Private Learning with Adaptive Clipping", 2021, theorem 1).
     """
 
     def __init__(self, mechanism: Mechanism, random: np.random.Generator) -> None:
         self.norm = mechanism.clip_norm
-        self.noise_multiplier = mechanism.noise_multiplier  # of the gradient
+        self.noise_multiplier = mechanism.noise_multiplier  # for the gradient
         self.expected_units = mechanism.expected_units
         self.adapts = mechanism.adapts
         self.random = random
-        # as wide as a twentieth of the units, which hardly moves the share; never so narrow that
-        # the count alone would cost more than the step may
+        # A twentieth of the units hardly changes the share. The minimum keeps the cost of the
+        # count below that of the whole step.
         self.count_deviation = max(self.expected_units / 20, mechanism.noise_multiplier)
         if self.adapts and mechanism.noise_multiplier:
             rest = mechanism.noise_multiplier**-2 - (2 * self.count_deviation) ** -2
@@ -238,18 +240,18 @@ class ClipNorm:
 
     @property
     def deviation(self) -> float:
-        """Of the noise on each number of the gradient's sum."""
+        """Standard deviation of the noise on each element of the gradient sum."""
         return self.noise_multiplier * self.norm
 
     def move(self, norms: Tensor) -> None:
-        """Go on to the next step's norm.
+        """Update the clipping norm for the next step.
 
         Shapes:
-            norms: (U,) of all units of the step, as ``Units.clip`` returns them
+            norms: (U,) gradient norms of all units of the step, as ``Units.clip`` returns them
         """
         if self.adapts is None:
             return
-        # 1/2 off each, so that one unit more changes the sum by no more than that
+        # subtracting 1/2 per unit limits the effect of one more unit on the sum to 1/2
         below = float((norms <= self.norm).sum()) - 0.5 * len(norms)
         noisy = below + self.count_deviation * self.random.standard_normal()
         share = noisy / self.expected_units + 0.5
@@ -257,11 +259,11 @@ class ClipNorm:
 
 
 class NoisyGradient:
-    """The gradient of a step: the sum of what units added, with noise.
+    """The noisy sum of the units' clipped gradients in one step.
 
-    What Opacus's DPOptimizer does, but for units of several examples, for steps in which no unit
-    was drawn, and for the noise: torch's generator on a CPU keeps 32 bits of its seed, few enough
-    to try them all.
+    Opacus's DPOptimizer does the same, but supports neither units of several examples nor steps
+    without sampled units. Its noise comes from torch's generator, which on a CPU keeps only 32 bits
+    of its seed: few enough to try all of them.
     """
 
     def __init__(
@@ -275,7 +277,11 @@ class NoisyGradient:
         self.sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
 
     def release(self, deviation: float) -> None:
-        """Give the parameters the noisy mean, over the units expected, as their gradient."""
+        """Set each parameter's gradient to the noisy sum divided by the expected units.
+
+        Args:
+            deviation: standard deviation of the noise on each element of the sum.
+        """
         for parameter, total in self.sums.items():
             noise = self.random.standard_normal(tuple(total.shape), dtype=np.float32)
             noisy = total.add_(torch.from_numpy(noise).to(total.device), alpha=deviation)

@@ -1,9 +1,9 @@
-"""Per-example gradients of the layers for which Opacus has no rule of its own, or a wrong one.
+"""Per-example gradient rules for layers that Opacus does not support or gets wrong.
 
-Importing this module registers them. Each rule gets a layer, what it was called with and the
-gradient of its output, and returns for each parameter a gradient with examples in front. tests/
-test_per_example_gradients.py holds all of them, and every other layer of the network, against
-gradients of one example at a time.
+Importing this module registers the rules. Each rule receives a layer, its inputs and the gradient
+of its output, and returns one gradient per parameter, with the examples as first dimension.
+tests/client/privacy/test_grad_samplers.py compares these rules, and those of every other layer of
+the network, with gradients of one example at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def relative_position_bias(
 
 
 def log_variance(layer: LogVariance, _activations: list[Tensor], backprops: Tensor) -> GradSamples:
-    """The parameter is its output.
+    """Return the output's gradient unchanged, since the output is the parameter itself.
 
     Shapes:
         backprops: (B, 1)
@@ -44,10 +44,10 @@ def log_variance(layer: LogVariance, _activations: list[Tensor], backprops: Tens
 
 
 def convolution(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> GradSamples:
-    """Each patch of the input with the output pixel that it gave.
+    """Multiply each input patch with the gradient of its output pixel.
 
-    In place of Opacus's own rule (1.6), which reads its input by strides that only contiguous
-    tensors have: for one in channels_last order its gradients are of other pixels.
+    Replaces Opacus's own rule (1.6), which assumes the strides of a contiguous input: for a tensor
+    in channels_last order it reads the wrong pixels.
 
     Shapes:
         activations: (B, C_in, H, W)
@@ -82,14 +82,14 @@ def _numbers(padding: str | tuple[int, ...]) -> tuple[int, ...]:
 def transposed_convolution(
     layer: nn.ConvTranspose2d, activations: list[Tensor], backprops: Tensor
 ) -> GradSamples:
-    """Each input pixel with the patch of the output that it was spread over.
+    """Multiply each input pixel with the gradient of the output patch that it contributes to.
 
     Shapes:
         activations: (B, C_in, H, W)
         backprops:   (B, C_out, H', W')
 
     Raises:
-        NotImplementedError: for groups, which no network here has.
+        NotImplementedError: if the layer has groups, which no network of this project has.
     """
     if layer.groups != 1:
         raise NotImplementedError(f"per-example gradients for {layer.groups} groups")

@@ -1,23 +1,23 @@
-"""What each unit (an example, or a patient) adds to a step's gradient: its norm, its clipped part.
+"""Per-unit gradient norms and clipped sums for DP-SGD; a unit is an example or a patient.
 
-Two ways to the same numbers:
+Two implementations compute the same numbers:
 
-- ``HookedUnits``: every example's gradient of every parameter, from Opacus's hooks. Simple, and
-  as large as the network times the examples of a pass.
-- ``GhostUnits``: a layer's gradient is a sum over places (pixels, tokens) of what came in times
-  what went back, so its norm follows from inner products between places, without the gradient
-  itself (Goodfellow, 2015; Li et al., "Large Language Models Can Be Strong Differentially Private
-  Learners", 2021). That pays where places are few and the weight is large: the deep half of a
-  network, nearly all of its parameters (Bu et al., "Scalable and Efficient Training of Large
-  Convolutional Neural Networks with Differential Privacy", 2022). What came in and went back is
-  kept, and one ordinary weight gradient of what went back, scaled by each unit's clipping factor,
-  gives the clipped sum, with one backward pass (Bu et al., "Differentially Private Optimization on
-  Large Model at Small Cost", 2023). Shallow layers, with many places and small weights, have one
-  gradient a unit computed at once by the layer's own kernel. What differs from the papers: units
-  of several examples, whose places are taken together.
+- ``HookedUnits`` computes the gradient of every example and parameter with Opacus's hooks. It is
+  simple, but needs memory for the whole network times the examples of a pass.
+- ``GhostUnits`` uses that a layer's weight gradient is a sum over positions (pixels, tokens) of
+  input times output gradient. Its norm follows from inner products between positions, without the
+  gradient itself (Goodfellow, 2015; Li et al., "Large Language Models Can Be Strong Differentially
+  Private Learners", 2021). This pays off for few positions and large weights: the deep half of a
+  network, with nearly all parameters (Bu et al., "Scalable and Efficient Training of Large
+  Convolutional Neural Networks with Differential Privacy", 2022). Inputs and output gradients are
+  kept, and one ordinary weight gradient of the output gradients, scaled by each unit's clipping
+  factor, gives the clipped sum with a single backward pass (Bu et al., "Differentially Private
+  Optimization on Large Model at Small Cost", 2023). Shallow layers, with many positions and small
+  weights, compute one gradient per unit with the layer's own kernel. Unlike in the papers, a unit
+  may have several examples; their positions are treated as one set.
 
-tests/client/privacy/test_unit_gradients.py holds the two against each other and against one unit at
-a time.
+tests/client/privacy/test_unit_gradients.py compares both with each other and with gradients of one
+unit at a time.
 """
 
 from __future__ import annotations
@@ -44,29 +44,35 @@ Way = Literal["ghost", "hooks", "functorch"]
 
 
 class Units(Protocol):
-    """A network whose backward pass tells units apart."""
+    """A network with a backward pass that separates the gradients of units."""
 
     def forward(self, images: Tensor, *arguments: Any) -> Any:  # noqa: ANN401
         """Call the network."""
 
-    def backward(self, loss: Tensor, unit: Tensor, alone: bool = False) -> None:
-        """Take each unit's part of a pass of ``forward``.
+    def backward(self, loss: Tensor, unit: Tensor, unit_continues: bool = False) -> None:
+        """Run the backward pass of the last ``forward`` and keep each unit's gradient.
 
         Args:
-            loss: of all its examples, summed.
-            alone: the one unit of this pass goes on in the next one.
+            loss: sum of the losses of all examples.
+            unit: each example's unit.
+            unit_continues: the pass holds a part of one unit; its other examples come in other
+                passes before ``clip``.
 
         Shapes:
-            unit: (B,), 0 to U - 1 in order
+            unit: (B,), values 0 to U - 1 in ascending order
         """
 
     def clip(self, clip_norm: float, sums: Sums) -> Tensor:
-        """Bring what each unit added since the last time to a norm, and add that to the sums.
+        """Clip the gradients that the units accumulated since the last call; add them to ``sums``.
 
-        A unit whose gradient is not finite has no norm, and adds nothing.
+        A unit with a gradient that is not finite adds nothing.
+
+        Args:
+            clip_norm: largest L2 norm of one unit's gradient over all parameters.
+            sums: sum of clipped gradients per parameter, changed in place.
 
         Returns:
-            (U,) their norms before; not finite where there is none.
+            (U,) gradient norms before clipping; not finite if the gradient is not finite.
         """
 
 
@@ -76,14 +82,16 @@ def units_of_network(
     network: nn.Module,
     trained: Sequence[nn.Parameter],
 ) -> Iterator[Units]:
-    """Watch a network's passes; afterwards it is an ordinary one again.
+    """Attach per-unit gradients to a network; on exit, it is an ordinary network again.
 
     Args:
-        kind: functorch is hooks by Opacus's general rule, for comparison.
-        trained: parameters whose gradients are wanted; all must require one.
+        kind: implementation; ``functorch`` is ``hooks`` with Opacus's generic rule for every layer,
+            for comparison.
+        network: the network.
+        trained: trainable parameters; all must have ``requires_grad`` set.
     """
     with warnings.catch_warnings():
-        # of the first layer, whose input, an image, wants no gradient
+        # raised by the first layer, because its input (an image) requires no gradient
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
         units = (
             GhostUnits(network, trained)
@@ -97,27 +105,27 @@ def units_of_network(
 
 
 def _factors(norms: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """What to scale each unit with, (U,), and which have a norm at all, (U,)."""
+    """Compute the clipping factor of each unit, (U,), and whether its norm is finite, (U,)."""
     finite = norms.isfinite()
     factors = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
     return torch.where(finite, factors, torch.zeros_like(factors)), finite
 
 
 def _spans(unit: Tensor) -> list[slice]:
-    """Where each unit's examples lie."""
+    """Return the slice of each unit's examples in the batch."""
     ends = torch.bincount(unit).cumsum(0).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _by_unit(each: Tensor, spans: Sequence[slice]) -> Tensor:
-    """Sum over each unit's examples: (B, ...) to (U, ...)."""
+    """Sum over the examples of each unit: (B, ...) to (U, ...)."""
     if len(spans) == len(each):
         return each.float()
     return torch.stack([each[span].float().sum(0) for span in spans])
 
 
 class _Stored:
-    """Gradients a unit, one tensor a parameter: (U, ...)."""
+    """Stored per-unit gradients, one tensor (U, ...) per parameter."""
 
     def __init__(self) -> None:
         self.of: dict[nn.Parameter, Tensor] = {}
@@ -127,13 +135,13 @@ class _Stored:
         self.of[parameter] = gradient if before is None else before + gradient
 
     def squares(self) -> Tensor:
-        """(U,) squared norms over all parameters."""
+        """Compute the squared norms over all parameters, (U,)."""
         return torch.stack([g.flatten(1).square().sum(1) for g in self.of.values()]).sum(0)
 
     def add_to(self, sums: Sums, factors: Tensor, finite: Tensor) -> None:
         whole = bool(finite.all())
         for parameter, gradient in self.of.items():
-            if not whole:  # 0 times infinity is not 0
+            if not whole:  # a factor of 0 does not remove infinity: 0 * inf is NaN
                 gradient = gradient[finite]
             sums[parameter] += torch.einsum(
                 "u,u...->...", factors if whole else factors[finite], gradient
@@ -142,7 +150,7 @@ class _Stored:
 
 
 class HookedUnits:
-    """By Opacus: a gradient of every example, added up by unit."""
+    """Per-example gradients from Opacus, summed per unit."""
 
     def __init__(
         self, network: nn.Module, trained: Sequence[nn.Parameter], functorch: bool = False
@@ -157,12 +165,12 @@ class HookedUnits:
     def forward(self, images: Tensor, *arguments: Any) -> Any:  # noqa: ANN401
         return self.watched(images, *arguments)
 
-    def backward(self, loss: Tensor, unit: Tensor, alone: bool = False) -> None:
+    def backward(self, loss: Tensor, unit: Tensor, unit_continues: bool = False) -> None:
         loss.backward()
         spans = _spans(unit)
         for parameter in self.trained:
             each = getattr(parameter, "grad_sample", None)
-            if each is not None:  # a part of the network that this pass did not use has none
+            if each is not None:  # None if this pass did not use the parameter
                 self.stored.add(parameter, _by_unit(each, spans))
             parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
 
@@ -174,8 +182,8 @@ class HookedUnits:
         return norms
 
 
-Placed = nn.Linear | nn.Conv2d  # of which places can be laid out
-Weighted = Placed | nn.Conv1d | nn.ConvTranspose2d
+LinearOrConv2d = nn.Linear | nn.Conv2d  # layers that _positions can unfold
+Weighted = LinearOrConv2d | nn.Conv1d | nn.ConvTranspose2d
 Norm = nn.GroupNorm | nn.LayerNorm
 
 
@@ -188,7 +196,7 @@ class _Call(Generic[Layer]):
 
     layer: Layer
     inputs: list[Tensor]
-    versions: list[int]  # of the inputs, which nobody may have written into since
+    versions: list[int]  # version counters of the inputs, to detect in-place writes
 
     @classmethod
     def of(cls, layer: Layer, inputs: tuple[Any, ...]) -> _Call[Layer]:  # type: ignore[misc]
@@ -197,40 +205,43 @@ class _Call(Generic[Layer]):
 
     @property
     def x(self) -> Tensor:
-        """What came in; of layers that know of one input."""
+        """The input of a layer with a single input."""
         return self.inputs[0]
 
     def check(self) -> None:
         if [x._version for x in self.inputs] != self.versions:
             raise RuntimeError(
-                f"{type(self.layer).__name__}: its input was written into before the backward "
-                "pass, and its units' gradients would be wrong; use privacy.gradients = 'hooks'"
+                f"{type(self.layer).__name__}: its input was modified in place before the backward "
+                "pass, so per-unit gradients would be wrong; use privacy.gradients = 'hooks'"
             )
 
 
 class GhostUnits:
-    """By norms without gradients where that pays, and by one gradient a unit elsewhere.
+    """Ghost norms where they are cheaper, and one gradient per unit elsewhere.
 
-    Layers of PyTorch's own kinds are handled here, their parameters out of autograd's reach, which
-    would compute the unclipped sum for nothing. Any other is left to Opacus's rules.
+    PyTorch's own layer types are handled here. Their parameters do not require gradients in the
+    meantime, because autograd would compute the unclipped sum for nothing. All other layers use
+    Opacus's rules.
     """
 
     def __init__(self, network: nn.Module, trained: Sequence[nn.Parameter]) -> None:
         self.network = network
         self.trained: set[nn.Parameter] = set(trained)
         self.stored = _Stored()
-        self._squares: list[Tensor] = []  # of layers without stored gradients, (U,) each
-        self._kept: list[tuple[_Call[Placed], Tensor]] = []  # those layers, and what went back
+        # squared norms (U,) of the layers without stored gradients, and for each of these layers
+        # its call with the gradient of its output
+        self._squares: list[Tensor] = []
+        self._kept: list[tuple[_Call[LinearOrConv2d], Tensor]] = []
         self._unit = torch.empty(0)
         self._spans: list[slice] = []
-        self._alone = False
+        self._unit_continues = False
         self._calls: dict[nn.Module, int] = {}
         self._hooks: list[RemovableHandle] = []
-        self._off: list[nn.Parameter] = []  # that autograd does not see for the time being
+        self._off: list[nn.Parameter] = []  # parameters with requires_grad off until close()
         for layer in network.modules():
             own = [p for p in layer.parameters(recurse=False) if p in self.trained]
             if own:
-                self._hooks.append(layer.register_forward_hook(self._called))
+                self._hooks.append(layer.register_forward_hook(self._on_forward))
                 if _is_plain(layer):
                     self._off += own
         for parameter in self._off:
@@ -246,11 +257,11 @@ class GhostUnits:
         self._calls = {}
         return self.network(images.detach().requires_grad_(), *arguments)
 
-    def backward(self, loss: Tensor, unit: Tensor, alone: bool = False) -> None:
-        self._unit, self._spans, self._alone = unit, _spans(unit), alone
+    def backward(self, loss: Tensor, unit: Tensor, unit_continues: bool = False) -> None:
+        self._unit, self._spans, self._unit_continues = unit, _spans(unit), unit_continues
         loss.backward()
         for parameter in self.trained:
-            parameter.grad = None  # of layers that Opacus's rules are for
+            parameter.grad = None  # autograd sets it for layers that use Opacus's rules
 
     def clip(self, clip_norm: float, sums: Sums) -> Tensor:
         squares = ([self.stored.squares()] if self.stored.of else []) + self._squares
@@ -271,19 +282,19 @@ class GhostUnits:
         self._squares, self._kept = [], []
         return norms
 
-    def _called(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _on_forward(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
             call = _Call.of(layer, inputs)
             self._calls[layer] = self._calls.get(layer, 0) + 1
-            output.register_hook(lambda backprops: self._came_back(call, backprops))
+            output.register_hook(lambda backprops: self._on_backward(call, backprops))
 
-    def _came_back(self, call: _Call[nn.Module], backprops: Tensor) -> None:
+    def _on_backward(self, call: _Call[nn.Module], backprops: Tensor) -> None:
         call.check()
         layer, backprops = call.layer, backprops.detach()
         wanted: set[nn.Parameter] = {
             p for p in layer.parameters(recurse=False) if p in self.trained
         }
-        if _has_places(layer) and self._norm_is_enough(layer, backprops, wanted):
+        if _sums_over_positions(layer) and self._norm_is_enough(layer, backprops, wanted):
             squares = _squares_of_weight(layer, call.x, backprops, self._spans)
             self._squares.append(squares)
             self._kept.append((_Call(layer, call.inputs, call.versions), backprops))
@@ -291,9 +302,12 @@ class GhostUnits:
         for parameter, gradient in self._of_units(call, backprops, wanted).items():
             self.stored.add(parameter, gradient)
 
-    def _norm_is_enough(self, layer: Placed, backprops: Tensor, wanted: set[nn.Parameter]) -> bool:
-        """Whether inner products between places cost less than the weight's gradients."""
-        one_use = self._calls[layer] == 1 and not self._alone  # two uses' products have cross terms
+    def _norm_is_enough(
+        self, layer: LinearOrConv2d, backprops: Tensor, wanted: set[nn.Parameter]
+    ) -> bool:
+        """Whether inner products between positions cost less than the weight's gradients."""
+        # two uses of a weight would add cross terms to its squared norm
+        one_use = self._calls[layer] == 1 and not self._unit_continues
         if not one_use or _weight(layer) not in wanted:
             return False
         outs, ins = layer.weight.shape[0], layer.weight[0].numel()
@@ -304,7 +318,7 @@ class GhostUnits:
     def _of_units(
         self, call: _Call[nn.Module], backprops: Tensor, wanted: set[nn.Parameter]
     ) -> dict[nn.Parameter, Tensor]:
-        """Each unit's gradient: (U, ...) a parameter."""
+        """Compute each unit's gradient, (U, ...) per parameter."""
         layer = call.layer
         if not wanted:
             return {}
@@ -316,8 +330,8 @@ class GhostUnits:
         if isinstance(layer, Norm):
             each = _examples_of_norm(layer, x, backprops)
             return {p: _by_unit(each[p], self._spans) for p in wanted}
-        if _has_places(layer) and _few_places(layer, backprops):
-            each = _examples_by_places(layer, x, backprops)
+        if _sums_over_positions(layer) and _few_positions(layer, backprops):
+            each = _examples_by_positions(layer, x, backprops)
             return {p: _by_unit(each[p], self._spans) for p in wanted}
         weighted = cast(Weighted, layer)
         parts = [_gradients(weighted, x[span], backprops[span], wanted) for span in self._spans]
@@ -325,14 +339,14 @@ class GhostUnits:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer does what its class says, with zeros as its padding."""
+    """Whether a layer is one of PyTorch's own types (no subclass) with zero padding."""
     if type(layer) in (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) in (nn.Linear, nn.GroupNorm, nn.LayerNorm)
 
 
-def _has_places(layer: nn.Module) -> TypeGuard[Placed]:
-    """Whether its weight's gradient is a sum over places, and this module can lay them out."""
+def _sums_over_positions(layer: nn.Module) -> TypeGuard[LinearOrConv2d]:
+    """Whether the weight's gradient is a sum over positions that ``_positions`` can unfold."""
     plain_convolution = type(layer) is nn.Conv2d and layer.groups == 1
     return _is_plain(layer) and (type(layer) is nn.Linear or plain_convolution)
 
@@ -344,10 +358,13 @@ def _weight(layer: Weighted) -> nn.Parameter:
 def _gradients(
     layer: Weighted, x: Tensor, backprops: Tensor, wanted: set[nn.Parameter]
 ) -> dict[nn.Parameter, Tensor]:
-    """The gradient of these examples together, by the layer's own kernel.
+    """Compute the gradient summed over all given examples with the layer's own kernel.
 
     Args:
-        wanted: some of the layer's parameters.
+        layer: the layer.
+        x: its input.
+        backprops: gradient of its output.
+        wanted: the parameters of the layer to compute gradients for.
     """
     weight, bias = _weight(layer), cast(nn.Parameter | None, layer.bias)
     found: dict[nn.Parameter, Tensor] = {}
@@ -375,15 +392,17 @@ def _gradients(
     return found
 
 
-def _few_places(layer: Placed, backprops: Tensor) -> bool:
-    """Whether a product of matrices is quicker than one call of the layer's kernel an example."""
+def _few_positions(layer: LinearOrConv2d, backprops: Tensor) -> bool:
+    """Whether one matrix product is faster than one call of the layer's kernel per example."""
     positions = backprops[0].numel() // layer.weight.shape[0]
     return isinstance(layer, nn.Linear) or positions < layer.weight[0].numel()
 
 
-def _examples_by_places(layer: Placed, x: Tensor, backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Each example's gradient of weight and bias: (B, ...)."""
-    ins, outs = _places(layer, x, backprops)
+def _examples_by_positions(
+    layer: LinearOrConv2d, x: Tensor, backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """Compute each example's gradient of weight and bias, (B, ...)."""
+    ins, outs = _positions(layer, x, backprops)
     weight, bias = _weight(layer), cast(nn.Parameter | None, layer.bias)
     found = {weight: (outs.mT @ ins).reshape(-1, *weight.shape)}
     if bias is not None:
@@ -392,7 +411,7 @@ def _examples_by_places(layer: Placed, x: Tensor, backprops: Tensor) -> dict[nn.
 
 
 def _examples_of_norm(layer: Norm, x: Tensor, backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Each example's gradient of scale and shift: (B, ...)."""
+    """Compute each example's gradient of scale and shift, (B, ...)."""
     if isinstance(layer, nn.GroupNorm):
         normed = F.group_norm(x, layer.num_groups, eps=layer.eps)
         over = list(range(2, x.dim()))
@@ -407,19 +426,20 @@ def _examples_of_norm(layer: Norm, x: Tensor, backprops: Tensor) -> dict[nn.Para
 
 
 def _squares_of_weight(
-    layer: Placed, x: Tensor, backprops: Tensor, spans: Sequence[slice]
+    layer: LinearOrConv2d, x: Tensor, backprops: Tensor, spans: Sequence[slice]
 ) -> Tensor:
-    """(U,) squared norms of the weight's gradient, rounding included: never below the true ones.
+    """Compute upper bounds of the squared norms of the weight's gradient, (U,).
 
-    The gradient is the sum over places s of b_s a_s^T, so its squared norm is the sum over pairs
-    (s, t) of (a_s . a_t)(b_s . b_t). Where places nearly cancel, rounding is large beside what is
-    left; its bound, relative to (sum over s of |a_s| |b_s|)^2, is added.
+    The gradient is the sum over positions s of b_s a_s^T, so its squared norm is the sum over pairs
+    (s, t) of (a_s . a_t)(b_s . b_t). If positions nearly cancel, the rounding error is large
+    relative to the result. A bound of the error, relative to (sum over s of |a_s| |b_s|)^2, is
+    added, so that the result is never below the true norm.
     """
-    ins, outs = _places(layer, x.float(), backprops.float())
+    ins, outs = _positions(layer, x.float(), backprops.float())
     slack = 4 * torch.finfo(ins.dtype).eps * max(ins.shape[2], outs.shape[2]) ** 0.5
 
     def of(ins: Tensor, outs: Tensor) -> Tensor:
-        """(B,) from (B, places, channels) twice."""
+        """Compute squared norms (B,) from two tensors (B, positions, channels)."""
         a, b = ins @ ins.mT, outs @ outs.mT
         lengths = (a.diagonal(dim1=1, dim2=2) * b.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt()
         return (a * b).sum((1, 2)) + slack * lengths.sum(1).square()
@@ -430,8 +450,8 @@ def _squares_of_weight(
     return torch.cat(together)
 
 
-def _places(layer: Placed, x: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
-    """What came in and what went back, place by place: (B, places, channels) each."""
+def _positions(layer: LinearOrConv2d, x: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
+    """Unfold input and output gradient by position, (B, positions, channels) each."""
     if isinstance(layer, nn.Linear):
         return x.reshape(len(x), -1, x.shape[-1]), backprops.reshape(
             len(x), -1, backprops.shape[-1]
@@ -445,5 +465,5 @@ def _places(layer: Placed, x: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor
         dilation=layer.dilation,
         padding=padding,
         stride=layer.stride,
-    )  # (B, channels * kernel, places)
+    )  # (B, channels * kernel, positions)
     return patches.mT, backprops.flatten(2).mT

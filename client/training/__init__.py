@@ -1,1 +1,1 @@
-"""One local round of training and one evaluation."""
+"""Local training rounds and evaluation at one site."""

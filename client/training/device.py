@@ -1,4 +1,4 @@
-"""Where and how precisely a site computes."""
+"""Choose device, precision and compilation at a site."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from torch import nn
 
 
 class DeviceError(ValueError):
-    """The device that the run asks for is not at this site."""
+    """The site lacks the device or the compiler that the run requires."""
 
 
 def find_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one, else the CPU.
+    """Find a device by name.
+
+    Args:
+        name: a PyTorch device name; ``auto`` is the first GPU if there is one, else the CPU.
 
     Raises:
-        DeviceError: if a GPU is asked for that is not there.
+        DeviceError: if there is no such GPU.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +36,7 @@ def find_device(name: str) -> torch.device:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16; without, it is emulated and far slower."""
+    """Whether a device supports bfloat16 in hardware; emulation is far slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = Path("/proc/cpuinfo")
@@ -42,7 +45,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where asked for; ``auto`` asks for it on a GPU that has it."""
+    """Return the data type of a precision; ``auto`` is bfloat16 on GPUs that support it."""
     wanted = precision == "bf16" or (
         precision == "auto" and device.type == "cuda" and computes_bf16(device)
     )
@@ -50,7 +53,7 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Let layers that bear it compute in the precision's type."""
+    """Return an autocast context for a precision; float32 needs none."""
     dtype = dtype_of(precision, device)
     if dtype == torch.float32:
         return contextlib.nullcontext()
@@ -58,27 +61,30 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """A faster form of a model that shares its weights.
+    """Compile a model with ``torch.compile``; the result shares the model's weights.
 
-    The first batch compiles for a minute or more, and so do the first of another number of
-    examples and of one alone. As one graph: where PyTorch would cut it in two, recomputed batch
-    norms could count a batch twice (``mtl_model.blocks.recomputed``).
+    The first batch takes a minute or more to compile, and so do the first batch of another size and
+    the first batch of one example. The model must compile as one graph: at a graph break,
+    recomputed batch norms could count a batch twice (``mtl_model.blocks.recomputed``).
 
     Raises:
-        DeviceError: if there is no compiler.
+        DeviceError: if there is no C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise DeviceError(
             f"train.compile: expected a C++ compiler ({compiler}; $CXX names another), found none"
         )
-    torch._dynamo.config.recompile_limit = 64  # networks that one process may come to
+    torch._dynamo.config.recompile_limit = 64  # networks per process
     fast = cast(nn.Module, torch.compile(model, fullgraph=True))
     fast.register_forward_pre_hook(_only_examples_vary)
     return fast
 
 
 def _only_examples_vary(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Sides that vary too, as where one process has networks of several, compile to what fails."""
+    """Mark all dimensions but the batch as static, since dynamic image sides fail to compile.
+
+    They would become dynamic if one process uses networks with several image sizes.
+    """
     for dim in (1, 2, 3):
         torch._dynamo.mark_static(inputs[0], dim)

@@ -1,4 +1,4 @@
-"""One site's evaluation: a model and images in, sums out."""
+"""Evaluate a model on one site's images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EvaluationError(RuntimeError):
     """A model cannot be evaluated. The message says why."""
 
 
-@torch.no_grad()  # not inference_mode: what .to() makes here is trained in the next round
+@torch.no_grad()  # not inference_mode: tensors that .to() creates here are trained later
 def evaluate(
     model: MultiTaskUNet,
     examples: Examples,
@@ -29,14 +29,14 @@ def evaluate(
     device: torch.device,
     hd95: bool = False,
 ) -> MetricSums:
-    """Count how a model does on a site's examples, for the tasks that they are annotated for.
+    """Compute a model's metric sums over a site's examples, for the annotated tasks.
 
     Args:
-        hd95: measure distances between outlines too, which takes MONAI and time.
+        hd95: also compute Hausdorff distances, which is slow and requires MONAI.
 
     Raises:
         EvaluationError: if the model's output is not finite.
-        DistanceError: if distances are asked for and MONAI is not installed.
+        DistanceError: if ``hd95`` is set and MONAI is not installed.
     """
     classes = Classes.of(data)
     ready = InferenceForm(model.to(device), dtype_of(precision, device))

@@ -1,4 +1,4 @@
-"""One site's local round: plain PyTorch over plain arguments."""
+"""Train one local round at a site, in plain PyTorch without Flower."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from polyclinic.mtl_model.uncertainty import LogVariance
 
 
 class TrainingError(RuntimeError):
-    """A local round cannot go on. The message says at which step and why."""
+    """A local round failed. The message gives the round and the reason."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Where a local round stands in its run; from it follow its learning rates and its seeds."""
+    """The position of a local round in its run, which determines learning rates and seeds."""
 
-    number: int  # from 1
-    rounds: int
-    seed: int
+    number: int  # round, from 1
+    rounds: int  # total number of rounds
+    seed: int  # the run's seed
     site: str
 
     def seeds(self) -> Iterator[int]:
-        """Endless seeds that no other round, site or run seed shares."""
+        """Generate an endless sequence of seeds from run seed, round and site."""
         source = np.random.default_rng(
             [self.seed, self.number, zlib.crc32(self.site.encode("utf-8"))]
         )
@@ -48,17 +48,21 @@ class Round:
 
 @dataclass(frozen=True)
 class Proximal:
-    """FedProx's pull of the weights to those that came: mu / 2 times the squared distance, in the
-    loss (Li et al., "Federated Optimization in Heterogeneous Networks", 2020).
+    """The proximal term of FedProx: mu / 2 times the squared distance to the received weights.
 
-    It depends on no image: with privacy it is added to the noisy gradient, and costs nothing.
+    Li et al., "Federated Optimization in Heterogeneous Networks", 2020. The term does not depend on
+    images: with differential privacy it is added to the noisy gradient and costs no privacy.
     """
 
-    mu: float
-    apart: frozenset[str] = frozenset()  # parameters that are the site's own, which nothing pulls
+    mu: float  # weight of the term; 0: none
+    apart: frozenset[str] = frozenset()  # names of personal parameters, which are exempt
 
     def gradient(self, model: nn.Module) -> Callable[[], None]:
-        """What adds its gradient to that of a step; ``model`` now holds the weights that came."""
+        """Return a function that adds the term's gradient to the parameters' gradients.
+
+        Args:
+            model: the network, which currently holds the received weights.
+        """
         if self.mu == 0:
             return lambda: None
         pairs = [
@@ -69,9 +73,9 @@ class Proximal:
 
         @torch.no_grad()
         def add() -> None:
-            for parameter, came in pairs:
-                if parameter.grad is not None:  # a task that is not trained stays where it is
-                    parameter.grad.add_(parameter - came, alpha=self.mu)
+            for parameter, received in pairs:
+                if parameter.grad is not None:  # None if the task is not trained
+                    parameter.grad.add_(parameter - received, alpha=self.mu)
 
         return add
 
@@ -81,15 +85,15 @@ NO_PULL = Proximal(0.0)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a local round did; the losses are means over the examples that carry the annotation."""
+    """Steps, duration and losses of a local round; losses are means over annotated examples."""
 
     steps: int
     seconds: float
-    loss_segmentation: float | None
+    loss_segmentation: float | None  # None: no annotated examples, or privacy
     loss_classification: float | None
 
 
-def train_one_round(
+def train_one_round(  # noqa: PLR0913 settings of one call, each used by name
     model: MultiTaskUNet,
     examples: Examples,
     where: Round,
@@ -102,21 +106,21 @@ def train_one_round(
 ) -> TrainResult:
     """Train ``model`` in place on one site's examples.
 
-    Tasks that no example is annotated for are not computed, and their parameters stay as they
-    came. AdamW starts anew each round; its learning rate goes on along the whole run's schedule.
+    Tasks without annotated examples are not computed, and their parameters do not change. AdamW's
+    state is reset every round; the learning rate follows the schedule of the whole run.
 
     Args:
-        proximal: pulls the weights to those that came.
+        proximal: FedProx term that pulls the weights towards the received ones.
 
     Raises:
-        TrainingError: if there is nothing to learn from, or a loss is not finite.
+        TrainingError: if no example is annotated, or a loss is not finite.
     """
     tasks = examples.tasks
     if not tasks:
         raise TrainingError(f"none of {len(examples)} training examples has a mask or a label")
     started = time.perf_counter()
     seeds = where.seeds()
-    torch.manual_seed(next(seeds))  # drop path
+    torch.manual_seed(next(seeds))  # used by drop path
     steps = train.steps(len(examples))
     class_weights = class_weights_of(examples, data, loss).to(device)
     model.to(device).to(memory_format=torch.channels_last).train()
@@ -137,7 +141,8 @@ def train_one_round(
         if train.clip_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # here, or gradients would lie beside activations
+        # free the gradients here, so that they use no memory during the next forward pass
+        optimizer.zero_grad(set_to_none=True)
         totals += torch.stack(
             [
                 losses.segmentation.detach().sum(),
@@ -161,13 +166,21 @@ def train_one_round(
 
 
 def learning_rate(train: TrainConfig, where: Round, step: int, steps: int) -> float:
-    """Polynomial decay over the whole run, of which this round has ``steps`` steps."""
+    """Compute the learning rate of a step: polynomial decay over the whole run.
+
+    Args:
+        step: step within the round, from 0.
+        steps: steps per round.
+    """
     done = (where.number - 1) * steps + step
     return train.learning_rate * (1 - done / (where.rounds * steps)) ** train.poly_power
 
 
 def adamw(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW of what is in training; tasks' log variances do not decay: 0 is no better a value."""
+    """Build AdamW for the trainable parameters, without weight decay of the log variances.
+
+    A log variance of 0 is no better than any other value.
+    """
     learned = [module.value for module in model.modules() if isinstance(module, LogVariance)]
     apart = set(map(id, learned))
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
@@ -181,7 +194,7 @@ def adamw(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
 
 
 def class_weights_of(examples: Examples, data: DataConfig, loss: LossConfig) -> Tensor:
-    """(K,) weights of the classification loss, from config or from these examples' labels."""
+    """Compute the class weights of the classification loss, (K,), from config or label counts."""
     if loss.class_weights == "none":
         return torch.ones(len(data.classes))
     if loss.class_weights == "balanced":
@@ -197,7 +210,7 @@ def _batches(
     train: TrainConfig,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Targets]]:
-    """Shuffled epochs one after the other until ``steps`` batches are out."""
+    """Yield ``steps`` batches from consecutive shuffled epochs."""
     while True:
         augmentation = Augmentation(next(seeds)) if train.augment else None
         loader = DataLoader(

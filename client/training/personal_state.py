@@ -1,11 +1,11 @@
-"""What a site keeps of a run from round to round, and across restarts: arrays that are never sent.
+"""Store arrays that a site keeps between the rounds of a run and never sends.
 
-Today these are personal layers (``strategy.personal``). A method that needs more of a site, such as
-control variates, keeps it here too.
+At present these are the personal layers (``strategy.personal``). Methods with other local state,
+such as control variates, can use the same storage.
 
-One file a round, ``round-0007.safetensors``. A round that is done again after the server was
-restarted begins where it began the first time, with what was kept of an earlier round, so that a
-resumed run is the run that was interrupted.
+There is one file per round, ``round-0007.safetensors``, which survives restarts. If a round is
+repeated after a restart of the server, it starts from the same earlier round as the first time, so
+a resumed run gives the same result as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,19 +20,20 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from polyclinic.configs.files import write_atomically
 from polyclinic.mtl_model.packing import Layout, Packed
 
 log = logging.getLogger(__name__)
 
-ROUNDS_KEPT = 3  # the server goes back one round at most; its best round's is kept besides
+ROUNDS_KEPT = 3  # latest rounds to keep besides the best one; the server repeats one at most
 
 
 class SiteMemory:
-    """One site's memory of one run.
+    """The stored arrays of one site and one run.
 
     Args:
-        folder: that holds it; made when something is kept.
-        layout: of the arrays.
+        folder: folder of the files; created on first use.
+        layout: layout of the arrays.
     """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
@@ -41,42 +41,39 @@ class SiteMemory:
         self.layout = layout
 
     def keep(self, number: int, arrays: Packed, best: int) -> None:
-        """Write what a round left, whole or not at all, and drop what is no longer needed.
+        """Write the arrays of a round atomically and delete files that are no longer needed.
 
         Args:
-            best: the round whose model the server holds for the best, which is tested at the end.
+            number: the round.
+            arrays: its arrays.
+            best: round of the server's best model, which is tested at the end; 0: none yet.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the file cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(save(arrays, {"layout": self.layout.digest, "sha256": _digest(arrays)}))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        about = {"layout": self.layout.digest, "sha256": _digest(arrays)}
+        write_atomically(path, save(arrays, about))
         rounds = self._rounds()
         recent = [n for n in rounds if n <= number][-ROUNDS_KEPT:]
         tested = [n for n in rounds if n <= best][-1:]
         for old in set(rounds) - {*recent, *tested}:
-            with contextlib.suppress(OSError):  # it is in nobody's way
+            with contextlib.suppress(OSError):  # a file that cannot be deleted does no harm
                 self._path(old).unlink(missing_ok=True)
 
     def recall(self, number: int) -> Packed | None:
-        """What was kept of the latest round up to ``number``; None if there is nothing of use.
+        """Read the arrays of the latest round up to ``number``; return None if there are none.
 
-        A file that is damaged, or of another network, is told in the site's log and passed over.
+        A file that is damaged or belongs to another network is skipped with a warning in the log.
         """
         for kept in reversed([n for n in self._rounds() if n <= number]):
             try:
                 return self._read(self._path(kept))
             except (OSError, SafetensorError, ValueError) as error:
-                log.warning("%s cannot be used, an earlier one is: %s", self._path(kept), error)
+                log.warning(
+                    "%s: cannot be used, trying earlier rounds: %s", self._path(kept), error
+                )
         return None
 
     def _read(self, path: Path) -> Packed:
@@ -84,9 +81,9 @@ class SiteMemory:
             about: Mapping[str, str] = file.metadata() or {}
             arrays: Packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if about.get("layout") != self.layout.digest:
-            raise ValueError("expected this network's personal layers, got another's")
+            raise ValueError("expected this network's personal layers, got those of another one")
         if about.get("sha256") != _digest(arrays):
-            raise ValueError("expected the arrays that were written, got others")
+            raise ValueError("expected the arrays that were written, got different ones")
         self.layout.check(arrays)
         return arrays
 

@@ -1,4 +1,4 @@
-"""Asking a process's gRPC health service, as containers do."""
+"""Client of a process's gRPC health service, for the health checks of containers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-WAIT_S = 5.0
+WAIT_S = 5.0  # longest wait for an answer, in seconds
 
 
 def ask_health(address: str) -> str:
-    """What is wrong with a process.
+    """Query a process's health service.
 
     Args:
-        address: of its health service, as 127.0.0.1:9098.
+        address: address of the health service, such as 127.0.0.1:9098.
 
     Returns:
-        Nothing if it serves.
+        The problem, or an empty text if the process is healthy.
     """
     with grpc.insecure_channel(address) as channel:
         try:
@@ -24,5 +24,5 @@ def ask_health(address: str) -> str:
         except grpc.RpcError as error:
             return f"its health service at {address} does not answer ({error.code().name})"
     if found.status != HealthCheckResponse.SERVING:
-        return f"its health service at {address} says {found.status}"
+        return f"its health service at {address} reports {found.status}"
     return ""

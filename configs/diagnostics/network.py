@@ -1,4 +1,4 @@
-"""Whether a coordinator can be reached, and what it shows of itself."""
+"""Preflight checks of a site's connection to the coordinator: DNS, TCP, TLS, clock and proxy."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from cryptography import x509
 from polyclinic.configs.diagnostics.checks import Check, ok
 from polyclinic.configs.security.credentials import WARN, now_utc, validity_of
 
-ABOUT = "/v1/polyclinic/about"  # answered by polyclinic.server.deployment.superlink to whoever asks
-WAIT_S = 10.0
-CLOCK_WARN_S = 5.0
-CLOCK_FAIL_S = 250.0  # Flower refuses signatures of 300 s or older
+ABOUT = "/v1/polyclinic/about"  # public path; polyclinic.server.deployment.site_auth serves it
+WAIT_S = 10.0  # longest wait for the coordinator, in seconds
+CLOCK_WARN_S = 5.0  # clock difference in seconds from which to warn
+CLOCK_FAIL_S = 250.0  # clock difference in seconds from which to fail; Flower's limit is 300 s
 
 
 @dataclass(frozen=True)
 class About:
-    """What a coordinator says of itself to anybody."""
+    """Public information about a coordinator."""
 
-    time: str  # UTC
-    polyclinic: str
-    flwr: str
+    time: str  # its clock in UTC, ISO 8601
+    polyclinic: str  # version
+    flwr: str  # version
 
 
 def resolve(host: str, port: int) -> Check:
-    """Whether a server's name has an address."""
+    """Check that the server's name resolves to an address."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -39,13 +39,13 @@ def resolve(host: str, port: int) -> Check:
             "DNS",
             "fail",
             f"{host}: {error.strerror or error}",
-            "see that the name is right and that this machine's name server knows it",
+            "check the name, and that this machine's name server can resolve it",
         )
     return ok("DNS", f"{host} is {', '.join(dict.fromkeys(str(entry[4][0]) for entry in found))}")
 
 
 def connect(host: str, port: int) -> Check:
-    """Whether a TCP connection can be made."""
+    """Check that a TCP connection to the server can be opened."""
     try:
         with socket.create_connection((host, port), WAIT_S):
             return ok("route", f"connected to {host}:{port}")
@@ -60,7 +60,13 @@ def connect(host: str, port: int) -> Check:
 
 
 def check_tls(host: str, port: int, authority: Path) -> Check:
-    """Whether TLS can be begun with a server that an authority vouches for."""
+    """Check that TLS works and that the authority signed the server's certificate.
+
+    Args:
+        host: name or IP address of the server.
+        port: its port.
+        authority: file with the authority's certificate.
+    """
     try:
         context = ssl.create_default_context(cafile=str(authority))
         with (
@@ -73,29 +79,30 @@ def check_tls(host: str, port: int, authority: Path) -> Check:
             "TLS",
             "fail",
             f"{host}:{port}: {error.verify_message}",
-            "this is not the coordinator that the kit is of, or its certificate must be renewed: "
-            "ask the coordinator; never go on without",
+            "this is not the coordinator of the kit, or its certificate must be renewed: ask the "
+            "coordinator, and never connect without verification",
         )
     except (OSError, ssl.SSLError) as error:
         return Check(
             "TLS",
             "fail",
             f"{host}:{port}: {error}",
-            "something between here and the coordinator speaks no TLS, or ends it (a proxy?)",
+            "something between this machine and the coordinator blocks or intercepts TLS, such as "
+            "a proxy",
         )
     validity = validity_of(x509.load_der_x509_certificate(der))
     left = validity.left(now_utc())
-    seen = f"the server's certificate is good until {validity.end:%Y-%m-%d}"
+    seen = f"the server's certificate is valid until {validity.end:%Y-%m-%d}"
     if left < WARN:
         return Check("TLS", "warn", seen, "the coordinator should renew it soon")
     return ok("TLS", seen)
 
 
 def ask_about(host: str, port: int, authority: Path) -> About:
-    """Ask a coordinator for its time and versions.
+    """Query a coordinator's time and versions.
 
     Raises:
-        OSError: if it does not answer in that form.
+        OSError: if the server cannot be reached or does not answer as a coordinator.
     """
     context = ssl.create_default_context(cafile=str(authority))
     place = f"[{host}]" if ":" in host else host
@@ -114,32 +121,34 @@ def ask_about(host: str, port: int, authority: Path) -> About:
         datetime.fromisoformat(about.time).astimezone()
         return about
     except (ValueError, TypeError):
-        raise OSError(f"{host}:{port} answers as no coordinator of Polyclinic does") from None
+        raise OSError(f"{host}:{port} does not answer as a Polyclinic coordinator") from None
 
 
 def compare_clocks(about: About) -> Check:
-    """Whether this machine's clock is near enough to the coordinator's."""
+    """Check that this machine's clock agrees with the coordinator's."""
     apart = (now_utc() - datetime.fromisoformat(about.time)).total_seconds()
     seen = f"{abs(apart):.1f} s {'ahead of' if apart > 0 else 'behind'} the coordinator's"
-    advice = "let both machines set their clocks by NTP"
+    advice = "synchronise the clocks of both machines with NTP"
     if abs(apart) > CLOCK_FAIL_S:
-        return Check("clock", "fail", seen, f"{advice}; signatures this far off are refused")
+        return Check(
+            "clock", "fail", seen, f"{advice}; the coordinator refuses signatures this far off"
+        )
     if abs(apart) > CLOCK_WARN_S:
         return Check("clock", "warn", seen, advice)
     return ok("clock", seen)
 
 
 def check_proxy(host: str) -> Check:
-    """Whether a proxy of the environment stands in the way."""
+    """Check whether the environment sets a proxy for the coordinator."""
     proxy = getproxies().get("https") or getproxies().get("all")
     if proxy is None:
         return ok("proxy", "none is set")
     if proxy_bypass(host):
-        return ok("proxy", f"{proxy} is set; {host} is excepted (NO_PROXY)")
+        return ok("proxy", f"{proxy} is set, but not for {host} (NO_PROXY)")
     return Check(
         "proxy",
         "warn",
         f"{proxy} is set and will be used for {host}",
-        f"if the proxy ends TLS, nothing works: add {host} to NO_PROXY, or have it pass {host} "
-        "through unopened",
+        f"a proxy that intercepts TLS breaks the connection: add {host} to NO_PROXY, or exempt "
+        f"{host} from interception",
     )

@@ -1,4 +1,4 @@
-"""Settings ``central``: differential privacy of the averages."""
+"""Settings ``central``: differential privacy of the averaged model, added by the coordinator."""
 
 from __future__ import annotations
 
@@ -10,30 +10,56 @@ from polyclinic.configs.schema.base import Section
 
 
 class CentralConfig(Section):
-    """Differential privacy of the averaged model: the consortium's, whose unit is a whole site.
+    """Central differential privacy: the averaged model protects each site as one unit.
 
-    The coordinator sees each site's weights, and must be trusted to clip them and to add the noise.
-    ``privacy`` is the sites' own and needs no such trust. docs/privacy.md tells the two apart.
+    The coordinator sees each site's weights and must be trusted to clip them and to add the noise.
+    The settings ``privacy`` add noise at the sites and need no such trust. docs/privacy.md compares
+    the two.
     """
 
     mode: Literal["off", "fixed", "adaptive"] = Field(
-        "off", description="Clip each site's update, add noise; adaptive: the clip norm learns."
+        "off",
+        description="Central differential privacy. off: none; fixed: clip each site's update to "
+        "central.clip-norm and add noise; adaptive: the same with a clipping norm that follows the "
+        "updates' norms.",
     )
     noise_multiplier: float = Field(
-        1.0, gt=0.0, description="Noise on the sum over clip-norm; adaptive: the count's included."
+        1.0,
+        gt=0.0,
+        description="Standard deviation of the noise on the sum of the sites' updates, divided by "
+        "the clipping norm. With central.mode adaptive, the noise on the count of clipped updates "
+        "is part of it.",
     )
     clip_norm: float = Field(
-        1.0, gt=0.0, description="Largest norm of a site's whole update; adaptive: in round 1."
+        1.0,
+        gt=0.0,
+        description="L2 norm to which a site's whole update is clipped. With central.mode "
+        "adaptive, the value of round 1.",
     )
-    delta: float = Field(1e-5, gt=0.0, lt=1.0, description="Far below 1 over the number of sites.")
+    delta: float = Field(
+        1e-5,
+        gt=0.0,
+        lt=1.0,
+        description="Delta of the (epsilon, delta) guarantee per site. Choose it far below 1 / the "
+        "number of sites.",
+    )
     target_clipped_quantile: float = Field(
-        0.5, ge=0.0, le=1.0, description="adaptive: share of the sites' updates to be clipped."
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="Share of the sites' updates that should be clipped, 0 to 1. Used with "
+        "central.mode adaptive.",
     )
     clip_norm_lr: float = Field(
-        0.2, gt=0.0, description="adaptive: step of the clip norm's logarithm in a round."
+        0.2,
+        gt=0.0,
+        description="Learning rate of the clipping norm: the step of its logarithm per round. Used "
+        "with central.mode adaptive.",
     )
     clipped_count_stddev: float = Field(
         0.0,
         ge=0.0,
-        description="adaptive: noise on how many were clipped; 0: sites / 20, or the multiplier.",
+        description="Standard deviation of the noise on the number of clipped updates; 0: the "
+        "number of sites / 20 or central.noise-multiplier, whichever is larger. Used with "
+        "central.mode adaptive.",
     )

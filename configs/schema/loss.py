@@ -1,4 +1,4 @@
-"""Settings ``loss``."""
+"""Settings ``loss``: the loss of each task and their weights."""
 
 from __future__ import annotations
 
@@ -10,31 +10,49 @@ from polyclinic.configs.schema.base import Section
 
 
 class LossConfig(Section):
-    """The two tasks' losses and how they are weighed against each other."""
+    """The losses of the two tasks and their weights."""
 
     segmentation: Literal["dice", "dice+ce", "dice+focal"] = Field(
-        "dice", description="Soft Dice alone, or with cross-entropy or focal loss a pixel."
+        "dice",
+        description="Segmentation loss. dice: soft Dice; dice+ce: soft Dice plus cross-entropy per "
+        "pixel; dice+focal: soft Dice plus focal loss per pixel.",
     )
     focal_gamma: float = Field(
-        2.0, ge=0.0, description="How much focal loss spares easy pixels; 0: cross-entropy."
+        2.0,
+        ge=0.0,
+        description="Exponent of the focal loss. The larger it is, the less easy pixels count; 0: "
+        "cross-entropy. Used with loss.segmentation dice+focal.",
     )
     classification: Literal["cross-entropy", "soft-margin"] = Field(
-        "cross-entropy", description="soft-margin: each class for itself; multi-label needs it."
+        "cross-entropy",
+        description="Classification loss. cross-entropy: one class per image; soft-margin: each "
+        "class independently, which data.label-kind multi-label requires.",
     )
     label_smoothing: float = Field(
         0.0,
         ge=0.0,
         lt=1.0,
-        description="Share of a label given to all classes; soft-margin: to 0.5.",
+        description="Share of each label that is spread over all classes (cross-entropy) or moved "
+        "to 0.5 (soft-margin); 0: no smoothing.",
     )
-    classification_weight: float = Field(0.25, ge=0.0, description="Segmentation counts 1.")
+    classification_weight: float = Field(
+        0.25,
+        ge=0.0,
+        description="Weight of the classification loss. The segmentation loss has weight 1; 0: no "
+        "classification loss.",
+    )
     weighting: Literal["fixed", "uncertainty"] = Field(
-        "fixed", description="uncertainty: the two weights are learned, from the fixed ones on."
+        "fixed",
+        description="Weighting of the two losses. fixed: as loss.classification-weight says; "
+        "uncertainty: the weights are learned, starting from the fixed ones.",
     )
     class_weights: Annotated[
         str, Field(pattern=r"^(none|balanced|\d+(\.\d+)?(,\d+(\.\d+)?)*)$")
     ] = Field(
-        "balanced", description="none, balanced (from the site's own labels), or one a class."
+        "balanced",
+        description="Weights of the classes in the classification loss. none: 1 each; balanced: "
+        "inverse to the class frequencies in the site's training labels; or one number per class "
+        "in the order of data.classes, as 1,2.5.",
     )
 
     @model_validator(mode="after")
@@ -42,6 +60,6 @@ class LossConfig(Section):
         if self.weighting == "uncertainty" and self.classification_weight == 0:
             raise ValueError(
                 "loss.classification-weight: expected more than 0 for loss.weighting "
-                "uncertainty, which starts there, got 0"
+                "uncertainty, which starts from this weight, got 0"
             )
         return self

@@ -1,4 +1,4 @@
-"""Settings ``run`` and ``rounds``: where results go, how many rounds, which sites."""
+"""Settings ``run`` and ``rounds``: results, number of rounds, participation and timeouts."""
 
 from __future__ import annotations
 
@@ -11,53 +11,89 @@ from polyclinic.configs.schema.base import Section
 
 
 class RunSection(Section):
-    """Where a run's results go, and the seed from which all its randomness follows."""
+    """Name, results folder, seed and log format of a run."""
 
     name: str = Field(
-        "", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", description="Folder name; empty: by time."
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        description="Name of the run and of its folder; empty: the date and time of its start.",
     )
-    output_dir: str = Field("runs", min_length=1, description="Folder that holds run folders.")
-    seed: int = Field(0, ge=0)
+    output_dir: str = Field(
+        "runs",
+        min_length=1,
+        description="Folder in which each run gets its own folder, on the coordinator.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of all random choices of the run.")
     resume: str = Field(
-        "", description="A run to go on with: its name in output-dir, or its folder."
+        "",
+        description="Run to resume: its name in run.output-dir, or its folder; empty: start a new "
+        "run.",
     )
     log_format: Literal["text", "json"] = Field(
-        "text", description="The coordinator's log; json: one object a line."
+        "text",
+        description="Format of the coordinator's log. text: lines for people; json: one JSON "
+        "object per line.",
     )
 
 
 class RoundsConfig(Section):
-    """How long a run goes on, and how long the server waits for its sites."""
+    """Number of rounds, participation, timeouts and early stopping."""
 
-    count: int = Field(10, ge=1)
+    count: int = Field(10, ge=1, description="Number of rounds.")
     min_sites: str = Field(
         "all",
         pattern=r"^(all|[1-9][0-9]*|[1-9][0-9]?%|100%)$",
-        description="Sites that must be there in each phase: all, a number, or a percentage of the "
-        "run's sites (to train, of rounds.fraction of them).",
+        description="Sites that must answer in each phase, or the run stops: all, a number, or a "
+        "percentage of the run's sites as 50%. In training, all and percentages count the sites "
+        "that rounds.fraction draws.",
     )
-    deadline_s: float = Field(3600.0, gt=0.0, description="Longest wait for a phase's answers.")
-    keep_checkpoints: int = Field(2, ge=1, description="Rounds whose checkpoints are kept.")
+    deadline_s: float = Field(
+        3600.0, gt=0.0, description="Longest wait for the sites' answers in one phase, in seconds."
+    )
+    keep_checkpoints: int = Field(
+        2,
+        ge=1,
+        description="Number of latest rounds with checkpoints that are kept, in addition to the "
+        "best round's.",
+    )
     wait_for_sites_s: float = Field(
-        120.0, gt=0.0, description="Longest wait for sites to connect, at start and in a phase."
+        120.0,
+        gt=0.0,
+        description="Longest wait for enough sites to connect, at the start of the run and before "
+        "each phase, in seconds.",
     )
     fraction: float = Field(
-        1.0, gt=0.0, le=1.0, description="Sites drawn to train in a round; all are evaluated."
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Share of the sites that is drawn to train in each round, rounded up; 1: all "
+        "sites. All sites are evaluated.",
     )
     suspend_after: int = Field(
-        3, ge=0, description="Failures in a row after which a site rests; 0: never."
+        3,
+        ge=0,
+        description="Number of consecutive failed phases after which a site is suspended; 0: "
+        "never.",
     )
-    suspend_rounds: int = Field(2, ge=1, description="Rounds for which it rests.")
+    suspend_rounds: int = Field(
+        2, ge=1, description="Number of rounds for which a failing site is suspended."
+    )
     norm_factor: float = Field(
         10.0,
         ge=0.0,
-        description="An update's norm over the sites' median, above which it is refused; 0: any.",
+        description="Refuse an update with a norm larger than this factor times the median of the "
+        "sites' norms; 0: refuse none.",
     )
     patience: int = Field(
-        0, ge=0, description="Stop after so many rounds without a better one; 0: go on."
+        0,
+        ge=0,
+        description="Stop the run after this number of rounds without a new best round; 0: run "
+        "all rounds.",
     )
     on_event: str = Field(
-        "", description="Command at the server, given each event as a JSON line on its input."
+        "",
+        description="Command that the coordinator starts for each event of the run, with the event "
+        "as one line of JSON on standard input; empty: none.",
     )
 
     @field_validator("on_event")

@@ -1,4 +1,4 @@
-"""What a deployed site says of itself: ``site.yaml``, which the server cannot change."""
+"""The file ``site.yaml``: settings of a deployed site, which the coordinator cannot change."""
 
 from __future__ import annotations
 
@@ -21,51 +21,105 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 DATA_MISSING = (
     "data: expected a section with classes, mask-classes, val-fraction and test-fraction (and "
-    "drop-labels, if rows are dropped), because this site has a cohort or a budget, got none. It "
-    "fixes which patients train, validate and test, so that no run can choose them. Copy the "
-    "values from the run's settings (polyclinic's docs/privacy.md, \"The site's split\")"
+    "drop-labels, if rows are left out), because this site has a cohort or a budget, got none. The "
+    "section fixes which patients train, validate and test, so that no run can choose them. Copy "
+    "the values from the run's settings (polyclinic's docs/privacy.md, \"The site's split\")"
 )
 
 
 class CohortConfig(Section):
-    """Whose images these are, as the site declares it: public, and never counted from the data."""
+    """The patients of a site's images, as the site declares them.
 
-    name: str = Field("", pattern=rf"{NAME}|^$", description="Owns a budget; if empty, the site's.")
-    examples: int | None = Field(None, ge=1, description="Images that may train, declared.")
-    patients: int | None = Field(None, ge=1, description="People whom they show, declared.")
+    These numbers are public. They are declared and never counted from the data.
+    """
+
+    name: str = Field(
+        "",
+        pattern=rf"{NAME}|^$",
+        description="Name of the cohort, to which the privacy ledger charges the runs; empty: the "
+        "site's name.",
+    )
+    examples: int | None = Field(
+        None,
+        ge=1,
+        description="Declared number of images that may be used for training. Required if "
+        "budget.unit is example.",
+    )
+    patients: int | None = Field(
+        None,
+        ge=1,
+        description="Declared number of patients with images that may be used for training. "
+        "Required if budget.unit is patient.",
+    )
 
 
 class BudgetConfig(Section):
-    """The most that training may ever tell of one unit of the cohort."""
+    """Limit on the privacy loss of one unit of the cohort over all runs."""
 
-    epsilon: float = Field(gt=0, description="Over all runs together.")
-    delta: float = Field(gt=0, lt=1, description="Below 1 / units of the cohort.")
-    unit: Literal["example", "patient"] = Field(description="What one unit is.")
+    epsilon: float = Field(gt=0, description="Epsilon that all runs together may spend.")
+    delta: float = Field(
+        gt=0,
+        lt=1,
+        description="Delta of the (epsilon, delta) guarantee, below 1 / the number of units of the "
+        "cohort.",
+    )
+    unit: Literal["example", "patient"] = Field(
+        description="Unit that the budget protects. example: one image; patient: all images of a "
+        "patient."
+    )
 
 
 class SiteDataConfig(Section):
-    """How a private site reads and divides its rows. Runs must ask for the same and change nothing.
+    """Split and labels of a private site's images. Runs must have the same values.
 
     Every key has the name and the meaning that it has in a run's ``data`` section.
     """
 
-    classes: Names = Field(description="Image classes, in the run's order.")
-    mask_classes: Names = Field(description="What masks outline, in the run's order.")
-    val_fraction: float = Field(ge=0, lt=1, description="Share of patients that choose a model.")
-    test_fraction: float = Field(ge=0, lt=1, description="Share of patients that test a model.")
-    drop_labels: Names = Field((), description="Labels whose rows are not used.")
-    label_kind: LabelKind = "exclusive"
-    mask_kind: Literal["exclusive", "overlapping"] = "exclusive"
-    on_error: Literal["skip", "refuse"] = "skip"
+    classes: Names = Field(description="Names of the image classes, in the run's order.")
+    mask_classes: Names = Field(
+        description="Names of the classes that masks outline, in the run's order."
+    )
+    val_fraction: float = Field(
+        ge=0,
+        lt=1,
+        description="Share of the patients that is used for validation, which selects the best "
+        "round; 0: none.",
+    )
+    test_fraction: float = Field(
+        ge=0, lt=1, description="Share of the patients that is used for the final test; 0: none."
+    )
+    drop_labels: Names = Field(
+        (), description="Images with one of these labels are left out; empty: keep all."
+    )
+    label_kind: LabelKind = Field(
+        "exclusive",
+        description="Kind of the image labels. exclusive: each image has one class; multi-label: "
+        "an image has any number of classes, also none.",
+    )
+    mask_kind: Literal["exclusive", "overlapping"] = Field(
+        "exclusive",
+        description="Kind of the masks. exclusive: each pixel has at most one mask class; "
+        "overlapping: a pixel can have several.",
+    )
+    on_error: Literal["skip", "refuse"] = Field(
+        "skip",
+        description="Reaction to an image or mask that cannot be used. skip: leave it out and "
+        "report it; refuse: refuse the run.",
+    )
     split: Literal["independent"] = Field(
-        "independent", description="A patient's place depends on no other patient."
+        "independent",
+        description="Method that splits patients into training, validation and test. independent: "
+        "each patient's split depends on no other patient.",
     )
     split_seed: int = Field(
-        0, ge=0, description="Has no effect: the site's secret places patients."
+        0,
+        ge=0,
+        description="Seed of the split; must be the run's. It has no effect, because a private "
+        "site splits its patients by a secret.",
     )
 
     def differences(self, data: DataConfig) -> list[str]:
-        """Describe each setting of a run that is not this site's, by its name in the run."""
+        """Describe each setting of a run that differs from this site's."""
         return [
             f"data.{kebab(name)}: this site allows {_shown(own)}, "
             f"the run has {_shown(getattr(data, name))}"
@@ -79,39 +133,72 @@ def _shown(value: object) -> str:
 
 
 class PolicyConfig(Section):
-    """What the site allows, whatever a run asks for; what is not said is allowed."""
+    """Limits that the site sets for every run. Without a limit, everything is allowed."""
 
     tasks: tuple[Literal["segmentation", "classification"], ...] = Field(
         ("segmentation", "classification"),
         min_length=1,
-        description="Annotations of other tasks are taken as absent.",
+        description="Tasks that may use the site's annotations. Annotations of other tasks are "
+        "ignored.",
     )
-    evaluation: bool = Field(True, description="Whether models are tested on the site's images.")
-    min_examples: int = Field(1, ge=1, description="Training images below which none trains.")
-    min_patients: int = Field(1, ge=1, description="Their patients, likewise.")
-    max_steps: int | None = Field(None, ge=1, description="Optimiser steps of one round.")
+    evaluation: bool = Field(True, description="Allow models to be evaluated on the site's images.")
+    min_examples: int = Field(
+        1,
+        ge=1,
+        description="Minimum number of training images; with fewer the site does not train.",
+    )
+    min_patients: int = Field(
+        1,
+        ge=1,
+        description="Minimum number of patients with training images; with fewer the site does not "
+        "train.",
+    )
+    max_steps: int | None = Field(
+        None, ge=1, description="Maximum number of optimiser steps per round; none: no limit."
+    )
     min_noise_multiplier: float = Field(
-        0.0, ge=0, description="Noise multiplier of a private round, beside the budget's epsilon."
+        0.0,
+        ge=0,
+        description="Minimum noise multiplier of a private run, in addition to the budget; 0: no "
+        "minimum.",
     )
-    max_update_mb: float | None = Field(None, gt=0, description="Of the weights that leave.")
+    max_update_mb: float | None = Field(
+        None,
+        gt=0,
+        description="Maximum size of the weights that the site sends per round, in MB (1,000,000 "
+        "bytes); none: no limit.",
+    )
     max_update_norm: float | None = Field(
-        None, gt=0, description="L2 norm of what a round changed in all weights together."
+        None,
+        gt=0,
+        description="Maximum L2 norm of the change of all weights in a round; none: no limit.",
     )
     metrics: tuple[Literal["segmentation", "classification", "scores", "distances"], ...] = Field(
         ("segmentation", "classification", "scores", "distances"),
-        description="Sums that may leave; scores are histograms, which AUC needs.",
+        description="Evaluation results that the site may send. segmentation, classification: "
+        "counts per class; scores: histograms of predicted scores, which AUC needs; distances: "
+        "sums of Hausdorff distances.",
     )
     min_support: int = Field(
-        10, ge=1, description="Images of a kind below which their sums and counts are withheld."
+        10,
+        ge=1,
+        description="Minimum group size, in images. The site withholds counts and sums of smaller "
+        "groups, such as a rare class; 1: withhold none.",
     )
     releases: tuple[str, ...] | None = Field(
-        None, description="Digests of releases that may ask; `polyclinic site release` prints one."
+        None,
+        description="SHA-256 digests of the releases that may run at the site, as `polyclinic site "
+        "release` prints them; none: every release that the site has approved.",
     )
     hours: str | None = Field(
-        None, description="When the site works, local time, as 20:00-06:00; always if absent."
+        None,
+        description="Hours in which the site takes part, in local time, as 20:00-06:00; none: "
+        "always.",
     )
     name_files: bool = Field(
-        False, description="Whether reasons that name files go to the server, or to the log alone."
+        False,
+        description="Send file names in error messages to the coordinator. If false, they are only "
+        "in the site's log.",
     )
 
     @field_validator("hours")
@@ -134,7 +221,13 @@ class PolicyConfig(Section):
 
 
 def opening_hours(text: str) -> tuple[time, time]:
-    """From when to when a site works.
+    """Parse the hours in which a site takes part.
+
+    Args:
+        text: two times of day, such as ``20:00-06:00``.
+
+    Returns:
+        Start and end, in local time. The end may be before the start, on the next day.
 
     Raises:
         ValueError: if the text is not two different times.
@@ -144,46 +237,76 @@ def opening_hours(text: str) -> tuple[time, time]:
     except ValueError:
         start = end = time()
     if start == end:
-        raise ValueError(f"policy.hours: expected two times, as 20:00-06:00, got {text!r}")
+        raise ValueError(
+            f"policy.hours: expected two different times, as 20:00-06:00, got {text!r}"
+        )
     return start, end
 
 
 class CoordinatorConfig(Section):
-    """Where the coordinator is, and what this site and it know each other by."""
+    """Address of the coordinator, and the certificates and key for the connection."""
 
-    address: str = Field(min_length=1, description="A name or an IP address.")
-    port: int = Field(PUBLIC, ge=1, le=65535)
-    ca: Path = Field(Path("ca.crt"), description="Who vouches for it; relative to site.yaml.")
-    key: Path = Field(Path("site.key"), description="The site's private key, likewise.")
+    address: str = Field(min_length=1, description="Host name or IP address of the coordinator.")
+    port: int = Field(PUBLIC, ge=1, le=65535, description="TCP port of the coordinator.")
+    ca: Path = Field(
+        Path("ca.crt"),
+        description="File with the certificate of the federation's authority, which signs the "
+        "coordinator's; relative to site.yaml.",
+    )
+    key: Path = Field(
+        Path("site.key"),
+        description="File with the site's private key; relative to site.yaml.",
+    )
     certificate: Path = Field(
-        Path("site.crt"), description="What the coordinator says of that key, likewise."
+        Path("site.crt"),
+        description="File with the site's certificate, which says until when the coordinator "
+        "accepts the key; relative to site.yaml.",
     )
 
 
 class SiteConfig(Section):
-    """Who a site is, where its images lie, and what it may spend on training with privacy."""
+    """Settings of a deployed site: its name, images, privacy budget and policy."""
 
-    name: str = Field(pattern=NAME, description="As in all tables.")
-    data_root: Path = Field(description="Folder with labels.csv; relative to site.yaml.")
+    name: str = Field(
+        pattern=NAME,
+        description="Name of the site in all tables and files: letters, digits, '.', '_' and '-'.",
+    )
+    data_root: Path = Field(
+        description="Folder with the site's images and labels.csv; relative to site.yaml."
+    )
     state: Path = Field(
-        Path("state"), description="Folder for what must outlast a run; relative to site.yaml."
+        Path("state"),
+        description="Folder for files that are kept between runs, such as the privacy ledger; "
+        "relative to site.yaml.",
     )
     server: CoordinatorConfig | None = Field(
-        None, description="Needed by `polyclinic site start`; a kit's site.yaml has it."
+        None,
+        description="Address and credentials of the coordinator. Needed by `polyclinic site "
+        "start`; the site.yaml of a kit has it.",
     )
     release_signer: str = Field(
-        "", description="Ed25519 public key; with one, releases are approved if it signed them."
+        "",
+        description="Ed25519 public key of the person who signs releases, one line as OpenSSH "
+        "writes it. With a key, only releases that it signed can be approved; empty: signatures "
+        "are not checked.",
     )
     cohort: CohortConfig | None = Field(
-        None, description="Declared numbers of the patients that a budget protects."
+        None,
+        description="Declared numbers of images and patients. With a cohort, the site only takes "
+        "part in private runs.",
     )
     budget: BudgetConfig | None = Field(
-        None, description="With a budget, the site only takes part in private runs, within it."
+        None,
+        description="Privacy budget. With a budget, the site only takes part in private runs that "
+        "stay within it.",
     )
     data: SiteDataConfig | None = Field(
-        None, description="Needed with a cohort or a budget: how the site's rows are divided."
+        None,
+        description="Split and labels of the site's images. Required with a cohort or a budget.",
     )
-    policy: PolicyConfig = PolicyConfig()
+    policy: PolicyConfig = Field(
+        PolicyConfig(), description="Limits that the site sets for every run."
+    )
 
     @model_validator(mode="after")
     def _private_site_owns_its_split(self) -> Self:
@@ -210,15 +333,16 @@ class SiteConfig(Section):
 
     @property
     def private(self) -> bool:
-        """Whether this site only answers runs with differential privacy."""
+        """Whether this site only takes part in runs with differential privacy."""
         return self.cohort is not None or self.budget is not None
 
     @property
     def cohort_name(self) -> str:
+        """Name of the cohort: its own, or the site's."""
         return (self.cohort.name if self.cohort else "") or self.name
 
     def units(self, unit: Literal["example", "patient"]) -> int | None:
-        """How many of a unit the cohort has, as declared."""
+        """Return the declared number of units of the cohort; None if it is not declared."""
         if self.cohort is None:
             return None
         return self.cohort.examples if unit == "example" else self.cohort.patients
@@ -244,11 +368,13 @@ File = TypeVar("File", bound=Section)
 
 
 def read_yaml(path: Path, kind: type[File], what: str, keys: str) -> File:
-    """Read and check a file of settings.
+    """Read and check a YAML file of settings.
 
     Args:
-        what: the file is, and
-        keys: that it must have, in words.
+        path: the file.
+        kind: the schema.
+        what: name of the kind of file, for error messages.
+        keys: required keys in words, for error messages.
 
     Raises:
         ConfigError: if it is missing, is not YAML, or has unknown or wrong keys.
@@ -271,5 +397,5 @@ def read_yaml(path: Path, kind: type[File], what: str, keys: str) -> File:
 
 
 def _placed(site_file: Path, path: Path) -> Path:
-    """A path of a site.yaml, which is relative to it."""
+    """Resolve a path of a site.yaml relative to the file's folder."""
     return (site_file.parent / path.expanduser()).resolve()

@@ -1,8 +1,9 @@
-"""Certificates and keys of a federation, as both ends read them.
+"""Read the certificates and keys of a federation, at the coordinator and at sites.
 
-A coordinator's authority signs the server's certificate and one for each site's key. TLS checks
-the server's. A site's is not used in TLS: Flower knows a site by its key. It says until when the
-coordinator takes that key, so that an expired kit can say so itself.
+The coordinator's authority signs the server's certificate and one certificate per site. TLS
+verifies the server's certificate. A site's certificate is not used in TLS, because Flower
+authenticates a site by its key. It records until when the coordinator accepts the key, so that a
+site can detect that its kit has expired.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from polyclinic.configs.errors import ConfigError
 
-WARN = timedelta(days=30)
+WARN = timedelta(days=30)  # warn about certificates that expire within this time
 
 
 @dataclass(frozen=True)
 class Validity:
-    """From when to when something holds."""
+    """Period in which a certificate is valid."""
 
-    start: datetime
-    end: datetime
+    start: datetime  # UTC
+    end: datetime  # UTC
 
     def problem(self, now: datetime) -> str:
-        """Why it does not hold; empty if it does."""
+        """Return why the certificate is not valid now; empty if it is."""
         if now < self.start:
             return (
                 f"is not valid before {self.start:%Y-%m-%d %H:%M} UTC; it is {now:%Y-%m-%d %H:%M}"
@@ -40,14 +41,15 @@ class Validity:
         return ""
 
     def left(self, now: datetime) -> timedelta:
+        """Return the time until the end."""
         return self.end - now
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """Read a certificate of PEM.
+    """Read a certificate in PEM format.
 
     Raises:
-        ConfigError: if it cannot be read or is none.
+        ConfigError: if the file cannot be read or is not a certificate.
     """
     content = _read(path)
     try:
@@ -57,15 +59,16 @@ def read_certificate(path: Path) -> x509.Certificate:
 
 
 def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a site's or the server's private key.
+    """Read the private key of a site or of the server, in PEM or OpenSSH format.
 
     Raises:
-        ConfigError: if it cannot be read, is none, or others than its owner may read it.
+        ConfigError: if the file cannot be read, is not an elliptic-curve key without a password,
+            or is readable by users other than its owner.
     """
     content = _read(path)
     if path.stat().st_mode & 0o077:
         raise ConfigError(
-            f"{path}: others than its owner may read this private key; chmod 600 {path}"
+            f"{path}: expected a private key that only its owner can read; run chmod 600 {path}"
         )
     load = (
         serialization.load_ssh_private_key
@@ -89,27 +92,28 @@ def _read(path: Path) -> bytes:
 
 
 def name_of(certificate: x509.Certificate) -> str:
-    """Whom a certificate is for."""
+    """Return the name of the certificate's subject: a site, a server or an authority."""
     (attribute,) = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     return str(attribute.value)
 
 
 def validity_of(certificate: x509.Certificate) -> Validity:
+    """Return the period in which a certificate is valid."""
     return Validity(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
 
 
 def public_line(key: ec.EllipticCurvePublicKey) -> str:
-    """A public key as one line, as OpenSSH writes it and Flower reads it."""
+    """Format a public key as one line, as OpenSSH writes it and Flower reads it."""
     return key.public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     ).decode()
 
 
 def key_of(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
-    """The key that a certificate is about.
+    """Return the public key of a certificate.
 
     Raises:
-        ConfigError: if it is of another kind than ours.
+        ConfigError: if it is not an elliptic-curve key.
     """
     key = certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -118,7 +122,7 @@ def key_of(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
 
 
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
-    """A short name of a key, to compare over the telephone."""
+    """Compute a short fingerprint of a key, which people can compare over the telephone."""
     der = key.public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -127,7 +131,7 @@ def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
 
 
 def vouched_for(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    """Whether an authority signed a certificate."""
+    """Return whether an authority signed a certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
@@ -136,4 +140,5 @@ def vouched_for(certificate: x509.Certificate, authority: x509.Certificate) -> b
 
 
 def now_utc() -> datetime:
+    """Return the current time in UTC."""
     return datetime.now(UTC)

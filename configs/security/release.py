@@ -1,8 +1,8 @@
-"""A release as it is shipped: a packed app (.fab), known by one digest, perhaps signed.
+"""Read, identify and sign releases: packed apps (.fab) that the coordinator sends to sites.
 
-The digest is over the names and contents of all its files, the same whenever it was packed and, for
-a checkout, before it is (``client.policy.releases``); Flower's own hash is of the packed bytes.
-Nothing is run or unpacked here.
+A release is identified by a digest of the names and contents of its files. Unlike Flower's hash of
+the packed bytes, the digest does not depend on when the app was packed, and it can be computed from
+a checkout (``client.policy.releases``). Nothing is unpacked to disk or executed here.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError),
     *(KeyError, ValueError, TypeError, OSError),
 )
-MOST_BYTES = 100_000_000  # of an unpacked release; Flower packs 10 MB at most
+MOST_BYTES = 100_000_000  # maximum size of an unpacked release; Flower packs at most 10 MB
 PROJECT = "pyproject.toml"
-LISTING = ".info/CONTENT"  # Flower's, of the other files' own hashes
-SIGNED = b"polyclinic release\0"  # before the digest, so that no other signature serves
+LISTING = ".info/CONTENT"  # Flower's list of the hashes of the other files
+SIGNED = b"polyclinic release\0"  # precedes the signed digest, so that it is valid only here
 
 
 @dataclass(frozen=True)
 class Release:
-    """A packed app, opened without running or unpacking anything."""
+    """Contents of a packed app, read without unpacking it to disk or executing it."""
 
-    digest: str
-    version: str
-    files: Mapping[str, bytes]
+    digest: str  # sha256 of the names and contents of the files, hexadecimal
+    version: str  # version in pyproject.toml
+    files: Mapping[str, bytes]  # contents by name
 
 
 def open_release(content: bytes) -> Release:
     """Read a packed app (.fab).
 
     Raises:
-        ConfigError: if it is none, or could be unpacked to other files than its names say.
+        ConfigError: if the content is not a packed app, or if its file names are not plain and
+            distinct, so that unpacking it could write other files.
     """
     files: dict[str, bytes] = {}
     try:
@@ -68,26 +69,26 @@ def open_release(content: bytes) -> Release:
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
-    """sha256 over the names and contents of a release's files, in order.
+    """Compute the sha256 digest of the names and contents of a release's files.
 
-    Of pyproject.toml, over what it says: Flower writes it anew when it packs. Its listing of the
-    other files does not count.
+    The digest of pyproject.toml is of its parsed settings, because Flower rewrites the file when it
+    packs. Flower's list of the other files is ignored.
 
     Raises:
-        tomllib.TOMLDecodeError: if pyproject.toml is none.
+        tomllib.TOMLDecodeError: if pyproject.toml is not valid TOML.
     """
     whole = hashlib.sha256()
     for name in sorted(set(files) - {LISTING}):
         content = files[name]
         if name == PROJECT:
-            said = tomllib.loads(content.decode())
-            content = json.dumps(said, sort_keys=True, default=str).encode()
+            settings = tomllib.loads(content.decode())
+            content = json.dumps(settings, sort_keys=True, default=str).encode()
         whole.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
     return whole.hexdigest()
 
 
 def _check_name(name: str, files: Mapping[str, bytes]) -> None:
-    """Refuse names that may fall on another file when they are unpacked."""
+    """Refuse a file name that could overwrite another file when it is unpacked."""
     path = PurePosixPath(name)
     plain = (
         path.as_posix() == name
@@ -97,14 +98,17 @@ def _check_name(name: str, files: Mapping[str, bytes]) -> None:
         and name.isprintable()
     )
     if not plain or name.casefold() in {other.casefold() for other in files}:
-        raise ConfigError(f"expected plain and different file names in a packed app, got {name!r}")
+        raise ConfigError(f"expected plain and distinct file names in a packed app, got {name!r}")
 
 
 def read_release(path: Path) -> tuple[bytes, Release]:
-    """A packed app's bytes, and what is in them.
+    """Read a packed app from a file.
+
+    Returns:
+        The file's bytes and the release in them.
 
     Raises:
-        ConfigError: if the file cannot be read or is none.
+        ConfigError: if the file cannot be read or is not a packed app.
     """
     try:
         content = path.read_bytes()
@@ -116,13 +120,13 @@ def read_release(path: Path) -> tuple[bytes, Release]:
 
 
 def sign(release: Release, key_file: Path) -> str:
-    """Sign a release, for sites that have a release-signer.
+    """Sign a release for sites that have a ``release-signer``.
 
     Returns:
         The signature, base64.
 
     Raises:
-        ConfigError: if the file is no Ed25519 private key without a password.
+        ConfigError: if the file is not an Ed25519 private key without a password.
     """
     try:
         key = load_ssh_private_key(key_file.read_bytes(), None)
@@ -134,14 +138,15 @@ def sign(release: Release, key_file: Path) -> str:
 
 
 def check_signature(release: Release, signature: str, signer: str) -> None:
-    """See that a release was signed by whoever signs releases of the consortium.
+    """Check that a release was signed with the key of the federation's release signer.
 
     Args:
-        signature: of ``polyclinic server sign``, base64.
-        signer: an Ed25519 public key as OpenSSH writes it, one line.
+        release: the release.
+        signature: output of ``polyclinic server sign``, base64.
+        signer: the signer's Ed25519 public key, one line as OpenSSH writes it.
 
     Raises:
-        ConfigError: if it was not.
+        ConfigError: if the signature is invalid or the key is not an Ed25519 public key.
     """
     try:
         key = load_ssh_public_key(signer.encode())
@@ -155,5 +160,6 @@ def check_signature(release: Release, signature: str, signer: str) -> None:
         )
     except (InvalidSignature, ValueError):
         raise ConfigError(
-            f"release {release.digest[:12]}: its signature is not of this site's release-signer"
+            f"release {release.digest[:12]}: expected a signature of this site's release-signer, "
+            "got an invalid one"
         ) from None

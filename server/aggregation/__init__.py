@@ -1,1 +1,1 @@
-"""From the sites' weights to the next weights."""
+"""Aggregation of the sites' weights: averages, strategies, central differential privacy."""

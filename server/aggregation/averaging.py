@@ -1,9 +1,9 @@
-"""The arithmetic that makes one model of the sites' models: plain arrays, no Flower.
+"""Average the sites' weights per task, on plain arrays and without Flower.
 
-Federated averaging (McMahan et al., 2017), task by task: the shared encoder is weighted by each
-site's training examples, the segmentation part by its examples with a mask, the classification
-head by its examples with a label. A site without masks thus shapes encoder and head, and its
-untrained decoder counts for nothing.
+This is federated averaging (McMahan et al., 2017) with one set of weights per task: a site's
+encoder is weighted by its number of training examples, its segmentation decoder by its examples
+with a mask, and its classification head by its examples with a label. A site without masks
+therefore contributes to the encoder and the head, but not to the decoder.
 """
 
 from __future__ import annotations
@@ -18,36 +18,40 @@ from numpy.typing import NDArray
 from polyclinic.mtl_model.packing import Packed, group_of_key
 from polyclinic.mtl_model.tasks import Group
 
-_CHUNK = 1 << 16  # values at once, so that what is in between stays in a core's cache
+_CHUNK = 1 << 16  # values per step, so that intermediate results stay in a core's cache
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One site's weights after a local round."""
+    """One site's weights after local training in one round."""
 
     site: str
     weights: Packed
-    counts: Mapping[Group, int]  # training examples that shaped each group's weights
+    counts: Mapping[Group, int]  # number of examples that each task group was trained on
 
 
 class Combination(Protocol):
-    """One round's contributions on their way to one model."""
+    """An accumulator that combines one round's contributions into one model."""
 
     def add(self, contribution: Contribution) -> None:
-        """Take a contribution in."""
+        """Add a contribution."""
 
     def combined(self) -> Packed:
-        """The model of all that were added."""
+        """Return the combined weights of all added contributions."""
 
 
 class RunningAverage:
-    """The average by task, of contributions that are added as they come and then forgotten.
+    """The average per task of contributions that are added one by one and not kept.
 
-    A sum is two float64 arrays, the second of which holds what the first has rounded away (Knuth's
-    two-sum), so that the result does not depend on who answered first: products of float32 weights
-    and counts are exact, and what two such sums in different orders differ by is some 2^-100 of
-    them. Integer arrays (batch norm's counters) are taken from the site with most examples: their
-    mean means nothing. A group that nobody trained stays as it is in ``current``.
+    Each sum consists of two float64 arrays; the second holds the rounding errors of the first
+    (Knuth's two-sum). The result therefore does not depend on the order in which sites answer:
+    products of float32 weights and counts are exact in float64, and sums in different orders
+    differ by about 2^-100 of their value. Integer arrays (the counters of batch norm) are copied
+    from the site with the most examples, since their mean has no meaning. A group that no site
+    trained keeps its values from ``current``.
+
+    Args:
+        current: the weights that were sent to the sites.
     """
 
     def __init__(self, current: Packed) -> None:
@@ -90,14 +94,14 @@ def _add_product(
     weights: NDArray[Any],
     count: int,
 ) -> None:
-    """Add ``count`` times ``weights`` to a sum of two arrays, in place."""
+    """Add ``count * weights`` in place to a sum that is held in two arrays."""
     for start in range(0, total.size, _CHUNK):
         part = slice(start, start + _CHUNK)
         a = total[part]
         b = weights[part] * np.float64(count)
         both = a + b
-        b_of_it = both - a
-        rounded_away[part] += (a - (both - b_of_it)) + (b - b_of_it)
+        b_part = both - a
+        rounded_away[part] += (a - (both - b_part)) + (b - b_part)
         total[part] = both
 
 
@@ -115,7 +119,7 @@ def _mean(
 
 
 def average_by_task(contributions: Iterable[Contribution], current: Packed) -> Packed:
-    """Average each task group over the sites that trained it, as ``RunningAverage``."""
+    """Average each task group over the sites that trained it (see ``RunningAverage``)."""
     average = RunningAverage(current)
     for contribution in contributions:
         average.add(contribution)

@@ -1,30 +1,32 @@
-"""Central differential privacy: each site's update is clipped, and the average leaves with noise.
+"""Apply central differential privacy: clip each site's update and add noise to the average.
 
-This is the consortium's, and its unit is a whole site. Whoever sees the averaged models of a run
-can hardly tell whether a site's updates were in them. The coordinator, who sees every update as it
-came, is not kept from anything: that is for the sites' own privacy (client/privacy/dp_sgd.py),
-whose unit is a patient or an image, whose noise is another and whose epsilon is never this one.
+The unit of privacy is a whole site: it is hard to infer from a run's averaged models whether a
+site's updates were included. This gives no protection against the coordinator, which sees every
+update without noise. The sites' own private training (client/privacy/dp_sgd.py) protects against
+the coordinator; its unit is a patient or an image, and its noise and epsilon are separate from
+the ones here.
 
-The mechanism, with n sites that take part in the run and u_i the update of site i:
+The mechanism, with n sites in the run and u_i the update of site i:
 
-    clip    c_i = u_i * min(1, clip-norm / norm of u_i), the norm over all weights together
-    noise   s = sum of c_i + a normal of deviation noise-multiplier * clip-norm for each weight
-    average weights + s / n
+    clip     c_i = u_i * min(1, clip-norm / norm of u_i), with one L2 norm over all weights
+    noise    s = sum of c_i + Gaussian noise, standard deviation noise-multiplier * clip-norm
+    average  weights + s / n
 
-What has to hold for this to be worth what is accounted, and how it does:
+The accounting is valid because of the following properties:
 
-- *A site adds at most clip-norm to s.* Sites count alike, whatever their numbers of examples, and n
-  is fixed when the run begins: a site that does not answer adds nothing and is not taken from n.
-  Arithmetic is in float64, since what is sent out goes into it as such; in it clipping is exact to
-  1e-13, in float32 over millions of weights it is not. The network's float32 comes after the noise.
-- *A task that only some sites train* is part of the same update; a site without it adds zeros. That
-  it is divided by the number of sites that declared the task, instead of n, comes after the noise.
-- *Noise nobody can repeat.* Flower draws from NumPy's global generator, which any seed set anywhere
-  in the process would make known; while it works, that one is lent 128 bits of the operating
-  system's entropy.
+- *A site changes s by at most clip-norm.* All sites have the same weight, regardless of their
+  numbers of examples, and n is fixed when the run starts: a site that does not answer adds zero and
+  still counts in n. The arithmetic is in float64, in which clipping is exact to 1e-13; in float32
+  it would not be exact over millions of weights. The conversion to float32 follows the noise.
+- *A task that only some sites train* is part of the same update, and a site without the task adds
+  zeros. The division by the number of sites that declared the task, instead of n, comes after the
+  noise.
+- *The noise is not reproducible.* Flower draws from NumPy's global generator, and a seed set
+  anywhere in the process would make its values predictable. While Flower draws the noise, the
+  generator is replaced by one with a seed of 128 bits of the operating system's entropy.
 
-Flower's wrappers do clipping, noise and the adaptive norm. What they get wrong is mended here, each
-with a test that shows it (tests/server/aggregation/test_central_dp.py).
+Flower's wrappers implement clipping, noise and the adaptive norm. Their errors are corrected here,
+each with a test that demonstrates it (tests/server/aggregation/test_central_dp.py).
 """
 
 from __future__ import annotations
@@ -59,15 +61,18 @@ log = logging.getLogger(__name__)
 
 
 class AdaptiveClipping(DifferentialPrivacyServerSideAdaptiveClipping):
-    """Flower's adaptive clipping as Andrew et al. ("Differentially Private Learning with Adaptive
-    Clipping", 2021) have it.
+    """Flower's adaptive clipping, corrected to match the published algorithm.
 
-    Three things in Flower 1.41 are otherwise. It moves the norm the wrong way, so that it runs away
-    from the quantile: down where most are clipped, up where none is. It moves the norm before it
-    scales the round's noise by it, so that the noise can be smaller than what the updates were
-    clipped to asks for. And a site that is missing changes the denominator of the share of clipped
-    ones; here it counts a half in a fixed number of sites, so that a site moves the count by a half
-    at most, as the accounting has it.
+    The algorithm is that of Andrew et al., "Differentially Private Learning with Adaptive
+    Clipping", 2021. Flower 1.41 differs from it in three ways:
+
+    - It adjusts the norm in the wrong direction, away from the target quantile: down when most
+      updates are clipped, up when none are.
+    - It adjusts the norm before it scales the round's noise, so that the noise can be too small for
+      the norm that the updates were clipped to.
+    - A missing site changes the denominator of the share of clipped updates. Here a missing site
+      counts as one half in a fixed number of sites, so that a site changes the count by at most one
+      half, as the accounting assumes.
     """
 
     _share_clipped: float
@@ -76,7 +81,7 @@ class AdaptiveClipping(DifferentialPrivacyServerSideAdaptiveClipping):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         released = super().aggregate_train(server_round, replies)
-        # by what Flower subtracts, the distance to the target with its sign turned
+        # Flower subtracts the target from this argument, which reverses the sign of the result.
         super()._geometric_update(2 * self.target_clipped_quantile - self._share_clipped)
         return released
 
@@ -86,18 +91,20 @@ class AdaptiveClipping(DifferentialPrivacyServerSideAdaptiveClipping):
         return share + missing / 2 / self.num_sampled_clients
 
     def _geometric_update(self, clipped_fraction: float) -> None:
-        self._share_clipped = clipped_fraction  # until the round's noise is drawn
+        self._share_clipped = clipped_fraction  # applied after the round's noise is drawn
 
 
 class CentralPrivacy:
-    """The averages of a run under central differential privacy, and what they have cost.
+    """The averages of a run under central differential privacy, with their privacy cost.
 
     Args:
-        sites: how many sites train each group, as they declared it before round 1; all of them
+        config: settings of central differential privacy.
+        sites: number of sites that train each task group, as declared before round 1; all sites
             train the encoder.
-        path: the file that remembers the releases; those that it holds count as spent.
-        clip_norm: where the adaptive norm goes on; None: where the settings start it.
-        entropy: where noise comes from. Only tests give one.
+        path: file with the record of the releases; releases in it already count as spent.
+        clip_norm: current adaptive norm of a resumed run; None for the initial norm of the
+            settings.
+        entropy: creates the generator of the noise; set only in tests.
     """
 
     def __init__(
@@ -120,11 +127,11 @@ class CentralPrivacy:
 
     @property
     def clip_norm(self) -> float:
-        """What the next round's updates are clipped to."""
+        """Return the norm to which the next round's updates are clipped."""
         return float(self.wrapper.clipping_norm)
 
     def state(self) -> dict[str, Any]:
-        """What a run that goes on later needs beside the file of releases."""
+        """Return the state that a resumed run needs in addition to the file of releases."""
         last = self.releases[-1] if self.releases else None
         return {
             "unit": "site",
@@ -137,33 +144,39 @@ class CentralPrivacy:
     def average(
         self, number: int, contributions: Sequence[Contribution], current: Packed
     ) -> Packed:
-        """CentralRelease one round's average, in the place of ``average_by_task``.
+        """Compute and record one round's private average, instead of ``average_by_task``.
 
-        The release is on disk as spent before the average is handed out: a crash in between costs
-        privacy that was not needed, never privacy that is not counted.
+        The release is recorded on disk before the average is returned. A crash in between can
+        waste privacy budget, but it cannot cause a release that is not counted.
+
+        Args:
+            number: the round.
+            contributions: the sites' weights after local training.
+            current: the weights that were sent to the sites.
 
         Raises:
-            ValueError: if an array is not of floating-point numbers, which noise would ruin.
+            ValueError: if an array is not of floating-point type, since it cannot carry noise.
         """
         refuse_integers(current)
         before = {key: array.astype(np.float64) for key, array in current.items()}
         replies: list[Message] = []
         for contribution in sorted(contributions, key=lambda c: c.site):
             trained = self._only_trained(contribution, before)
-            # Flower divides by the norm; who changed nothing adds as little as who is missing
+            # An unchanged site is left out, since Flower would divide by its norm of 0; it then
+            # adds zero, as a missing site does.
             if any((trained.weights[key] != before[key]).any() for key in before):
                 replies.append(message_of(trained))
         absent = self.sites["encoder"] - len(replies)
         if absent:
             log.warning(
-                "round %d: %d of %d sites have no update; each counts as one of nothing, and noise "
-                "and denominator stay those of %d",
+                "round %d: %d of %d sites have no update; each counts as an update of zero, and "
+                "the noise and the denominator remain those of %d sites",
                 number,
                 absent,
                 self.sites["encoder"],
                 self.sites["encoder"],
             )
-        clip_norm = self.clip_norm  # the adaptive one is another afterwards
+        clip_norm = self.clip_norm  # read before the release, which changes an adaptive norm
         noisy = self._release(number, replies, before)
         self._remember(number, clip_norm)
         return {
@@ -176,9 +189,9 @@ class CentralPrivacy:
         self.average_of_all.sent = before
         with noise_from(self.entropy()):
             released, _ = self.wrapper.aggregate_train(number, replies)
-        self.wrapper.current_arrays, self.average_of_all.sent = ArrayRecord(), {}  # large
+        self.wrapper.current_arrays, self.average_of_all.sent = ArrayRecord(), {}  # free memory
         if released is None:
-            raise RuntimeError(f"round {number}: Flower's wrapper gave no average")
+            raise RuntimeError(f"round {number}: Flower's wrapper returned no average")
         return packed_of(released)
 
     def _remember(self, number: int, clip_norm: float) -> None:
@@ -195,13 +208,13 @@ class CentralPrivacy:
         write_releases(self.path, self.releases)
 
     def _average_of_all(self, contributions: Sequence[Contribution], current: Packed) -> Packed:
-        """The mean over the run's sites, those that are missing standing still."""
+        """Average over all sites of the run, with an update of zero for missing sites."""
         absent = self.sites["encoder"] - len(contributions)
-        still = Contribution("", current, dict.fromkeys(self.sites, absent))
-        return average_by_task([*contributions, still], current)
+        unchanged = Contribution("", current, dict.fromkeys(self.sites, absent))
+        return average_by_task([*contributions, unchanged], current)
 
     def _only_trained(self, contribution: Contribution, before: Packed) -> Contribution:
-        """A contribution that counts as any other and stands still where it has trained nothing."""
+        """Give a contribution unit weight, and reset the groups that its site did not train."""
         weights = {
             key: contribution.weights[key] if self._trains(contribution, key) else array
             for key, array in before.items()
@@ -213,7 +226,10 @@ class CentralPrivacy:
         return contribution.counts[group] > 0 and self.sites[group] > 0
 
     def _by_declared(self, key: str, before: NDArray[Any], noisy: NDArray[Any]) -> NDArray[Any]:
-        """The mean over the sites that train the group; a group of nobody stays as it was."""
+        """Rescale a noisy mean over all sites to one over the sites that declared the group.
+
+        A group that no site declared keeps its values.
+        """
         declared = self.sites[group_of_key(key)]
         if declared == 0:
             return before
@@ -234,14 +250,15 @@ def _wrapper(
         initial_clipping_norm=clip_norm,
         target_clipped_quantile=config.target_clipped_quantile,
         clip_norm_lr=config.clip_norm_lr,
-        # of few sites a twentieth is so little that no noise on the weights could make up for it
+        # With few sites, a twentieth of them is so little that the noise on the weights could not
+        # compensate for it.
         clipped_count_stddev=config.clipped_count_stddev
         or max(sites / 20, config.noise_multiplier),
     )
 
 
 def sites_by_group(reports: Mapping[str, SiteReport]) -> dict[Group, int]:
-    """How many sites train each group, by what they say of themselves before round 1."""
+    """Count the sites that train each task group, from their descriptions before round 1."""
     return {
         "encoder": len(reports),
         "segmentation": sum(r.with_mask[wire.TRAIN_SPLIT] > 0 for r in reports.values()),
@@ -250,25 +267,28 @@ def sites_by_group(reports: Mapping[str, SiteReport]) -> dict[Group, int]:
 
 
 def refuse_integers(weights: Packed) -> None:
-    """See that every array can carry noise.
+    """Check that every array has a floating-point type and can carry noise.
 
     Raises:
-        ValueError: naming one that cannot.
+        ValueError: if one does not; the message names it.
     """
     for key, array in weights.items():
         if not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(f"{key}: expected floating-point numbers, which alone carry noise")
+            raise ValueError(
+                f"{key}: expected floating-point numbers, to which noise can be added, got "
+                f"{array.dtype}"
+            )
 
 
 def noise_to_update(config: CentralConfig, sites: int, weights: Packed) -> float:
-    """The norm that a round's noise has, over the largest that the sites' mean update can have."""
+    """Return the ratio of the noise's norm to the largest norm of the sites' mean update."""
     size = sum(array.size for array in weights.values())
     return config.noise_multiplier * math.sqrt(size) / sites
 
 
 @contextlib.contextmanager
 def noise_from(generator: np.random.BitGenerator) -> Iterator[None]:
-    """Have NumPy's global functions draw from a generator, and from their own again afterwards."""
+    """Make NumPy's global functions draw from a generator within a ``with`` block."""
     before = mtrand.get_bit_generator()
     mtrand.set_bit_generator(generator)
     try:

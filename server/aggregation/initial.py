@@ -1,6 +1,6 @@
-"""The weights that a run starts from: drawn from its seed, or partly learned elsewhere before.
+"""Create the initial weights of a run: random values from its seed, or pretrained weights.
 
-They are made at the server alone and sent to the sites, so no site needs a pretrained file.
+Only the server creates them. It sends them to the sites, so no site needs a pretrained file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from polyclinic.mtl_model.pretrained import PretrainedError, load_pretrained
 def initial_network(
     model: ModelConfig, data: DataConfig, loss: LossConfig, seed: int
 ) -> MultiTaskUNet:
-    """Build a run's network with the weights of its first round.
+    """Build a run's network with its initial weights.
 
     Raises:
-        BackboneError: if the backbone cannot serve.
-        PretrainedError: if the pretrained weights cannot be had or do not fit.
+        BackboneError: if the backbone is not supported.
+        PretrainedError: if the pretrained weights cannot be loaded or do not fit the network.
     """
     network = network_of(model, data, loss, seed)
     if model.pretrained == "timm":
@@ -45,35 +45,35 @@ def initial_network(
 def _from_timm(backbone: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = timm.create_model(backbone, pretrained=True).state_dict()
-    except Exception as error:  # noqa: BLE001 the hub's HTTP client has errors of its own kinds
+    except Exception as error:  # noqa: BLE001 the hub's HTTP client raises its own error types
         raise PretrainedError(
-            f"model.pretrained: timm's weights of {backbone} cannot be had ({error}); without "
-            "access to its hub, give a file (.safetensors or .pth) of them"
+            f"model.pretrained: cannot download timm's weights of {backbone} ({error}); without "
+            "access to its hub, give the path of a .safetensors or .pth file with the weights"
         ) from None
     return state
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a .safetensors file, or from what torch.save wrote.
+    """Read a state dict from a .safetensors file or a file written by ``torch.save``.
 
-    The latter is a pickle, of which nothing but tensors and plain containers is let in. A state
-    dict inside a training checkpoint (``state_dict``, ``model``) is found.
+    Files of the second kind are pickles; only tensors and plain containers are loaded from them.
+    The state dict may be inside a training checkpoint, under the key ``state_dict`` or ``model``.
 
     Raises:
-        PretrainedError: naming the file and why it cannot be used.
+        PretrainedError: if the file cannot be used; the message names the file and the reason.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise PretrainedError(f"{path.absolute()}: no such file (model.pretrained)") from None
+        raise PretrainedError(f"model.pretrained: {path.absolute()}: no such file") from None
     except pickle.UnpicklingError:
         raise PretrainedError(
-            f"{path}: expected a file of tensors, got something else, or a pickle of more than "
-            "that, which could run code of its own; save a state_dict() as .safetensors"
+            f"{path}: expected a file that contains only tensors, got another file or a pickle "
+            "with other objects, which could execute code; save a state_dict() as .safetensors"
         ) from None
-    except Exception as error:  # noqa: BLE001 of a file that was hurt, any that a pickle can raise
+    except Exception as error:  # noqa: BLE001 unpickling a damaged file can raise any error
         raise PretrainedError(
             f"{path}: expected .safetensors or .pth, got {type(error).__name__}: {error}"
         ) from None
@@ -83,5 +83,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
-        raise PretrainedError(f"{path}: expected a state dict of tensors, got something else")
+        raise PretrainedError(f"{path}: expected a state dict of tensors, got another object")
     return dict(content)

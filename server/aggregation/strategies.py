@@ -1,9 +1,10 @@
-"""How the sites' weights become one: Flower's strategies under and over our average by task.
+"""Combine the sites' weights with Flower's strategies and the average per task.
 
-A round's contributions are *combined* (an average by task, or one of Flower's robust statistics,
-task by task), and what comes out may go through one of Flower's *server optimisers*. Only their
-arithmetic is used: whom to ask, how long to wait and what to make of an answer stays with
-server/rounds/loop.py. Flower's own classes do it, so that what others read and mend is what runs.
+A round's contributions are first *combined*, either by the average per task or by one of Flower's
+robust statistics, applied per task. The result may then pass through one of Flower's *server
+optimisers*. Only the arithmetic of Flower's strategies is used; server/rounds/loop.py selects the
+sites, waits for them and checks their replies. Using Flower's own classes means that fixes in
+Flower apply here as well.
 """
 
 from __future__ import annotations
@@ -43,20 +44,21 @@ Average = Callable[[Sequence[Contribution], Packed], Packed]
 
 
 class AverageByTask(FedAvg):
-    """FedAvg whose average is one of ours.
+    """FedAvg with a replaceable averaging function.
 
-    A strategy that calls ``super().aggregate_train``, as FedAdam does, stands on it by naming it as
-    a second parent; one that holds another strategy, as the clipping wrappers do, is given one.
+    Strategies that call ``super().aggregate_train``, such as FedAdam, use it as a second base
+    class. Strategies that wrap another strategy, such as the clipping wrappers, are given an
+    instance.
 
     Args:
-        average: of contributions to the weights that were sent out.
-        settings: FedAvg's, which come with the strategies above.
+        average: computes the new weights from the contributions and the weights that were sent.
+        settings: settings of FedAvg, passed on by the subclasses.
     """
 
     def __init__(
         self,
         average: Average = average_by_task,
-        **settings: Any,  # noqa: ANN401 - as many kinds as FedAvg has
+        **settings: Any,  # noqa: ANN401 - FedAvg's settings have various types
     ) -> None:
         super().__init__(**settings)
         self.average = average
@@ -65,46 +67,58 @@ class AverageByTask(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Keep what is sent out; the rounds themselves ask the sites."""
+        """Keep the weights that are sent, and return no messages: Federation sends the requests."""
         self.sent = packed_of(arrays)
         return []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average what ``message_of`` made of the sites' contributions."""
+        """Average the contributions in the replies (see ``message_of``)."""
         contributions = [contribution_of(reply) for reply in replies]
         return record_of(self.average(contributions, self.sent)), MetricRecord()
 
 
 class _FedAvgM(FedAvgM, AverageByTask):
-    """Server momentum over the average by task."""
+    """Server momentum on top of the average per task."""
 
 
 class _FedAdam(FedAdam, AverageByTask):
-    """Adam over the average by task."""
+    """Adam on top of the average per task."""
 
 
 class _FedYogi(FedYogi, AverageByTask):
-    """Yogi over the average by task."""
+    """Yogi on top of the average per task."""
 
 
 class _FedAdagrad(FedAdagrad, AverageByTask):
-    """Adagrad over the average by task."""
+    """Adagrad on top of the average per task."""
 
 
 class ServerOptimiser:
-    """Takes each round's combined model for a step, and makes the server's own step of it.
+    """A server optimiser, which computes the next weights from each round's combined weights.
 
-    Averages of weights are not gradients, but what they differ from the weights that were sent
-    serves as one (Hsu et al., 2019; Reddi et al., 2021). Arrays of integers pass through.
+    The difference between the combined weights and the weights that were sent serves as the
+    gradient (Hsu et al., 2019; Reddi et al., 2021). Integer arrays are passed through unchanged.
+
+    Args:
+        strategy: the Flower strategy that implements the optimiser.
     """
 
     def __init__(self, strategy: _FedAvgM | _FedAdam | _FedYogi | _FedAdagrad) -> None:
         self.strategy = strategy
 
     def step(self, number: int, sent: Packed, combined: Packed) -> Packed:
-        """The next weights, from those that were sent out and what the sites made of them."""
+        """Compute the next weights.
+
+        Args:
+            number: the round.
+            sent: the weights that were sent to the sites.
+            combined: the combined weights of the sites' contributions.
+
+        Raises:
+            RuntimeError: if Flower's strategy returns no weights.
+        """
         floats = [k for k, array in combined.items() if np.issubdtype(array.dtype, np.floating)]
         averaged = {key: combined[key] for key in floats}
         before = record_of({key: sent[key] for key in floats})
@@ -112,7 +126,7 @@ class ServerOptimiser:
         self.strategy.configure_train(number, before, ConfigRecord(), cast(Grid, None))
         stepped, _ = self.strategy.aggregate_train(number, [])
         if stepped is None:
-            raise RuntimeError(f"round {number}: Flower's strategy gave no weights")
+            raise RuntimeError(f"round {number}: Flower's strategy returned no weights")
         after = {
             key: array.astype(sent[key].dtype, copy=False)
             for key, array in packed_of(stepped).items()
@@ -120,17 +134,19 @@ class ServerOptimiser:
         return combined | after
 
     def state(self) -> Packed:
-        """The moments, as arrays by name; none before the first step."""
+        """Return the moments as named arrays; empty before the first step."""
         if isinstance(self.strategy, _FedAvgM):
             vector = self.strategy.momentum_vector
             return {f"momentum/{i}": np.asarray(array) for i, array in enumerate(vector or [])}
         found = {"m": self.strategy.m_t or {}, "v": self.strategy.v_t or {}}
         return {
-            f"{moment}/{key}": array for moment, of in found.items() for key, array in of.items()
+            f"{moment}/{key}": array
+            for moment, arrays in found.items()
+            for key, array in arrays.items()
         }
 
     def restore(self, state: Packed) -> None:
-        """Go on with moments that ``state`` gave."""
+        """Restore moments that ``state`` returned."""
         if not state:
             return
         if isinstance(self.strategy, _FedAvgM):
@@ -143,7 +159,7 @@ class ServerOptimiser:
 
 
 def optimiser_of(config: StrategyConfig) -> ServerOptimiser | None:
-    """The server optimiser that the settings name; None for those that have none."""
+    """Create the server optimiser of a strategy, or return None if the strategy has none."""
     if config.name == "fedavgm":
         return ServerOptimiser(
             _FedAvgM(
@@ -163,11 +179,15 @@ def optimiser_of(config: StrategyConfig) -> ServerOptimiser | None:
 
 
 class RobustByTask:
-    """One of Flower's robust statistics, over the sites that trained each task group.
+    """One of Flower's robust statistics, applied per task group to the sites that trained it.
 
-    They work on updates in float64, which changes none of them and keeps Krum's distances from
-    drowning in the weights' own size. All contributions are in memory at once. Integer arrays are
-    taken as ``RunningAverage`` takes them.
+    The statistics work on updates in float64 instead of weights. This does not change their
+    results, but Krum's distances between small updates of large weights stay accurate. All
+    contributions are held in memory at once. Integer arrays are treated as in ``RunningAverage``.
+
+    Args:
+        config: settings of the strategy.
+        current: the weights that were sent to the sites.
     """
 
     def __init__(self, config: StrategyConfig, current: Packed) -> None:
@@ -193,7 +213,7 @@ class RobustByTask:
             strategy = _robust(self.config, group, len(trained))
             arrays, _ = strategy.aggregate_train(0, updates)
             if arrays is None:
-                raise RuntimeError(f"{group}: Flower's strategy gave no weights")
+                raise RuntimeError(f"{group}: Flower's strategy returned no weights")
             moved = packed_of(arrays)
             combined |= {
                 key: (self.current[key] + moved[key]).astype(self.current[key].dtype)
@@ -220,16 +240,16 @@ def _robust(config: StrategyConfig, group: Group, sites: int) -> FedAvg:
     if config.name == "trimmed-mean":
         if int(config.trim_fraction * sites) == 0:
             log.warning(
-                "%s: %d sites trained it, of which strategy.trim-fraction %g leaves out none: a "
-                "plain mean",
+                "%s: none of the %d sites that trained it is left out, because "
+                "strategy.trim-fraction is only %g; the result is a plain mean",
                 *(group, sites, config.trim_fraction),
             )
         return FedTrimmedAvg(weighted_by_key=_WEIGHTED_BY, beta=config.trim_fraction)
     bad = config.malicious_sites
     if sites < 2 * bad + 3:
         log.warning(
-            "%s: %d sites trained it; Krum promises nothing with fewer than %d for %d malicious "
-            "ones (strategy.malicious-sites)",
+            "%s: only %d sites trained it; Krum has no guarantee with fewer than %d sites when %d "
+            "may be malicious (strategy.malicious-sites)",
             *(group, sites, 2 * bad + 3, bad),
         )
     kept = 1 if config.name == "krum" else config.krum_sites or max(1, sites - bad)
@@ -239,7 +259,7 @@ def _robust(config: StrategyConfig, group: Group, sites: int) -> FedAvg:
 
 
 def combination_of(config: StrategyConfig, current: Packed) -> Combination:
-    """What takes one round's contributions in."""
+    """Create the accumulator of one round's contributions for a strategy."""
     return RobustByTask(config, current) if config.name in ROBUST else RunningAverage(current)
 
 
@@ -248,7 +268,7 @@ def _whole(array: np.ndarray[Any, Any]) -> bool:
 
 
 def message_of(contribution: Contribution) -> Message:
-    """A contribution as a reply that strategies read."""
+    """Convert a contribution to a reply that Flower's strategies can read."""
     content = RecordDict(
         {
             wire.WEIGHTS: record_of(contribution.weights),
@@ -260,13 +280,14 @@ def message_of(contribution: Contribution) -> Message:
 
 
 def contribution_of(reply: Message) -> Contribution:
-    """What ``message_of`` was given, with the weights that a strategy has put in their place.
+    """Convert a reply of ``message_of``, which a strategy may have changed, to a contribution.
 
-    They are taken out of the reply: twice the networks of all sites may be too much for a machine.
+    The weights are removed from the reply, since two copies of all sites' networks may not fit in
+    memory.
     """
     sums = reply.content.metric_records[wire.SUMS]
     record = reply.content.array_records[wire.WEIGHTS]
-    # Flower's own way to take arrays out collects garbage each time, for half a second
+    # Flower's own method to extract arrays runs the garbage collector each time, for 0.5 s.
     weights = {key: np.asarray(record.pop(key).numpy()) for key in list(record)}
     return Contribution(
         site=str(reply.content.config_records[wire.SITE][wire.NAME]),
@@ -276,8 +297,10 @@ def contribution_of(reply: Message) -> Contribution:
 
 
 def record_of(packed: Packed) -> ArrayRecord:
+    """Convert arrays by name to Flower's record."""
     return ArrayRecord({key: Array(array) for key, array in packed.items()})
 
 
 def packed_of(record: ArrayRecord) -> Packed:
+    """Convert Flower's record to arrays by name."""
     return {key: np.asarray(array.numpy()) for key, array in record.items()}

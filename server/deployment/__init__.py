@@ -1,1 +1,1 @@
-"""Operating a coordinator: certificates, registry, processes, backup."""
+"""Deployment of a coordinator: certificates, registry, processes and backups."""

@@ -1,4 +1,4 @@
-"""A federation's own certificate authority: who vouches for the server and for each site's key."""
+"""The federation's own certificate authority, which signs the certificates of server and sites."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from polyclinic.configs.schema.federation import is_ip
 from polyclinic.configs.security.credentials import now_utc
 
-AUTHORITY_DAYS = 3650
-BACKDATED = timedelta(hours=1)  # clocks of sites may be a little behind
+AUTHORITY_DAYS = 3650  # validity of the authority's certificate, in days
+BACKDATED = timedelta(hours=1)  # start of validity before now, because sites' clocks may be slow
 
 
 @dataclass(frozen=True)
 class Authority:
-    """The key that signs, and the certificate that everybody checks by."""
+    """The authority's private key and its certificate."""
 
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey  # signs certificates
+    certificate: x509.Certificate  # verifies them; in every kit
 
     @classmethod
     def make(cls, federation: str) -> Authority:
+        """Create an authority with a new key.
+
+        Args:
+            federation: name of the federation.
+        """
         key = new_key()
         name = _name(f"{federation} authority", federation)
         usage = _usage(certificates=True)
@@ -42,10 +47,12 @@ class Authority:
     def issue_server(
         self, names: Sequence[str], key: ec.EllipticCurvePublicKey, days: int
     ) -> x509.Certificate:
-        """The server's certificate.
+        """Issue a certificate for the server.
 
         Args:
-            names: names and IP addresses under which sites find it.
+            names: host names and IP addresses at which sites reach the server.
+            key: the server's public key.
+            days: validity in days.
         """
         alternatives = [_alternative(name) for name in names]
         builder = (
@@ -56,7 +63,13 @@ class Authority:
         return builder.sign(self.key, hashes.SHA384())
 
     def issue_site(self, site: str, key: ec.EllipticCurvePublicKey, days: int) -> x509.Certificate:
-        """What is said of a site's key: whose it is, and until when it is taken."""
+        """Issue a certificate for a site, which records its name, key and expiry.
+
+        Args:
+            site: name of the site.
+            key: the site's public key.
+            days: validity in days.
+        """
         builder = self._leaf(site, key, days).add_extension(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
         )
@@ -79,12 +92,12 @@ class Authority:
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
-    """A private key of the kind that Flower takes for a node (SECP384R1)."""
+    """Generate a private key on the curve SECP384R1, which Flower requires for nodes."""
     return ec.generate_private_key(ec.SECP384R1())
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A private key as TLS libraries read it."""
+    """Serialise a private key to PEM (PKCS #8), as TLS libraries read it."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -93,7 +106,7 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def private_openssh(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A private key as Flower reads a node's."""
+    """Serialise a private key in OpenSSH format, as Flower reads the key of a node."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
@@ -102,11 +115,12 @@ def private_openssh(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def pem(certificate: x509.Certificate) -> bytes:
+    """Serialise a certificate to PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def names_in(certificate: x509.Certificate) -> tuple[str, ...]:
-    """The names and addresses that a server's certificate is for."""
+    """List the host names and IP addresses in a server's certificate."""
     found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return tuple(str(each.value) for each in found)
 

@@ -1,4 +1,4 @@
-"""Backup of the coordinator's state: Flower's database and every run's folder, while it runs."""
+"""Back up and restore the coordinator's state: Flower's database and the folders of all runs."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import zlib
 from pathlib import Path
 
 from polyclinic.configs.errors import ConfigError
-from polyclinic.server.deployment.startup import DATABASE
+from polyclinic.server.deployment.preflight import DATABASE
 
-RUNS = "runs"
+RUNS = "runs"  # folder of the runs in the state folder
 
 
 def back_up(state: Path, target: Path) -> int:
-    """Write one archive of a coordinator's state.
+    """Write an archive of the state of a coordinator, which may be running.
 
-    The database is copied by SQLite's own backup, so that it is whole; of a run that goes on, the
-    last saved round is.
+    The database is copied with SQLite's backup API, so that the copy is consistent. The archive
+    contains the last saved round of a run in progress.
 
     Returns:
-        Its size in bytes.
+        Size of the archive in bytes.
 
     Raises:
-        ConfigError: if there is no state, or the archive is there already.
+        ConfigError: if the folder has no state, or the archive already exists.
     """
     if not (state / DATABASE).is_file():
         raise ConfigError(f"{state}: expected a coordinator's state ({DATABASE}), found none")
     if target.exists():
-        raise ConfigError(f"{target}: is there already, and is not written over")
+        raise ConfigError(f"{target}: already exists and is not overwritten")
     part = target.with_name(f"{target.name}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with (
@@ -51,30 +51,30 @@ def back_up(state: Path, target: Path) -> int:
 
 
 def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
-    """Add a file as it is now; one that a run has just replaced by the next is not missed."""
+    """Add a file with its current content; skip one that a run has just deleted."""
     try:
         entry = archive.gettarinfo(path, name)
         content = path.read_bytes() if entry.isreg() else b""
     except FileNotFoundError:
         return
-    entry.size = len(content)  # it may have grown
+    entry.size = len(content)  # the file may have grown in between
     archive.addfile(entry, io.BytesIO(content))
 
 
 def restore(archive: Path, state: Path) -> None:
-    """Lay a backup down where a coordinator is to start.
+    """Restore a backup into the state folder of a coordinator that is not running.
 
     Raises:
-        ConfigError: if there is a state already, or the file is no backup.
+        ConfigError: if the folder already has a state, or the file is not a backup.
     """
     if (state / DATABASE).exists() or (state / RUNS).exists():
-        raise ConfigError(f"{state}: holds a coordinator's state; move it away first")
+        raise ConfigError(f"{state}: already contains a coordinator's state; move it away first")
     try:
         with tarfile.open(archive, "r:gz") as packed:
             names = packed.getnames()
             if DATABASE not in names:
                 raise ConfigError(f"{archive}: expected a backup with {DATABASE} in it")
-            part = state / ".restoring"  # inside: a container may write nowhere else
+            part = state / ".restoring"  # in the state folder, as a container can write only there
             shutil.rmtree(part, ignore_errors=True)
             packed.extractall(part, filter="data")
         for found in part.iterdir():

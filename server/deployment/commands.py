@@ -1,84 +1,105 @@
-"""Commands of ``polyclinic server``: kits, the running coordinator, its days."""
+"""Commands of ``polyclinic server``: kits, the running coordinator, backups."""
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polyclinic.configs.diagnostics.checks import failed, report_checks
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import (
+    group,
+    new_table,
+    print_json,
+    print_message,
+    print_result,
+    print_table,
+)
 from polyclinic.configs.ports import CONTROL, SERVER_HEALTH
 from polyclinic.configs.schema.federation import read_federation
 
 if TYPE_CHECKING:
     from polyclinic.server.deployment.status import SiteStatus  # brings Flower's client, seconds
 
-coordinator = typer.Typer(help="Look after a coordinator.", no_args_is_help=True)
+coordinator = group("Set up and run a coordinator.", no_args_is_help=True)
 
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
-KitOption = Annotated[Path, typer.Option("--kit", help="The server's kit.")]
-StateOption = Annotated[Path, typer.Option("--state", help="Folder for what must last.")]
-HostOption = Annotated[str, typer.Option("--host", help="Where sites come in.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+KitOption = Annotated[Path, typer.Option("--kit", help="Folder of the server's kit.")]
+StateOption = Annotated[
+    Path, typer.Option("--state", help="Folder for data that must outlast the process.")
+]
+HostOption = Annotated[str, typer.Option("--host", help="Address that sites connect to.")]
 ControlOption = Annotated[
-    int, typer.Option("--control", help="Port on loopback, for the coordinator's own commands.")
+    int, typer.Option("--control", help="Loopback port for the coordinator's own commands.")
 ]
 HealthOption = Annotated[
     str,
-    typer.Option("--health", envvar="POLYCLINIC_HEALTH", help="Address of the health service."),
+    typer.Option(
+        "--health", envvar="POLYCLINIC_HEALTH", help="Address and port of the health service."
+    ),
 ]
 KIT, STATE = Path("/etc/polyclinic"), Path("/var/lib/polyclinic")
 
 
 @coordinator.command()
 def provision(
-    federation: Annotated[Path, typer.Argument(metavar="FEDERATION_YAML")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the kits.")] = Path("kits"),
+    federation: Annotated[
+        Path,
+        typer.Argument(metavar="FEDERATION_YAML", help="File that lists the server and the sites."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the kits to.")] = Path(
+        "kits"
+    ),
     renew: Annotated[
         list[str] | None,
-        typer.Option("--renew", metavar="NAME", help="New key and certificate: a site or server."),
+        typer.Option(
+            "--renew",
+            metavar="NAME",
+            help="Site, or `server`, that gets a new key and certificate.",
+        ),
     ] = None,
 ) -> None:
-    """Make a kit for the server and one for each site, or bring those that are there up to date.
+    """Create a kit for the server and one per site, or update existing kits.
 
-    Sites that are no longer in the file lose their access within seconds where the server runs
-    with this kit. Called again with nothing to do, it changes nothing.
+    Sites that are no longer in the file lose access within seconds if the server runs with this
+    kit. Running it again without changes does nothing.
     """
     from polyclinic.server.deployment.provision import expiries, soon
     from polyclinic.server.deployment.provision import provision as make
 
     changes = make(read_federation(federation), out, renew or ())
     for change in changes:
-        typer.echo(f"{change.what}: {change.did}")
-    typer.echo(f"{out.absolute()}: {'up to date' if changes else 'nothing had to be changed'}")
+        print_result(f"{change.what}: {change.did}")
+    print_result(f"{out.absolute()}: {'up to date' if changes else 'nothing to change'}")
     for each in expiries(out):
         if soon(each):
-            typer.echo(f"warning: {each.what} expires on {each.end}, in {each.days} days", err=True)
+            print_message(f"warning: {each.what} expires on {each.end}, in {each.days} days")
 
 
 @coordinator.command()
 def certificates(
-    kits: Annotated[Path, typer.Argument(metavar="KITS")] = Path("kits"),
+    kits: Annotated[
+        Path, typer.Argument(metavar="[KITS]", help="Folder that contains the kits.")
+    ] = Path("kits"),
     as_json: JsonOption = False,
 ) -> None:
-    """Show until when the authority, the server and every site hold.
+    """Show when the certificates of the authority, the server and every site expire.
 
-    Exit status: 1 if anything has expired or will in 30 days.
+    Exit status: 1 if one has expired or will within 30 days.
     """
     from polyclinic.server.deployment.provision import expiries, soon
 
     found = expiries(kits)
     if as_json:
-        typer.echo(json.dumps([asdict(each) for each in found], indent=2))
+        print_json({"certificates": [asdict(each) for each in found]})
     else:
         width = max(len(each.what) for each in found)
         for each in found:
             word = "EXPIRED" if each.days < 0 else "renew" if soon(each) else "OK"
-            typer.echo(
+            print_result(
                 f"{word:<7}  {each.what:<{width}}  {each.end}  {each.days} days  "
                 f"key {each.fingerprint}"
             )
@@ -88,17 +109,19 @@ def certificates(
 
 @coordinator.command()
 def sign(
-    fab: Annotated[Path, typer.Argument(metavar="RELEASE.fab")],
-    key: Annotated[Path, typer.Option("--key", help="Ed25519 private key (ssh-keygen).")],
+    fab: Annotated[Path, typer.Argument(metavar="RELEASE.fab", help="A packed app (flwr build).")],
+    key: Annotated[
+        Path, typer.Option("--key", help="Ed25519 private key, as ssh-keygen writes it.")
+    ],
 ) -> None:
-    """Sign a release for sites that have a release-signer; writes RELEASE.fab.sig."""
+    """Sign a release for sites with a release-signer; writes RELEASE.fab.sig."""
     from polyclinic.configs.security.release import read_release
     from polyclinic.configs.security.release import sign as sign_release
 
     _, release = read_release(fab)
     target = Path(f"{fab}.sig")
     target.write_text(sign_release(release, key) + "\n", encoding="utf-8")
-    typer.echo(f"{target}: of release {release.digest}")
+    print_result(f"{target}: signature of release {release.digest}")
 
 
 @coordinator.command()
@@ -111,13 +134,13 @@ def start(
 ) -> None:
     """Run the coordinator until it is stopped.
 
-    Looks at everything first, as preflight does. The sites of the kit are registered; when the kit
-    changes, so are they. Runs are started on this machine: flwr run APP polyclinic, with FLWR_HOME
-    in the state.
+    Runs the checks of `preflight` first. Registers the kit's sites, and follows later changes of
+    the kit. Start runs on this machine with `flwr run APP polyclinic` and FLWR_HOME set to the
+    folder `flwr` in the state folder.
     """
     from polyclinic.server.deployment.startup import start_server
 
-    start_server(kit, state, host, control, health, typer.echo)
+    start_server(kit, state, host, control, health, print_result)
 
 
 @coordinator.command()
@@ -128,28 +151,28 @@ def preflight(
     control: ControlOption = CONTROL,
     health: HealthOption = SERVER_HEALTH,
     running: Annotated[
-        bool, typer.Option("--running", help="The coordinator runs: leave its ports alone.")
+        bool, typer.Option("--running", help="The coordinator is running: do not check its ports.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at everything that keeps a coordinator from working, and say what to do.
+    """Check everything a coordinator needs to run, and say how to fix what fails.
 
-    Exit status: 1 if anything fails.
+    Exit status: 1 if a check fails.
     """
-    from polyclinic.server.deployment.startup import preflight as look
+    from polyclinic.server.deployment.preflight import preflight as look
 
     looks = look(kit.resolve(), state.resolve(), host, control, health, running)
-    if failed(report_checks(looks, typer.echo, as_json)):
+    if failed(report_checks(looks, print_result, as_json)):
         raise typer.Exit(1)
 
 
 @coordinator.command()
 def health(kit: KitOption = KIT, health: HealthOption = SERVER_HEALTH) -> None:
-    """Whether the coordinator runs and sites can come in. Exit status: 1 if not."""
+    """Check that the coordinator is running and sites can connect. Exit status: 1 if not."""
     from polyclinic.server.deployment.startup import server_health
 
     trouble = server_health(kit, health)
-    typer.echo(trouble or "well")
+    print_result(trouble or "healthy")
     if trouble:
         raise typer.Exit(1)
 
@@ -161,38 +184,25 @@ def status(
     control: ControlOption = CONTROL,
     as_json: JsonOption = False,
 ) -> None:
-    """Show every site: connected or not, since when, its versions, its budget spent and left.
+    """Show every site's connection, kit expiry, version, device and privacy budget.
 
-    Versions and budgets are as sites told them in the runs in STATE/runs.
+    Versions and budgets are those that sites reported in the runs in STATE/runs.
     """
     from polyclinic.server.deployment.status import server_status
 
     found = server_status(kit.resolve(), control, state / "runs")
     if as_json:
-        typer.echo(json.dumps([asdict(each) for each in found], indent=2))
+        print_json({"sites": [asdict(each) for each in found]})
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in (
-        "site",
-        "status",
-        "since (UTC)",
-        "kit until",
-        "versions",
-        "device",
-        "epsilon spent",
-    ):
-        table.add_column(column)
+    table = new_table(
+        ("site", "status", "since (UTC)", "kit until", "version", "device", "epsilon spent")
+    )
     for each in found:
-        told: list[Any] = [
-            each.versions and ", ".join(f"{k} {v}" for k, v in each.versions.items())
-        ]
-        told += [each.device, _spent(each)]
-        cells = [each.name, each.status, each.since[:19], each.kit_until, *told]
-        table.add_row(*("-" if cell in (None, "") else str(cell) for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(table)
+        version = (each.versions or {}).get("polyclinic")
+        cells = [each.name, each.status, each.since[:16], each.kit_until, version]
+        cells += [each.device, _spent(each)]
+        table.add_row(*(cell or "-" for cell in cells))
+    print_table(table)
 
 
 def _spent(site: SiteStatus) -> str | None:
@@ -204,25 +214,29 @@ def _spent(site: SiteStatus) -> str | None:
 
 @coordinator.command()
 def backup(
-    target: Annotated[Path, typer.Argument(metavar="FILE.tar.gz")], state: StateOption = STATE
+    target: Annotated[Path, typer.Argument(metavar="FILE.tar.gz", help="Archive to write.")],
+    state: StateOption = STATE,
 ) -> None:
-    """Write the SuperLink's database and every run into one archive; it may go on running.
+    """Write the SuperLink's database and every run to one archive, also while it is running.
 
-    The kit, with its private key, is not in it.
+    The kit with its private key is not included.
     """
     from polyclinic.server.deployment.backup import back_up
 
-    typer.echo(f"{target}: {back_up(state, target) / 1e6:.1f} MB")
+    print_result(f"{target}: {back_up(state, target) / 1e6:.1f} MB")
 
 
 @coordinator.command()
 def restore(
-    archive: Annotated[Path, typer.Argument(metavar="FILE.tar.gz")], state: StateOption = STATE
+    archive: Annotated[
+        Path, typer.Argument(metavar="FILE.tar.gz", help="Archive that `server backup` wrote.")
+    ],
+    state: StateOption = STATE,
 ) -> None:
-    """Lay a backup down in an empty state folder."""
+    """Restore a backup into an empty state folder."""
     from polyclinic.server.deployment.backup import restore as lay_down
 
     if not archive.is_file():
         raise ConfigError(f"{archive}: no such file")
     lay_down(archive, state)
-    typer.echo(f"{state}: restored from {archive}")
+    print_result(f"{state}: restored from {archive}")

@@ -1,12 +1,13 @@
-"""Kits: what the server and each site need, made from ``federation.yaml``.
+"""Make kits for the server and each site from ``federation.yaml``.
 
-    authority/      the key that signs everything; stays with the coordinator
-    server/         the server's kit; sites/ in it says who may connect
-    sites/NAME/     one site's kit
-    removed/        kits of sites that were taken out
+    authority/      the key that signs all certificates; stays with the coordinator
+    server/         the server's kit; its folder sites/ has the certificates of registered sites
+    sites/NAME/     one kit per site
+    removed/        kits of removed sites
 
-Called again, it makes what is missing and leaves the rest as it is, so that adding, removing or
-renewing one site touches no other. ``server/sites`` is what a running server goes by.
+Provisioning again makes only what is missing and keeps the rest, so that adding, removing or
+renewing one site does not affect the others. A running server registers the sites in
+``server/sites``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cryptography.x509 import Certificate
 
 from polyclinic.configs import VERSION
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.files import write_atomically
 from polyclinic.configs.schema.federation import FEDERATION, FederationConfig, Member
 from polyclinic.configs.security.credentials import (
     WARN,
@@ -47,42 +49,44 @@ from polyclinic.server.deployment.authority import (
 )
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "docker"
-LOOPBACK = ("localhost", "127.0.0.1")  # the coordinator's own connection
-NOBODY = 10001  # the images' own user, where kits are made by root: no container runs as root
-SERVER = "server"  # in --renew, and where its kit lies
+LOOPBACK = ("localhost", "127.0.0.1")  # names for the coordinator's own connection
+NOBODY = 10001  # user of the containers in kits that root makes; no container runs as root
+SERVER = "server"  # the server's name in --renew and the folder of its kit
 
 
 @dataclass(frozen=True)
 class KitChange:
-    """Something that was done to the kits."""
+    """A change of the kits."""
 
-    what: str  # the authority, the server, or a site's name
-    did: str
+    what: str  # authority, server, or the name of a site
+    did: str  # what was changed, and what to do next
 
 
 @dataclass(frozen=True)
 class Expiry:
-    """Until when something in the kits holds."""
+    """Expiry of one certificate in the kits."""
 
-    what: str
-    end: str
-    days: int
-    fingerprint: str
+    what: str  # authority, server, or the name of a site
+    end: str  # UTC, ISO 8601
+    days: int  # days left; negative if it has expired
+    fingerprint: str  # of the public key, to compare
 
 
 def provision(
     federation: FederationConfig, out: Path, renew: Collection[str] = ()
 ) -> list[KitChange]:
-    """Make kits, or bring those that are there up to date.
+    """Make kits, or update existing ones.
 
     Args:
-        renew: sites to give a new key and certificate, or "server".
+        federation: the server and the sites.
+        out: folder of the kits.
+        renew: names of sites, or "server", that get a new key and certificate.
 
     Returns:
-        What was changed; nothing if nothing had to be.
+        The changes; empty if the kits were up to date.
 
     Raises:
-        ConfigError: if a name to renew is none, or the kits there are not of this federation.
+        ConfigError: if a name in ``renew`` is unknown, or the kits are of another federation.
     """
     unknown = set(renew) - {SERVER, *(site.name for site in federation.sites)}
     if unknown:
@@ -105,7 +109,7 @@ def provision(
 
 
 def expiries(kits: Path) -> list[Expiry]:
-    """Until when the authority, the server and every site hold, the soonest first.
+    """List when the certificates in the kits expire, the soonest first.
 
     Raises:
         ConfigError: if there are no kits.
@@ -123,25 +127,26 @@ def expiries(kits: Path) -> list[Expiry]:
 
 
 def soon(expiry: Expiry) -> bool:
-    """Whether it is time to renew."""
+    """Return whether it is time to renew the certificate."""
     return expiry.days < WARN.days
 
 
 def _authority(federation: FederationConfig, folder: Path, changes: list[KitChange]) -> Authority:
+    """Read the federation's authority, or create it on the first call."""
     key_file, certificate_file = folder / "ca.key", folder / "ca.crt"
     if certificate_file.exists():
         certificate = read_certificate(certificate_file)
         expected = f"{federation.name} authority"
         if name_of(certificate) != expected:
             raise ConfigError(
-                f"{folder}: expected the kits of federation {federation.name}, these are of "
-                f"{name_of(certificate).removesuffix(' authority')}; give another --out"
+                f"{folder}: expected the kits of federation {federation.name}, got those of "
+                f"{name_of(certificate).removesuffix(' authority')}; use another --out"
             )
         return Authority(read_private_key(key_file), certificate)
     authority = Authority.make(federation.name)
     _write(key_file, private_pem(authority.key), private=True)
     _write(certificate_file, pem(authority.certificate))
-    changes.append(KitChange("authority", f"made; keep {key_file} safe, and in a backup"))
+    changes.append(KitChange("authority", f"created; keep {key_file} secret, and back it up"))
     return authority
 
 
@@ -152,21 +157,22 @@ def _server_kit(
     renew: bool,
     changes: list[KitChange],
 ) -> None:
+    """Write the server's kit, with a new certificate if one is needed."""
     names = tuple(dict.fromkeys((*federation.server.names, *LOOPBACK)))
     key_file, certificate_file = folder / "server.key", folder / "server.crt"
     (folder / "sites").mkdir(parents=True, exist_ok=True)
     why = "renewed" if renew else ""
     if not certificate_file.exists():
-        why = "made"
+        why = "created"
     elif set(names_in(read_certificate(certificate_file))) != set(names):
-        why = f"made anew for {', '.join(names)}"
+        why = f"renewed for {', '.join(names)}"
     if why:
         key = new_key()
         certificate = authority.issue_server(names, key.public_key(), federation.days)
         _write(key_file, private_pem(key), private=True)
         _give(key_file)
         _write(certificate_file, pem(certificate))
-        changes.append(KitChange(SERVER, f"{why}; copy its kit and restart it"))
+        changes.append(KitChange(SERVER, f"{why}; copy the kit to the server and restart it"))
     _write(folder / "ca.crt", pem(authority.certificate))
     content = federation.model_dump(mode="json", by_alias=True)
     _write(folder / FEDERATION, yaml.safe_dump(content, sort_keys=False).encode())
@@ -188,6 +194,7 @@ def _site_kit(
     renew: bool,
     changes: list[KitChange],
 ) -> None:
+    """Write a site's kit, with a new certificate if one is needed."""
     folder = out / "sites" / member.name
     certificate_file, key_file = folder / "site.crt", folder / "site.key"
     registered = out / SERVER / "sites" / f"{member.name}.crt"
@@ -204,7 +211,7 @@ def _site_kit(
             _give(key_file)
         before = authority.issue_site(member.name, public, federation.days)
         _write(certificate_file, pem(before))
-        changes.append(KitChange(member.name, f"{why}; send it its kit"))
+        changes.append(KitChange(member.name, f"{why}; send the kit to the site"))
     assert before is not None
     _write(registered, pem(before))
     _write(folder / "ca.crt", pem(authority.certificate))
@@ -226,39 +233,43 @@ def _site_kit(
 
 
 def _why_new(member: Member, before: Certificate | None, renew: bool, authority: Authority) -> str:
-    """Why a site needs a new certificate; empty if it does not."""
+    """Return why a site needs a new certificate; empty if it does not."""
     if before is None:
         return "added"
     if renew:
         return "renewed"
     if not vouched_for(before, authority.certificate):
-        return "made anew, as the authority is another one"
+        return "renewed, because the authority has changed"
     if member.public_key and public_line(key_of(before)) != member.public_key:
-        return "made anew for its own key"
+        return "renewed for the site's own key"
     return ""
 
 
 def _own_key(member: Member) -> ec.EllipticCurvePublicKey:
+    """Parse the public key of a site that made its own private key."""
     try:
         key = load_ssh_public_key(member.public_key.encode())
     except ValueError as error:
         raise ConfigError(f"site {member.name}: public-key: {error}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ConfigError(f"site {member.name}: public-key: expected an elliptic-curve key")
+        raise ConfigError(
+            f"site {member.name}: public-key: expected an elliptic-curve key, got "
+            f"{type(key).__name__}"
+        )
     return key
 
 
 def _remove(folder: Path, out: Path, changes: list[KitChange]) -> None:
-    """Set a kit aside; a running server turns the site away within seconds."""
+    """Move the kit of a removed site away. A running server refuses the site within seconds."""
     stamp = now_utc().strftime("%Y%m%d-%H%M%S")
     aside = out / "removed" / f"{folder.name}-{stamp}"
     aside.parent.mkdir(exist_ok=True)
     folder.replace(aside)
-    changes.append(KitChange(folder.name, f"removed; its kit lies in {aside}"))
+    changes.append(KitChange(folder.name, f"removed; its kit is now in {aside}"))
 
 
 def _names(federation: FederationConfig) -> dict[str, str]:
-    """What templates may name."""
+    """Return the values for the placeholders in templates."""
     return {
         "federation": federation.name,
         "version": VERSION,
@@ -270,14 +281,17 @@ def _names(federation: FederationConfig) -> dict[str, str]:
 
 
 class _Template(string.Template):
-    delimiter = "@"  # compose files are full of dollars
+    delimiter = "@"  # compose files use the dollar sign
 
 
 def _fill(template: str, target: Path, names: dict[str, str], keep: bool) -> None:
-    """Write a text of a kit.
+    """Fill in a template and write it into a kit.
 
     Args:
-        keep: leave one that is there, as its owner fills it in.
+        template: name of the template.
+        target: file to write.
+        names: values of the placeholders.
+        keep: do not replace an existing file, because its owner edits it.
     """
     if keep and target.exists():
         return
@@ -286,19 +300,20 @@ def _fill(template: str, target: Path, names: dict[str, str], keep: bool) -> Non
 
 
 def _give(key_file: Path) -> None:
-    """Let the container's user own a kit's key, where root makes the kit."""
+    """Make the container's user the owner of a kit's key, if root makes the kit."""
     if os.getuid() == 0:
         os.chown(key_file, NOBODY, NOBODY)
 
 
 def _write(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file at once, unless it is there and the same; a private one for its owner alone."""
+    """Write a file atomically if its content has changed.
+
+    Args:
+        path: the file.
+        content: its content.
+        private: let only the owner read and write it.
+    """
     if path.exists() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-    part = path.with_name(f".{path.name}.part")
-    mode = 0o600 if private else 0o644
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-        file.write(content)
-    part.chmod(mode)
-    part.replace(path)
+    write_atomically(path, content, mode=0o600 if private else 0o644)

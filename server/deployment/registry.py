@@ -1,8 +1,9 @@
-"""Which sites may connect: the certificates in the coordinator's kit, read anew when they change.
+"""The sites that may connect, according to the certificates in the coordinator's kit.
 
-Provisioning writes the files; who is not named in the kit's federation.yaml, or has no certificate
-there, is turned away at the front door at once, also in the middle of a run. A certificate that was
-left behind when a kit was copied over an older one is of nobody.
+Provisioning writes the certificates, and a running coordinator reads them again when they change. A
+site that is not in the kit's federation.yaml, or has no certificate in the kit, is refused at once,
+also during a run. Certificates of sites that are not in federation.yaml are ignored, such as those
+left over when a kit was copied over an older one.
 """
 
 from __future__ import annotations
@@ -30,30 +31,33 @@ from polyclinic.configs.security.credentials import (
 
 log = logging.getLogger("flwr.polyclinic")
 
-AUTHORITY = "ca.crt"
-SITES = "sites"  # certificates, one a site, by its name
-LOOK_S = 2.0  # between two looks at the folder
+AUTHORITY = "ca.crt"  # certificate of the authority
+SITES = "sites"  # folder with one certificate per site, NAME.crt
+LOOK_S = 2.0  # seconds between two checks of the folder for changes
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A site whose key the coordinator takes."""
+    """A site with a registered key."""
 
-    name: str
+    name: str  # name of the site
     public_key: str  # one line, as OpenSSH writes it
-    fingerprint: str
-    validity: Validity
+    fingerprint: str  # of the public key, to compare
+    validity: Validity  # period in which the key is accepted
 
     def problem(self) -> str:
-        """Why its key is not taken now; empty if it is."""
+        """Return why the key is not accepted now; empty if it is."""
         return self.validity.problem(now_utc())
 
 
 class Registry:
-    """The sites of a server's kit, by public key.
+    """Sites in the kit of a server, by public key.
+
+    Args:
+        kit: folder of the server's kit.
 
     Raises:
-        ConfigError: if the kit's certificate of the authority cannot be read.
+        ConfigError: if the certificate of the authority in the kit cannot be read.
     """
 
     def __init__(self, kit: Path) -> None:
@@ -65,7 +69,7 @@ class Registry:
         self._sites: dict[str, Registered] = {}
 
     def sites(self) -> Mapping[str, Registered]:
-        """Every registered site, expired ones too, by its public key."""
+        """Return all registered sites by public key, including those with expired keys."""
         with self._lock:
             if time.monotonic() - self._looked > LOOK_S:
                 self._looked = time.monotonic()
@@ -81,28 +85,32 @@ class Registry:
         try:
             named = {site.name for site in read_federation(self.kit / FEDERATION).sites}
         except ConfigError as error:
-            log.error("%s; no site is let in", error)
+            log.error("%s; all sites are refused", error)
             return found
         for path in files:
             try:
                 certificate = read_certificate(path)
                 key = key_of(certificate)
-            except ConfigError as error:  # half written, or damaged: that site alone stays out
+            except ConfigError as error:  # incomplete or damaged; only this site is refused
                 log.error("%s", error)
                 continue
             if not vouched_for(certificate, self.authority):
-                log.error("%s: is not signed by this federation's authority; left out", path)
+                log.error("%s: ignored, it is not signed by this federation's authority", path)
                 continue
             name, line = name_of(certificate), public_line(key)
             if name not in named or path.stem != name:
-                log.error("%s: site %s is not in federation.yaml so; left out", path, name)
+                log.error(
+                    "%s: ignored, expected NAME.crt of a site in federation.yaml, got site %s",
+                    path,
+                    name,
+                )
                 continue
             found[line] = Registered(name, line, fingerprint(key), validity_of(certificate))
         return found
 
 
 def _changed(path: Path) -> int:
-    """When a file was last written; 0 if it has just been taken away."""
+    """Return when a file was last written, in nanoseconds; 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:

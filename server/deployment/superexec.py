@@ -1,8 +1,8 @@
-"""Flower's process that starts server apps (``flower-superexec``), started again whenever it ends.
+"""Keep ``flower-superexec`` running, Flower's process that starts server apps.
 
-A SuperLink starts it once and does not look after it: it ends with the first error that the
-SuperLink answers it with, as when a reply of a gigabyte locks the database, and from then on the
-SuperLink takes runs and starts none.
+The SuperLink starts this process once and does not restart it. The process ends at the first error
+that it receives from the SuperLink (for example, while a reply of a gigabyte locks the database).
+After that the SuperLink accepts runs but starts none of them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from typing import NoReturn
 
 log = logging.getLogger("flwr.polyclinic")
 
-REST_S = 1.0  # after its end; doubled while it goes on ending
-MOST_REST_S = 60.0
+REST_S = 1.0  # seconds before a restart; doubled as long as the process keeps ending
+MOST_REST_S = 60.0  # maximum of these seconds
 
 
 def supervise_superexec(control: int, authority: Path) -> None:
-    """Start it now, and again for as long as this process is there, which it does not outlive."""
+    """Start ``flower-superexec``, and restart it whenever it ends while this process lives.
+
+    Args:
+        control: control port of the SuperLink.
+        authority: file with the authority's certificate.
+    """
     command = [
         "flower-superexec",
         *("--runtime-api-address", f"127.0.0.1:{control}"),
@@ -33,29 +38,29 @@ def supervise_superexec(control: int, authority: Path) -> None:
 
 
 def keep_running(command: list[str]) -> NoReturn:
-    """Run a program for ever.
+    """Run a program, and restart it whenever it ends.
 
-    One that has ended stays in the table of processes: Flower's server apps end when the process
-    that started them is gone from there, and the run that they serve need not.
+    Ended processes stay in the process table as zombies. Flower's server apps end when the process
+    that started them leaves the table, although their run could continue.
     """
-    ended: list[subprocess.Popen[bytes]] = []  # one that nobody holds would leave the table
+    ended: list[subprocess.Popen[bytes]] = []  # without a reference, Popen would reap the zombies
     rest = REST_S
     while True:
         began = time.monotonic()
         try:
             process = subprocess.Popen(command, start_new_session=True)
-        except OSError as error:  # as where memory for a process is wanting
+        except OSError as error:  # for example, if there is not enough memory
             how = f"cannot be started: {error}"
         else:
             how = f"ended ({_end_of(process)})"
             ended.append(process)
         rest = min(2 * rest, MOST_REST_S) if time.monotonic() - began < MOST_REST_S else REST_S
-        log.error("%s %s; no run begins until it is there again, in %g s", command[0], how, rest)
+        log.error("%s %s; no run can start until it is restarted, in %g s", command[0], how, rest)
         time.sleep(rest)
 
 
 def _end_of(process: subprocess.Popen[bytes]) -> str:
-    """Wait for a process to end, and leave it in the table; how it ended."""
+    """Wait for a process to end, leave it in the process table, and return how it ended."""
     result = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert result is not None  # it is without WNOHANG
+    assert result is not None  # None is possible only with WNOHANG
     return f"{'status' if result.si_code == os.CLD_EXITED else 'signal'} {result.si_status}"

@@ -1,1 +1,1 @@
-"""Exporting the finished model."""
+"""Export of trained models."""

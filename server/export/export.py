@@ -1,4 +1,4 @@
-"""A run's model as a file for other programs, checked against the network before it is there."""
+"""Export a run's model to a file, and verify that the file gives the network's outputs."""
 
 from __future__ import annotations
 
@@ -15,84 +15,93 @@ from torch import Tensor
 
 from polyclinic.configs import VERSION
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.files import write_atomically
 from polyclinic.configs.passport import ModelFileError, ModelMetadata
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.saved import Format, check_onnx, open_model, open_network
 from polyclinic.server.export.formats import OUTPUTS, WRITERS
-from polyclinic.server.runs.folder import RunFolder, write_atomically
+from polyclinic.server.runs.folder import RunFolder
 
 
 class ParityError(RuntimeError):
-    """An exported file does not say what the network says. The message says how far it is off."""
+    """The outputs of an exported file differ from the network's. The message gives the error."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far one output of an exported file is from the network's, over all inputs tried."""
+    """Difference between an exported file and the network in one output, over all trial inputs."""
 
-    output: str
-    absolute: float  # largest difference of two logits
-    largest: float  # logit of the network
+    output: str  # name of the output
+    absolute: float  # largest absolute difference of two logits
+    largest: float  # largest absolute logit of the network
 
     @property
     def relative(self) -> float:
-        """To the largest logit, or to 1 where all are smaller."""
+        """Largest difference, relative to the largest logit, or to 1 if all are smaller."""
         return self.absolute / max(self.largest, 1.0)
 
     def __str__(self) -> str:
         return (
-            f"{self.output}: {self.absolute:.1e} at most, {self.relative:.1e} of the largest "
-            f"logit ({self.largest:.3g})"
+            f"{self.output}: at most {self.absolute:.1e}, {self.relative:.1e} of the largest logit "
+            f"({self.largest:.3g})"
         )
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written."""
+    """An exported file."""
 
     path: Path
     format: Format
-    passport: ModelMetadata
-    sha256: str
-    parity: tuple[Parity, ...]
-    inputs: tuple[tuple[int, ...], ...]  # (B, C, H, W) of each that was tried
-    parameters: int
-    bytes: int
+    passport: ModelMetadata  # metadata in the file
+    sha256: str  # digest of the file
+    parity: tuple[Parity, ...]  # difference from the network, per output
+    inputs: tuple[tuple[int, ...], ...]  # shapes (B, C, H, W) of the trial inputs
+    parameters: int  # number of the network's parameters
+    bytes: int  # size of the file
 
 
 def chosen_checkpoint(folder: RunFolder, number: int | None) -> Path:
-    """The file of a round's weights, or of the best round's.
+    """Find the checkpoint of a round, or of the best round.
+
+    Args:
+        folder: folder of the run.
+        number: number of the round; None: the best round.
 
     Raises:
-        ConfigError: if the run has no best round yet, or did not keep that one.
-        ModelFileError: if a round's file is not the one that was saved.
+        ConfigError: if the run has no best round yet, or has not kept the round's checkpoint.
+        ModelFileError: if the round's file has changed since it was saved.
     """
     kept = ", ".join(map(str, folder.checkpoints())) or "none"
     if number is None:
         if not folder.best.is_file():
-            raise ConfigError(f"{folder.path}: has no best round; give --round (kept: {kept})")
+            raise ConfigError(f"{folder.path}: has no best round; use --round (kept: {kept})")
         return folder.best
     if number not in folder.checkpoints():
         raise ConfigError(
-            f"--round: expected a round that was kept ({kept}; rounds.keep-checkpoints), "
+            f"--round: expected a round with a kept checkpoint ({kept}; rounds.keep-checkpoints), "
             f"got {number}"
         )
     path = folder.checkpoint(number)
     saved = json.loads(folder.state(number).read_text(encoding="utf-8"))["sha256"]
     if _sha256(path) != saved:
-        raise ModelFileError(f"{path}: expected the file of sha256 {saved[:12]}; it has changed")
+        raise ModelFileError(f"{path}: expected sha256 {saved[:12]}, but the file has changed")
     return path
 
 
 def export_model(checkpoint: Path, run: str, kind: Format, out: Path, tolerance: float) -> Exported:
-    """Write a checkpoint's model in a format; the file is there only once it was found right.
+    """Write a checkpoint's model in another format, after verifying its outputs.
 
     Args:
-        run: name of the run, for the file's passport.
-        tolerance: largest difference of two logits, relative to the largest (or to 1).
+        checkpoint: file of the weights.
+        run: name of the run, for the file's metadata.
+        kind: format of the file.
+        out: file to write. It is written only if the verification succeeds.
+        tolerance: maximum difference of two logits, relative to the largest logit (or to 1).
 
     Raises:
-        ModelFileError: if the checkpoint is not one of this version, or a package is missing.
+        ModelFileError: if the checkpoint is incompatible with this version, or a package is
+            missing.
         ParityError: if the file's logits differ by more than the tolerance.
     """
     if kind == "onnx":
@@ -106,11 +115,11 @@ def export_model(checkpoint: Path, run: str, kind: Format, out: Path, tolerance:
         trial.write_bytes(content)
         inputs = trial_images(passport)
         parity = compare(network, open_model(trial).logits, inputs)
-        if not all(found.relative <= tolerance for found in parity):  # not: nan is no parity either
+        if not all(found.relative <= tolerance for found in parity):  # also true for nan
             raise ParityError(
-                f"the {kind} file does not say what the network says, and was not kept: "
-                f"{'; '.join(map(str, parity))}; expected {tolerance:g} of the largest logit or "
-                "less (--tolerance)"
+                f"the outputs of the {kind} file differ from the network's, and it was not kept: "
+                f"expected at most {tolerance:g} of the largest logit (--tolerance), got "
+                f"{'; '.join(map(str, parity))}"
             )
     write_atomically(out, content)
     return Exported(
@@ -126,8 +135,11 @@ def export_model(checkpoint: Path, run: str, kind: Format, out: Path, tolerance:
 
 
 def trial_images(passport: ModelMetadata) -> list[Tensor]:
-    """Noise to try a file with: the trained size, and other batches and sizes, not square, and no
-    multiple of anything; and one half black, as images are that were padded."""
+    """Return noise images to verify an exported file with.
+
+    They have the size used in training, and other batch and image sizes that are not square and not
+    multiples of a stride. One image is half black, as padded images are.
+    """
     data = passport.data
     h, w = data.image_height, data.image_width
     shapes = [(1, h, w), (3, h, w), (2, h // 2 + 5, w + 11), (1, h + 3, w // 2 + 2)]
@@ -144,14 +156,20 @@ def compare(
     logits: Callable[[Tensor], tuple[Tensor, Tensor]],
     inputs: list[Tensor],
 ) -> tuple[Parity, ...]:
-    """Measure how far an opened file's logits are from the network's."""
+    """Measure the difference between an exported file's logits and the network's.
+
+    Args:
+        network: the network.
+        logits: computes the file's mask and class logits.
+        inputs: images, (B, C, H, W) each.
+    """
     apart, largest = [0.0, 0.0], [0.0, 0.0]
     for images in inputs:
         prediction = network(images)
         expected = (prediction.mask_logits, prediction.class_logits)
         for k, (ours, theirs) in enumerate(zip(expected, logits(images), strict=True)):
             difference = float((ours - theirs).abs().max())
-            # max() would pass over a nan
+            # max() would ignore a nan
             apart[k] = difference if not difference <= apart[k] else apart[k]
             largest[k] = max(largest[k], float(ours.abs().max()))
     return tuple(map(Parity, OUTPUTS, apart, largest))

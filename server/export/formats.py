@@ -1,4 +1,4 @@
-"""A network as the bytes of a file, in each format that is exported."""
+"""Serialise a network to the bytes of a file, in each export format."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.portable import portable_form
 from polyclinic.mtl_model.saved import Format, torchscript_deprecated
 
-if TYPE_CHECKING:  # onnx is an extra, and imported only when it is used
+if TYPE_CHECKING:  # onnx is an optional dependency, imported only when it is used
     import onnx
 
 OUTPUTS = ("mask_logits", "class_logits")
-OPSET = 20  # the first with Gelu as one operator
-ONNX_LIMIT = 2**31  # bytes: a larger file would need its weights beside it
+OPSET = 20  # the first version with Gelu as one operator
+ONNX_LIMIT = 2**31  # bytes; a larger model would need a separate file of weights
 
 
 def _safetensors(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
@@ -30,8 +30,11 @@ def _safetensors(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
 
 
 def _example(passport: ModelMetadata) -> Tensor:
-    """What exporters follow. No size of it may be 1, or be the trained one: they would take either
-    for a constant."""
+    """Return an input for tracing, (2, C, H, W).
+
+    No dimension is 1 or the size used in training, because exporters would treat such dimensions as
+    constants.
+    """
     data = passport.data
     return torch.zeros(2, data.channels, data.image_height + 16, data.image_width + 8)
 
@@ -40,27 +43,27 @@ def _torchscript(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
     portable = portable_form(network)
     buffer = io.BytesIO()
     with torchscript_deprecated():
-        # group norm asks whether it has more than one value a group, which does not depend on
-        # the size that is traced
+        # Group norm checks that it has more than one value per group, which does not depend on the
+        # traced size.
         warnings.filterwarnings(
             "ignore",
             "Converting a tensor to a Python boolean",
             Warning,
             r"torch\.nn\.functional",
         )
-        # our own comparison, on other sizes too, stands for the tracer's
+        # The tracer's own check is off, because export.py compares the outputs at several sizes.
         traced = torch.jit.trace(portable, _example(passport), check_trace=False)
         torch.jit.save(traced, buffer, _extra_files=passport.to_metadata())
     return _without_source_lines(buffer.getvalue())
 
 
 def _without_source_lines(archive: bytes) -> bytes:
-    """Drop what names this machine's source files, which no program needs."""
+    """Remove the debug information, which names source files on this machine."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():
             if not name.endswith(".debug_pkl"):
-                # dated 1980, so that the same model gives the same bytes
+                # ZipInfo's default date makes the bytes of a model reproducible
                 new.writestr(zipfile.ZipInfo(name), old.read(name))
     return out.getvalue()
 
@@ -81,7 +84,7 @@ def _onnx(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
         external_data=False,
         verbose=False,
     )
-    assert program is not None  # as it is asked for
+    assert program is not None  # None is possible only with dynamo=False
     model = program.model_proto
     _name_axes(model.graph.input[0], {0: "batch", 2: "height", 3: "width"})
     _name_axes(model.graph.output[0], {0: "batch", 2: "height", 3: "width"})
@@ -101,7 +104,7 @@ def _name_axes(value: onnx.ValueInfoProto, names: Mapping[int, str]) -> None:
 
 
 def _drop_source_lines(graph: onnx.GraphProto) -> None:
-    """Drop what names this machine's source files, and shapes under names that are no more."""
+    """Remove names of source files on this machine, and shapes of values that no longer exist."""
     del graph.value_info[:]
     for part in (*graph.node, *graph.input, *graph.output):
         del part.metadata_props[:]

@@ -1,7 +1,7 @@
-"""A model card: what an exported model is, filled in from its run; the rest is left to its owner.
+"""Write the model card of an exported model from its run.
 
-Sections after Mitchell et al., "Model Cards for Model Reporting", 2019. Nothing stands here that
-the run folder and the exported file do not say.
+The sections follow Mitchell et al., "Model Cards for Model Reporting", 2019. All information is
+from the run folder and the exported file. The model's owner fills in the rest.
 """
 
 from __future__ import annotations
@@ -31,15 +31,20 @@ OWNER = "**To be filled in by the model's owner:**"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What is known of the exported round's values."""
+    """Evaluation results of the exported round."""
 
-    split: str
-    metrics: dict[str, Metrics]  # by site, then POOLED
-    failed: dict[str, str]  # sites without values, and why
+    split: str  # the test split, or else the validation split
+    metrics: dict[str, Metrics]  # metrics of each site, then of all together (POOLED)
+    failed: dict[str, str]  # reasons of the sites without results
 
 
 def model_card(folder: RunFolder, exported: Exported) -> str:
-    """Write the card of an exported model, as Markdown."""
+    """Return the model card of an exported model as Markdown.
+
+    Args:
+        folder: folder of the run.
+        exported: the exported file.
+    """
     config = read_run_config(folder.config)
     environment = _json(folder.environment.read_text(encoding="utf-8"))
     sites = dict(environment.get("sites", {}))
@@ -55,20 +60,21 @@ def model_card(folder: RunFolder, exported: Exported) -> str:
         "## Model details",
         _details(folder, config, exported, environment),
         "### Architecture",
-        "A multi-task UNet after arXiv 2412.00351: an encoder of convolutions beside windowed "
-        "attention, shared by a decoder that outlines and a head that classifies.",
+        "A multi-task UNet based on arXiv 2412.00351. The encoder combines convolutions with "
+        "windowed attention. A segmentation decoder and a classification head share it.",
         _settings(config, "model"),
         "## Intended use",
         f"{OWNER} intended use, intended users, and uses out of scope.",
         "## Factors",
-        f"Values are given for each site ({', '.join(sites)}) and for all together; with several "
-        "classes also by class. Other groups (age, sex, scanner) are not known to the run.",
-        f"{OWNER} groups and conditions that matter for the intended use.",
+        f"Results are reported for each site ({', '.join(sites)}) and for all sites together, and "
+        "per class if there are several. The run has no information on other groups (age, sex, "
+        "scanner).",
+        f"{OWNER} groups and conditions that are relevant for the intended use.",
         "## Metrics",
         _metrics_text(config),
         "## Evaluation data",
-        "Images that each site held out, divided by group (patient) where groups were given; none "
-        "of them trained the model or chose the round.",
+        "Images that each site held out, split by group (patient) if groups were given. None of "
+        "them was used to train the model or to select the round.",
         counts_table(sites, (wire.TEST_SPLIT,), classes),
         "## Training data",
         _origin(config),
@@ -81,11 +87,11 @@ def model_card(folder: RunFolder, exported: Exported) -> str:
         *_analyses(config, evaluated, number),
         "## Ethical considerations",
         _privacy(config, folder, number),
-        "## How to use it",
+        "## How to use the model",
         _usage(config, exported),
         "## Caveats and recommendations",
         "### Limitations",
-        f"{OWNER} known limitations, and populations or devices that the data do not cover.",
+        f"{OWNER} known limitations, and populations or devices that the data does not cover.",
         "## Approved by",
         f"{OWNER} name, role, date.",
     ]
@@ -100,15 +106,16 @@ def _details(
     folder: RunFolder, config: RunConfig, exported: Exported, environment: Mapping[str, Any]
 ) -> str:
     passport = exported.passport
-    outcome = _json(folder.outcome.read_text("utf-8")) if folder.outcome.is_file() else {}
+    outcome = folder.read_outcome()
+    best = outcome.get("best_round", outcome.get("best-round"))  # earlier versions wrote best-round
     how = f"round {passport.round} of {config.rounds.count}"
-    if outcome.get("best-round") == passport.round:
-        how += f", the best by {config.evaluate.select_by} on the validation images"
+    if best == passport.round:
+        how += f", the best round by {config.evaluate.select_by} on the validation images"
     versions = ", ".join(f"{k} {v}" for k, v in environment.get("versions", {}).items())
     rows = {
         "run": f"{folder.name}, started {environment.get('started', 'at an unknown time')}, "
-        f"{outcome.get('status', 'not ended')}",
-        "chosen": how,
+        f"{outcome.get('status', 'not finished')}",
+        "selected round": how,
         "file": f"{exported.path.name} ({exported.format}, {exported.bytes:,} bytes)",
         "sha256 of the file": f"`{exported.sha256}`",
         "sha256 of the run's checkpoint": f"`{passport.weights_sha256}`",
@@ -124,11 +131,11 @@ def _details(
 
 
 def _settings(config: RunConfig, section: str) -> str:
-    """One section of the run's settings."""
+    """Return a table of one section of the run's settings."""
     rows = [
         (f"`{key}`", str(value) if value != "" else "-")
         for key, value in config.to_flat().items()
-        # a path of the coordinator's machine, or a name
+        # paths on the coordinator's machine are left out
         if key.startswith(f"{section}.") and not (key == "model.pretrained" and "/" in str(value))
     ]
     return _table(("setting", "value"), rows)
@@ -141,21 +148,22 @@ def _sections_of_training(config: RunConfig) -> tuple[str, ...]:
 
 def _metrics_text(config: RunConfig) -> str:
     kind = (
-        "Accuracy counts images whose classes are all right."
+        "Accuracy: share of images with all classes correct."
         if config.data.label_kind == "multi-label"
-        else "Balanced accuracy is the mean sensitivity of the classes."
+        else "Balanced accuracy: mean sensitivity of the classes."
     )
     distance = (
         " HD95: 95th percentile of the distances between the outlines, in pixels of the resized "
-        "image, mean over the images where both were drawn: one where the model drew nothing does "
-        "not count."
+        "image. It is the mean over images in which both the annotation and the prediction have "
+        "an outline; images with an empty prediction do not count."
     )
     return (
         "Dice and IoU: means over the images that show a mask class (with several classes, the "
-        "mean of the classes' means); pooled Dice: one over all their pixels. False pos.: of the "
-        "images without the class, the share in which it was drawn. Sensitivity, specificity and "
-        f"AUC: {config.data.positive} against the rest. {kind} n counts images; a dash is a value "
-        f"that is not defined for lack of images. AUC comes from histograms of {BINS} bins."
+        "mean of the classes' means). Pooled Dice: computed over all pixels of these images "
+        "together. False pos.: share of the images without the class in which the model predicted "
+        f"it. Sensitivity, specificity and AUC: {config.data.positive} against all other classes. "
+        f"{kind} n: number of images. A dash means that there were not enough images to define the "
+        f"value. AUC is computed from histograms of {BINS} bins."
         f"{distance if config.evaluate.hd95 else ''}"
     )
 
@@ -163,13 +171,13 @@ def _metrics_text(config: RunConfig) -> str:
 def counts_table(
     sites: Mapping[str, Mapping[str, Any]], splits: Sequence[str], classes: Sequence[str]
 ) -> str:
-    """Images of each site by split, with what is annotated."""
+    """Return a Markdown table of each site's images per split, annotation and class."""
     rows = [
         (
             site,
             split,
             *(str(about[key][split]) for key in ("examples", "with_mask", "with_label")),
-            *map(str, about["classes"].get(split, ["not told"] * len(classes))),
+            *map(str, about["classes"].get(split, ["not reported"] * len(classes))),
         )
         for site, about in sites.items()
         for split in splits
@@ -179,13 +187,13 @@ def counts_table(
 
 def _origin(config: RunConfig) -> str:
     text = (
-        f"Images as each site has them, brought to {config.data.image_height} rows by "
+        f"Images of the sites, resized to {config.data.image_height} rows by "
         f"{config.data.image_width} columns, {config.data.channels} channel(s)."
     )
     if not config.data.root:
         text += (
-            " `data.root` was empty: sites that were simulated drew phantoms, synthetic images "
-            "that show no patient; deployed sites used their own."
+            " `data.root` was empty: simulated sites used phantoms (synthetic images of no "
+            "patient), deployed sites used their own images."
         )
     return text
 
@@ -193,28 +201,28 @@ def _origin(config: RunConfig) -> str:
 def _left_out(sites: Mapping[str, Mapping[str, Any]]) -> str:
     counts = ", ".join(f"{site} {len(about['skipped'])}" for site, about in sites.items())
     prints = [(site, f"`{about['fingerprint']}`") for site, about in sites.items()]
-    return f"Rows that could not be used and were left out: {counts}.\n\n" + _table(
+    return f"Rows that were left out because they could not be used: {counts}.\n\n" + _table(
         ("site", "sha256 of its images, masks and labels as read"), prints
     )
 
 
 def _procedure(config: RunConfig, number: int) -> str:
     return (
-        f"Federated: the model is that of round {number} of {config.rounds.count}. In each round "
-        f"the sites (at least: {config.rounds.min_sites}, `rounds.min-sites`) trained it on their "
-        "own images, and the server averaged their weights task by task "
-        f"({config.strategy.name}){_how_central(config)}. Seed {config.run.seed}."
+        f"Federated training: the model is from round {number} of {config.rounds.count}. In each "
+        f"round the sites (at least: {config.rounds.min_sites}, `rounds.min-sites`) trained it on "
+        "their own images, and the server averaged their weights per task "
+        f"({config.strategy.name}){_how_central(config)}. Seed: {config.run.seed}."
     )
 
 
 def _how_central(config: RunConfig) -> str:
     if config.central.mode == "off":
         return ""
-    return ", each site counting alike, its update clipped, and noise on the average"
+    return ", with equal weights of the sites, clipped updates, and noise on the average"
 
 
 def _evaluated(folder: RunFolder, number: int) -> Evaluated | None:
-    """The test results if they are of this round's model, else what validation said of it."""
+    """Read the test results if they are of this round, otherwise its validation results."""
     if folder.results.is_file():
         results = _json(folder.results.read_text(encoding="utf-8"))
         if results["round"] == number:
@@ -233,21 +241,21 @@ def _evaluated(folder: RunFolder, number: int) -> Evaluated | None:
 
 def _analyses(config: RunConfig, evaluated: Evaluated | None, number: int) -> Iterable[str]:
     if evaluated is None:
-        yield f"The run has no values of round {number}."
+        yield f"The run has no evaluation results of round {number}."
         return
     if evaluated.split == wire.TEST_SPLIT:
         yield "On the held-out test images:"
     else:
         yield (
-            f"On the **validation** images, by which the best round was chosen. Round {number} was "
-            "not tested on the held-out test images."
+            "On the **validation** images, which also selected the best round. Round "
+            f"{number} was not tested on the held-out test images."
         )
     yield markdown(metrics_table("", evaluated.metrics, config.data.positive))
     for table in class_tables(evaluated.metrics, config.data):
         yield f"{table.title}:"
         yield markdown(table)
     for site in evaluated.failed:
-        yield f"No values of {site}, which gave none."
+        yield f"Site {site} returned no results."
 
 
 def _privacy(config: RunConfig, folder: RunFolder, number: int) -> str:
@@ -256,15 +264,15 @@ def _privacy(config: RunConfig, folder: RunFolder, number: int) -> str:
         parts.append(_central_privacy(folder))
     elif config.privacy.mode == "off":
         parts.append(
-            "No differential privacy was used: weights can reveal something of the images that "
-            "they were trained on, and this file is such weights."
+            "No differential privacy was used. The weights in this file can reveal information "
+            "about the images that they were trained on."
         )
     return "\n\n".join(parts)
 
 
 def _central_privacy(folder: RunFolder) -> str:
-    # all rounds, also where this model is an earlier one's: the best was chosen among them, and
-    # every site was sent each
+    # All rounds count, even if this model is from an earlier one: the best round was selected among
+    # all of them, and every site received each average.
     releases = read_releases(folder.central)
     rows = [
         (
@@ -278,13 +286,13 @@ def _central_privacy(folder: RunFolder) -> str:
     ]
     return "\n\n".join(
         (
-            "The consortium's **central differential privacy** has another unit, a whole site: the "
-            "server clipped each site's update and put noise on the average, and whether a site's "
-            "updates were among those averaged or not changes the probability of any averaged "
-            "models of the run by a factor of e^(central epsilon) at most, but for a probability "
-            "of delta. That holds against whoever sees averaged models, not against the server; it "
-            "is no statement of how much a single patient is protected, and does not cover the "
-            "values above, which are exact. All rounds of this run together, and no other run:",
+            "**Central differential privacy** protects each site as one unit. The server clipped "
+            "each site's update and added noise to the average. Including or excluding the updates "
+            "of one site changes the probability of any averaged models of the run by a factor of "
+            "at most e^(central epsilon), except with probability delta. This guarantee holds "
+            "against anyone who sees averaged models, but not against the server. It does not "
+            "state how well a single patient is protected, and it does not cover the results "
+            "above, which are exact. The table covers all rounds of this run, and no other run:",
             _table(
                 ("averages", "sites", "noise multiplier", "central epsilon (site)", "delta"), rows
             ),
@@ -299,32 +307,31 @@ def _privacy_of_sites(config: RunConfig, folder: RunFolder, number: int) -> str:
         line.site: (line.train.epsilon, line.train.delta)
         for line in read_history(folder.history)
         if line.train and line.train.epsilon is not None and line.round <= number
-    }  # the last of each site, up to this model's round
+    }  # the last report of each site up to this model's round
     unit = {"example": "one image", "patient": "all images of one patient"}[config.privacy.unit]
     rows = [(site, f"{epsilon:.2f}", f"{delta:g}") for site, (epsilon, delta) in spent.items()]
     return "\n\n".join(
         (
             "Images, masks and labels stayed at the sites, and each site trained with differential "
-            f"privacy (DP-SGD): whether {unit} was among a site's training images or not changes "
-            "the probability of any weights that left it by a factor of e^epsilon at most, but for "
-            "a probability of delta. Validation and test images are not covered: sums over them "
-            "left without noise. As each site's ledger counts, all rounds and earlier runs on the "
-            "same patients included:",
+            f"privacy (DP-SGD). Including or excluding {unit} in a site's training data changes "
+            "the probability of any weights that the site sent by a factor of at most e^epsilon, "
+            "except with probability delta. Validation and test images are not covered: the sites "
+            "sent sums over them without noise. The values below are from each site's ledger and "
+            "include all rounds and earlier runs on the same patients:",
             _table(("site", f"epsilon ({config.privacy.unit})", "delta"), rows),
         )
     )
 
 
 _WITHOUT_PRIVACY = (
-    "Images, masks and labels stayed at the sites. What left each site: its weights after each "
-    "local round, counts of images by split and class, losses, and sums over its validation "
-    "and test images, all **without noise**. The server saw each site's weights before it averaged "
-    "them."
+    "Images, masks and labels stayed at the sites. Each site sent its weights after each round, "
+    "counts of images per split and class, losses, and sums over its validation and test images, "
+    "all **without noise**. The server saw each site's weights before it averaged them."
 )
 
 
 def _usage(config: RunConfig, exported: Exported) -> str:
-    about, said = preprocessing(config.data), outputs(config.data)
+    about, results = preprocessing(config.data), outputs(config.data)
     steps = "\n".join(f"{i}. {step}" for i, step in enumerate(about["steps"], start=1))
     rows = [
         (
@@ -334,24 +341,25 @@ def _usage(config: RunConfig, exported: Exported) -> str:
             out["activation"],
             out["decide"],
         )
-        for name, out in said.items()
+        for name, out in results.items()
     ]
     command = f"polyclinic predict {exported.path.name} IMAGES --out predictions --overlay"
     return "\n\n".join(
         (
             f"```\n{command}\n```",
-            "In a program of one's own:",
+            "In your own program:",
             f"```python\n{snippet(config.data, exported.format, exported.path.name)}```",
             f"Preprocessing:\n\n{steps}",
             _table(("output", "shape", "channels", "activation", "decision"), rows),
-            "The file's metadata say the same. An ONNX file is a graph and a TorchScript file a "
-            "program, and both are run: only open those you trust, and compare the sha256 above.",
+            "The file's metadata contain the same information. ONNX and TorchScript files are "
+            "executed when they are used: only open files that you trust, and compare the sha256 "
+            "above.",
         )
     )
 
 
 def markdown(table: Table) -> str:
-    """A table that was made for a terminal, as Markdown."""
+    """Convert a table for the terminal to Markdown."""
     columns = [list(column.cells) for column in table.columns]
     rows = [tuple(map(str, row)) for row in zip(*columns, strict=True)]
     return _table([str(column.header) for column in table.columns], rows)

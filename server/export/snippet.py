@@ -1,4 +1,4 @@
-"""Python that uses an exported file without us, written out for one model's settings."""
+"""Generate Python code that uses an exported file without Polyclinic, for one model's settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ with torch.inference_mode():
     "safetensors": (
         "import torch\n",
         """\
-from pathlib import Path  # a safetensors file holds numbers alone: the network is Polyclinic's
+from pathlib import Path  # a safetensors file has only weights: Polyclinic provides the network
 
 from polyclinic.mtl_model.saved import open_model
 
@@ -33,13 +33,15 @@ mask_logits, class_logits = (y.numpy() for y in model.logits(torch.from_numpy(x)
 """,
     ),
 }
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
 
 
 def snippet(data: DataConfig, kind: Format, file: str) -> str:
-    """Python from ``image.png`` to ``masks`` and ``probabilities``.
+    """Generate code that predicts ``masks`` and ``probabilities`` of ``image.png``.
 
     Args:
+        data: settings of the model's images and classes.
+        kind: format of the exported file.
         file: name of the exported file.
     """
     imports, run = _RUN[kind]
@@ -58,7 +60,7 @@ def _to_array(data: DataConfig) -> str:
     resized = "band.resize(size, Image.Resampling.BILINEAR)"
     lines = [
         'image = Image.open("image.png")',
-        'if image.mode.startswith("I;16"):  # the upper 8 bits',
+        'if image.mode.startswith("I;16"):  # keep the upper 8 bits',
         "    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))",
         f'image = image.convert("{mode}")',
         f"size = ({w}, {h})",

@@ -1,1 +1,1 @@
-"""Asking sites and reading their replies, round by round."""
+"""Rounds of a run: send requests to the sites, check their replies, combine the results."""

@@ -1,29 +1,27 @@
-"""The sites of a run over Flower's Grid: who is there, asking them, and what became of it.
+"""Manage the sites of a run over Flower's Grid: connect them, send requests, and collect outcomes.
 
-Flower's own ``Strategy.start`` waits for missing sites without a bound, ends the run when two
-replies carry different metrics, and keeps no values by site; so asking is ours, and Flower carries
-the messages. Nothing here waits without a bound, not even for the SuperLink.
+Flower's own ``Strategy.start`` waits for missing sites without a time limit, ends the run when two
+replies carry different metrics, and keeps no values per site. Polyclinic therefore sends the
+requests itself and uses Flower as the message transport. Every wait in this module has a time
+limit, including waits for the SuperLink.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-import httpx
 from flwr.app import Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 
 from polyclinic.configs import wire
 from polyclinic.configs.run import RunConfig
 from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.rounds import RoundsConfig
+from polyclinic.server.rounds.errors import RunFailed, RunRefused
+from polyclinic.server.rounds.grid import GridClient
 from polyclinic.server.rounds.messages import (
     Declined,
     Late,
@@ -32,6 +30,12 @@ from polyclinic.server.rounds.messages import (
     Unreachable,
     read_description,
 )
+from polyclinic.server.rounds.replies import (
+    DeadlineExecutor,
+    ReplyCollector,
+    Unreadable,
+    question_of,
+)
 from polyclinic.server.rounds.roster import SiteRoster, named
 from polyclinic.server.runs.events import Notify
 from polyclinic.server.runs.history import POOLED
@@ -39,79 +43,54 @@ from polyclinic.server.runs.reports import SiteReport
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2  # between two looks for replies
-PULL_S = 5.0  # for a reply that is there to be taken in, before others are looked at
-STUCK_S = 60.0  # and after which it is taken for one that never becomes whole
-MOST_PULLS = 3  # at a time, but for stuck ones: each may hold a whole network
-SETTLE_S = 1.0  # without a new site for so long, all are taken to be there
-SUPERLINK_S = 300.0  # longest wait for one answer of the SuperLink, which may be restarting
-AGAIN_S = 2.0  # before the SuperLink is asked again what it could not answer
+POLL_S = 0.2  # seconds between two polls for replies
+SETTLE_S = 1.0  # seconds without a new site after which all sites are considered connected
+SUPERLINK_S = 300.0  # longest wait in seconds for the SuperLink, which may be restarting
 
 Answer = TypeVar("Answer")
-Result = TypeVar("Result")
-
-
-class GridClient(Protocol):
-    """What is asked of Flower's Grid."""
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The nodes that are connected, with the names that their keys are registered under."""
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str | None]:
-        """Send messages; their ids, None for one whose node is not there."""
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that have come to some messages."""
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on. The message names the sites and their reasons."""
-
-
-class RunRefused(RunFailed):
-    """The run could not begin: settings and sites' data do not fit. Nothing was trained."""
 
 
 @dataclass
 class Phase(Generic[Answer]):
-    """One question to several sites and what came of it, by site."""
+    """One request to several sites and its outcome at each site, keyed by site name."""
 
     name: str
-    asked: tuple[str, ...]
-    answered: dict[str, Answer] = field(default_factory=dict)
-    declined: dict[str, str] = field(default_factory=dict)  # why it would not, by its own rules
-    failed: dict[str, str] = field(default_factory=dict)  # why it could not
-    late: dict[str, str] = field(default_factory=dict)  # how long it was waited for
-    refused: dict[str, str] = field(default_factory=dict)  # what is wrong with its reply
-    left_out: dict[str, str] = field(default_factory=dict)  # why it was not asked
+    asked: tuple[str, ...]  # sites that were sent the request
+    answered: dict[str, Answer] = field(default_factory=dict)  # valid answers
+    declined: dict[str, str] = field(default_factory=dict)  # the site's own rule that forbids it
+    failed: dict[str, str] = field(default_factory=dict)  # the error at the site
+    late: dict[str, str] = field(default_factory=dict)  # the deadline that the site missed
+    refused: dict[str, str] = field(default_factory=dict)  # why the reply is invalid
+    left_out: dict[str, str] = field(default_factory=dict)  # why the request was not sent
 
     @property
     def lost(self) -> dict[str, str]:
-        """Sites that were asked in vain, and why."""
+        """Return the reasons of the sites that were asked and gave no valid answer."""
         return self.failed | self.late | self.refused
 
     def refuse(self, site: str, reason: str) -> None:
-        """Take an answer back that others show to be no good."""
+        """Move an answer to the refused ones, after a comparison with the other sites' answers."""
         self.answered.pop(site, None)
         self.refused[site] = reason
 
     def outcomes(self) -> Iterator[tuple[str, Mapping[str, str]]]:
-        """Every outcome but an answer, with its sites and reasons."""
+        """Iterate over all outcomes except answers, each with its reasons per site."""
         for outcome in ("declined", "failed", "late", "refused", "left_out"):
             yield outcome, getattr(self, outcome)
 
 
 class Federation:
-    """The sites that take part in a run, and the means to ask them.
+    """The sites that take part in a run, and the requests to them.
 
-    Sites are known by name, whatever Flower's number of their node: a SuperNode that was restarted
-    may come back under another number, and is asked again from the next phase on.
+    Sites are identified by name, not by Flower's node id: a SuperNode that was restarted may
+    reconnect under another id, and takes part again from the next phase.
 
     Args:
-        grid: Flower's door to the sites.
-        rounds: how long to wait, and how many sites must be there.
-        data: what their descriptions are read by.
-        greeting: makes the question that a site describes itself for.
+        grid: Flower's connection to the sites.
+        rounds: time limits and the number of sites that are needed.
+        data: settings that the sites' descriptions are checked against.
+        greeting: creates the request that asks a site to describe itself.
+        notify: receives the events of the run.
     """
 
     def __init__(
@@ -129,20 +108,20 @@ class Federation:
         self.notify = notify
         self.roster = SiteRoster(rounds.suspend_after, rounds.suspend_rounds)
         self.reports: dict[str, SiteReport] = {}
-        self.closed = False  # to sites that were not there when the run began
-        self.nodes: dict[str, int] = {}
+        self.closed = False  # True: sites that were absent at the start of the run cannot join
+        self.nodes: dict[str, int] = {}  # site name: node id
         self._bounded = DeadlineExecutor(max(SUPERLINK_S, rounds.deadline_s), "the SuperLink")
         self._pulls = ReplyCollector(grid)
-        self._registered: dict[int, str] = {}  # node: name of its key; empty in simulation
-        self._greeted: dict[str, int] = {}  # message id: node
-        self._strangers: dict[int, int] = {}  # node: the round in which it is greeted again
+        self._registered: dict[int, str] = {}  # node id: registered name; empty in simulation
+        self._greeted: dict[str, int] = {}  # message id: node id
+        self._rejected: dict[int, int] = {}  # node id: the round in which it is greeted again
 
     def wait_for_sites(self, config: RunConfig) -> None:
-        """Wait for sites, ask who they are, and check that the run makes sense with their data.
+        """Wait for sites, request their descriptions, and check that the settings fit their data.
 
         Raises:
-            RunRefused: if too few sites are there in time or can take part (rounds.min-sites), or
-                a class occurs at none.
+            RunRefused: if too few sites connect in time or can take part (rounds.min-sites), or if
+                no site has training images of some class.
         """
         nodes = self._wait_for_nodes()
         needed = sites_needed(self.rounds.min_sites, len(nodes))
@@ -153,27 +132,27 @@ class Federation:
         while time.monotonic() - began < self.rounds.deadline_s:
             failed |= self._introduce(0, self._pull([*self._greeted]))
             if not self._greeted:
-                # after a restart Flower takes nodes for connected that are not yet there again
+                # After a restart Flower lists nodes as connected that have not reconnected yet.
                 if len(self.reports) >= needed or time.monotonic() - began > (
                     self.rounds.wait_for_sites_s
                 ):
                     break
                 self._greet(0)
                 if not self._greeted:
-                    break  # all have spoken
+                    break  # all nodes have answered
             time.sleep(POLL_S)
         late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
         failed |= {f"node {node}": late for node in self._greeted.values()}
-        for node in self.nodes.values():  # asked again, and here after all
+        for node in self.nodes.values():  # nodes that answered a later request
             failed.pop(f"node {node}", None)
         if len(self.reports) < needed:
             raise RunRefused(
                 f"{len(self.reports)} of {len(nodes)} sites can take part, {needed} are needed "
                 f"(rounds.min-sites): {'; '.join(dict.fromkeys(failed.values()))}"
             )
-        told = {name: r.classes.get(wire.TRAIN_SPLIT) for name, r in self.reports.items()}
-        if None not in told.values():  # with privacy no site tells
-            counts = {name: n for name, n in told.items() if n is not None}
+        found = {name: r.classes.get(wire.TRAIN_SPLIT) for name, r in self.reports.items()}
+        if None not in found.values():  # sites that train privately do not report their counts
+            counts = {name: n for name, n in found.items() if n is not None}
             check_classes(config.data.classes, counts)
         self.notify(
             {
@@ -183,7 +162,7 @@ class Federation:
             }
         )
 
-    def ask(
+    def ask(  # noqa: PLR0913 settings of one call, each used by name
         self,
         number: int,
         phase: str,
@@ -194,22 +173,28 @@ class Federation:
         needed: int,
         suspended: Mapping[str, str] | None = None,
     ) -> Phase[Answer]:
-        """Ask sites the same, read every reply as it comes, and wait for the deadline at most.
+        """Send one request to several sites and read the replies as they arrive.
+
+        The phase ends when every site has replied, or at the deadline (rounds.deadline-s).
 
         Args:
-            sites: whom to ask, by name; those that are not connected are left out.
-            read: makes an answer of a reply; what it raises of ``ReplyError`` is that site's
-                outcome and hurts no other.
-            needed: how many must be there; it is waited for them to connect, but not for more.
-            resting: sites that this phase leaves out, and why.
+            number: the round.
+            phase: name of the phase in events, log lines and the history.
+            kind: Flower's message type.
+            content: the request, the same for every site.
+            sites: names of the sites to ask; those that are not connected are left out.
+            read: converts a reply to an answer; a ``ReplyError`` that it raises is the outcome of
+                that site and does not affect the others.
+            needed: number of sites to wait for before the request is sent.
+            suspended: sites that this phase leaves out, with the reasons.
 
         Raises:
             RunFailed: if the SuperLink does not answer.
         """
-        there = self._wait_for(number, sites, needed)
-        asked = [site for site in sites if site in there]
+        connected = self._wait_for(number, sites, needed)
+        asked = [site for site in sites if site in connected]
         found: Phase[Answer] = Phase(phase, tuple(asked), left_out=dict(suspended or {}))
-        found.left_out |= {s: "not connected" for s in sites if s not in there}
+        found.left_out |= {s: "not connected" for s in sites if s not in connected}
         self.notify({"event": "phase", "round": number, "phase": phase, "sites": len(asked)})
         waiting: dict[str, str] = {}  # message id: site
         ends = time.monotonic() + self.rounds.deadline_s
@@ -225,9 +210,9 @@ class Federation:
         seen: set[str] = set()
         over = False
         while waiting and not over:
-            over = time.monotonic() >= ends  # what has arrived by then is taken in
+            over = time.monotonic() >= ends  # replies that arrived before the deadline count
             for reply in self._pull([*waiting, *self._greeted]):
-                identity = answered(reply)
+                identity = question_of(reply)
                 if identity in self._greeted:
                     self._introduce(number, [reply])
                 elif identity in waiting:
@@ -236,11 +221,11 @@ class Federation:
                     if isinstance(reply, Unreadable):
                         found.refused[site] = reply.reason
                     else:
-                        self._take(found, reply, site, read)
+                        self._record(found, reply, site, read)
                     self.notify({"event": "answer", "round": number, "phase": phase, "site": site})
                 else:
-                    again = "a second reply" if identity in seen else "a reply to no question"
-                    log.warning("round %d, %s: %s was dropped", number, phase, again)
+                    kind_of_reply = "a second" if identity in seen else "an unexpected"
+                    log.warning("round %d, %s: dropped %s reply", number, phase, kind_of_reply)
             if waiting and not over:
                 time.sleep(POLL_S)
         late = f"no answer in {self.rounds.deadline_s:g} s (rounds.deadline-s)"
@@ -249,13 +234,13 @@ class Federation:
         return found
 
     def finish_phase(self, number: int, phase: Phase[Answer], needed: int) -> None:
-        """Note what came of a phase in the book and the log, and see whether the run can go on.
+        """Record the outcomes of a phase in the roster and the log, and check the quorum.
 
-        A site that declines is there and well: the round goes on without it, whatever
-        rounds.min-sites says, as long as one site answers.
+        A site that declines counts towards rounds.min-sites, since it is connected and working.
+        The round continues without it as long as at least one site answers.
 
         Raises:
-            RunFailed: if fewer sites than needed are there, or none but declining ones.
+            RunFailed: if fewer sites than needed answered or declined, or if no site answered.
         """
         for outcome, reasons in phase.outcomes():
             for site, reason in sorted(reasons.items()):
@@ -267,8 +252,8 @@ class Federation:
         for site in sorted(phase.lost):
             if self.roster.failed(number, site):
                 again = self.roster.standings[site].rests_until
-                log.warning("%s is set aside and asked again in round %d", site, again)
-                self.notify({"event": "set aside", "round": number, "site": site, "until": again})
+                log.warning("%s is suspended until round %d", site, again)
+                self.notify({"event": "suspended", "round": number, "site": site, "until": again})
         self.notify(
             {
                 "event": "settled",
@@ -278,8 +263,8 @@ class Federation:
                 **{outcome: dict(reasons) for outcome, reasons in phase.outcomes()},
             }
         )
-        there = len(phase.answered) + len(phase.declined)
-        if there < needed or not phase.answered:
+        working = len(phase.answered) + len(phase.declined)
+        if working < needed or not phase.answered:
             missing = phase.lost | phase.declined | phase.left_out
             declined = f" and {len(phase.declined)} declined" if phase.declined else ""
             raise RunFailed(
@@ -288,7 +273,7 @@ class Federation:
                 f"(rounds.min-sites): {named(missing)}"
             )
 
-    def _take(
+    def _record(
         self,
         phase: Phase[Answer],
         reply: Message,
@@ -307,8 +292,8 @@ class Federation:
             phase.refused[site] = str(error)
 
     def _wait_for_nodes(self) -> list[int]:
-        """The connected nodes, once there are enough and no more come."""
-        least = int(self.rounds.min_sites) if self.rounds.min_sites.isdigit() else 1
+        """Return the connected nodes once there are enough and no more connect."""
+        minimum = int(self.rounds.min_sites) if self.rounds.min_sites.isdigit() else 1
         started = last_change = time.monotonic()
         nodes: list[int] = []
         while True:
@@ -316,35 +301,35 @@ class Federation:
             now = time.monotonic()
             if nodes != before:
                 last_change = now
-            if len(nodes) >= least and now - last_change >= SETTLE_S:
+            if len(nodes) >= minimum and now - last_change >= SETTLE_S:
                 return nodes
             if now - started > self.rounds.wait_for_sites_s:
-                if len(nodes) >= least:
+                if len(nodes) >= minimum:
                     return nodes
                 raise RunRefused(
-                    f"{len(nodes)} sites are connected, {least} are needed (rounds.min-sites), "
+                    f"{len(nodes)} sites are connected, {minimum} are needed (rounds.min-sites), "
                     f"after {self.rounds.wait_for_sites_s:g} s (rounds.wait-for-sites-s)"
                 )
             time.sleep(POLL_S)
 
     def _wait_for(self, number: int, sites: Sequence[str], needed: int) -> set[str]:
-        """Those of some sites that are connected, once enough are, or the wait is over."""
+        """Return the connected ones of the given sites, once there are enough or time is up."""
         ends = time.monotonic() + self.rounds.wait_for_sites_s
         while True:
             self._greet(number)
             if self._greeted:
                 self._introduce(number, self._pull([*self._greeted]))
             nodes = set(self._connected())
-            there = {site for site in sites if self.nodes.get(site) in nodes}
-            if len(there) >= min(needed, len(sites)) or time.monotonic() > ends:
-                return there
+            connected = {site for site in sites if self.nodes.get(site) in nodes}
+            if len(connected) >= min(needed, len(sites)) or time.monotonic() > ends:
+                return connected
             time.sleep(POLL_S)
 
     def _greet(self, number: int) -> None:
-        """Ask unknown nodes to describe themselves; their answers come when they come."""
+        """Ask unknown nodes to describe themselves, without waiting for their answers."""
         known = {*self.nodes.values(), *self._greeted.values()}
         for node in self._connected():
-            if node in known or self._strangers.get(node, 0) > number:
+            if node in known or self._rejected.get(node, 0) > number:
                 continue
             ttl = self.rounds.deadline_s
             message = Message(self.greeting(), node, wire.DESCRIBE, ttl=ttl, group_id=str(number))
@@ -353,50 +338,51 @@ class Federation:
                 self._greeted[identity] = node
 
     def _introduce(self, number: int, replies: Iterable[Message | Unreadable]) -> dict[str, str]:
-        """Take descriptions in; by node, why one does not take part."""
+        """Read descriptions and admit their sites; return the reasons of the rejected nodes."""
         failed: dict[str, str] = {}
         for reply in replies:
-            node = self._greeted.pop(answered(reply), None)
+            node = self._greeted.pop(question_of(reply), None)
             if node is None:
                 continue
             try:
                 if isinstance(reply, Unreadable):
                     raise ReplyError(reply.reason)
                 self._admit(number, node, read_description(reply, self.data))
-            except (Late, Unreachable) as error:  # it has not spoken, and is asked again
+            except (Late, Unreachable) as error:  # no answer: the node is asked again
                 failed[f"node {node}"] = str(error)
             except ReplyError as error:
-                self._strangers[node] = number + 1 + self.rounds.suspend_rounds
+                self._rejected[node] = number + 1 + self.rounds.suspend_rounds
                 failed[f"node {node}"] = str(error)
                 log.warning("node %d does not take part: %s", node, error)
         return failed
 
     def _admit(self, number: int, node: int, report: SiteReport) -> None:
-        """Let a node stand for the site that it says it is.
+        """Assign a node to the site that it names in its description.
 
         Raises:
-            ReplyError: if its key is another site's, if that site is connected already, or if it
-                is not to join.
+            ReplyError: if the node's key is registered for another site, if that site is already
+                connected, or if no more sites can join the run.
         """
         name = report.name
         if name == POOLED:
-            raise ReplyError(f"its name is {POOLED!r}, which stands for all sites together")
+            raise ReplyError(f"a site cannot be named {POOLED!r}, which stands for all sites")
         registered = self._registered.get(node)
         if registered and registered != name:
             raise ReplyError(
-                f"its key is registered as site {registered!r}, its site.yaml says {name!r}; the "
-                "two must be the same"
+                f"its key is registered for site {registered!r}, but its site.yaml names "
+                f"{name!r}; use the same name in both"
             )
         before = self.nodes.get(name)
         if before is not None and before in self._connected():
             raise ReplyError(
-                f"site {name!r} is connected already, as node {before}; one of the two must stop, "
-                "or be given a name of its own"
+                f"site {name!r} is already connected as node {before}; stop one of the two, or "
+                "give it another name"
             )
-        if name not in self.reports and self.closed:  # a resumed run's book may have others
+        # The roster of a resumed run may name sites that have not reported in this process.
+        if name not in self.reports and self.closed:
             raise ReplyError(
-                f"site {name!r} was not there when the run began, and central differential privacy "
-                "is accounted for those that were"
+                f"site {name!r} was not connected when the run started; with central differential "
+                "privacy no site can join later, since the accounting fixes the number of sites"
             )
         known = name in self.reports
         self.nodes[name], self.reports[name] = node, report
@@ -411,164 +397,25 @@ class Federation:
         return sorted(self._registered)
 
     def _push(self, message: Message) -> str | None:
-        """Send one message, which may carry the whole network; None if its node is not there."""
+        """Send one message and return its id, or None if the node is not connected.
+
+        Messages are sent one at a time, since each may carry the whole network.
+        """
         ids = list(self._bounded(lambda: self.grid.push_messages([message])))
         return ids[0] if ids else None
 
     def _pull(self, ids: Iterable[str]) -> Iterator[Message | Unreadable]:
-        """What has come, one reply at a time: several with a network each may be too many."""
+        """Yield the replies that have arrived, one at a time to limit the memory in use."""
         return self._pulls.take(ids)
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A reply that Flower could make no message of."""
-
-    question: str  # the message that it answers
-    reason: str
-
-
-def answered(reply: Message | Unreadable) -> str:
-    """Which message a reply answers."""
-    if isinstance(reply, Unreadable):
-        return reply.question
-    return str(reply.metadata.reply_to_message_id)
-
-
-class ReplyCollector:
-    """Takes replies in, so that one which never becomes whole holds up no other.
-
-    Of a site that vanishes while it sends, Flower has a reply without all its parts, and
-    ``pull_messages`` waits for them, for hours if need be. Such a pull goes on by itself, in a
-    thread that ends with the process, while others are looked at; a few at a time, so that a slow
-    machine does not take all sites' networks in at once.
-    """
-
-    def __init__(self, grid: GridClient) -> None:
-        self.grid = grid
-        self._going: dict[str, Future[list[Message]]] = {}
-        self._since: dict[str, float] = {}
-
-    def take(self, ids: Iterable[str]) -> Iterator[Message | Unreadable]:
-        """What has come of some messages' replies.
-
-        One that is not whole within ``PULL_S`` ends the look: the others have theirs next time,
-        and a look takes no longer, however many there are and whoever does not answer. So does
-        one that the SuperLink cannot hand out at the moment.
-
-        Raises:
-            httpx.HTTPError: if the SuperLink does not answer this run any more.
-        """
-        for identity in ids:
-            new = identity not in self._going
-            if new and self._fresh() >= MOST_PULLS:
-                continue
-            if new:
-                self._start(identity)
-            future = self._going[identity]
-            wait((future,), PULL_S if new else 0.0)
-            if not future.done():
-                if new:
-                    return
-                continue
-            self.forget((identity,))
-            error = future.exception()
-            if error is None:
-                yield from future.result()
-            elif passes(error):
-                log.warning(
-                    "the SuperLink could not hand a reply out, and is asked again: %s", error
-                )
-                return
-            elif isinstance(error, Exception) and not isinstance(error, (httpx.HTTPError, OSError)):
-                yield Unreadable(identity, f"expected a message, {type(error).__name__}: {error}")
-            else:
-                raise error
-
-    def forget(self, ids: Iterable[str]) -> None:
-        """Keep nothing of replies that come later: each may carry the whole network."""
-        for identity in ids:
-            self._going.pop(identity, None)
-            self._since.pop(identity, None)
-
-    def _fresh(self) -> int:
-        """How many are being taken in that may still become whole."""
-        return sum(time.monotonic() - since < STUCK_S for since in self._since.values())
-
-    def _start(self, identity: str) -> None:
-        self._since[identity] = time.monotonic()
-        self._going[identity] = future = Future[list[Message]]()
-        threading.Thread(target=self._work, args=(identity, future), daemon=True).start()
-
-    def _work(self, identity: str, future: Future[list[Message]]) -> None:
-        try:
-            future.set_result(list(self.grid.pull_messages([identity])))
-        except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
-            future.set_exception(error)
-
-
-class DeadlineExecutor:
-    """Calls what may wait for ever, and waits for it so long at most.
-
-    Flower's Grid tries again without end when the SuperLink is gone. All calls are made by one
-    thread, which ends with the process even if it is stuck.
-    """
-
-    def __init__(self, seconds: float, whom: str) -> None:
-        self.seconds = seconds
-        self.whom = whom
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def __call__(self, call: Callable[[], Result]) -> Result:
-        """Make a call; again, where the answer is that there can be none at the moment.
-
-        Raises:
-            RunFailed: if it has not returned in time.
-        """
-        ends = time.monotonic() + self.seconds
-        while True:
-            try:
-                return self._once(call, ends - time.monotonic())
-            except httpx.HTTPStatusError as error:
-                if not passes(error):
-                    raise
-                if time.monotonic() + AGAIN_S > ends:
-                    raise RunFailed(
-                        f"{self.whom} could not answer in {self.seconds:g} s: {error}"
-                    ) from None
-                log.warning("%s could not answer, and is asked again: %s", self.whom, error)
-            time.sleep(AGAIN_S)
-
-    def _once(self, call: Callable[[], Result], seconds: float) -> Result:
-        future: Future[Result] = Future()
-
-        def make() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
-                future.set_exception(error)
-
-        self._calls.put(make)
-        try:
-            return future.result(seconds)
-        except TimeoutError:
-            if future.done():
-                raise  # the call's own
-            raise RunFailed(f"{self.whom} did not answer in {self.seconds:g} s") from None
-
-    def _work(self) -> None:
-        while True:
-            self._calls.get()()
-
-
-def passes(error: BaseException) -> bool:
-    """Whether a SuperLink's error may be over soon, as when its database is locked for long."""
-    return isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error
-
-
 def sites_needed(min_sites: str, sites: int) -> int:
-    """``all``, a number, or a percentage (rounded up) of the sites."""
+    """Convert ``rounds.min-sites`` to a number of sites.
+
+    Args:
+        min_sites: ``all``, a number, or a percentage of the sites, which is rounded up.
+        sites: number of sites that take part in the run.
+    """
     if min_sites == "all":
         return sites
     if min_sites.endswith("%"):
@@ -577,15 +424,16 @@ def sites_needed(min_sites: str, sites: int) -> int:
 
 
 def check_classes(classes: Sequence[str], counts: Mapping[str, Sequence[int]]) -> None:
-    """See that every class is trained somewhere, unless no site has labels at all.
+    """Check that every class has training images at some site, unless no site has labels.
 
     Args:
-        counts: training images of each class, by site.
+        classes: names of the classes.
+        counts: number of training images per class, keyed by site.
 
     Raises:
-        RunRefused: naming a class that no site has.
+        RunRefused: if a class has no training images at any site.
     """
-    totals = [sum(of_site) for of_site in zip(*counts.values(), strict=True)]
+    totals = [sum(per_site) for per_site in zip(*counts.values(), strict=True)]
     for name, total in zip(classes, totals, strict=True):
         if total == 0 and any(totals):
             raise RunRefused(

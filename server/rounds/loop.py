@@ -1,4 +1,4 @@
-"""The rounds of a run: train, combine, evaluate, save; from where it began, or was stopped."""
+"""Run the rounds of a run: train, combine, evaluate and save, from the start or a saved round."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from polyclinic.configs import wire
+from polyclinic.configs.files import write_json
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.metrics import Metrics, compute
 from polyclinic.mtl_model.sums import Classes, MetricSums, empty_sums
@@ -18,7 +19,8 @@ from polyclinic.server.aggregation.averaging import Contribution
 from polyclinic.server.aggregation.central_dp import CentralPrivacy
 from polyclinic.server.aggregation.parameters import Parts
 from polyclinic.server.aggregation.strategies import combination_of, optimiser_of
-from polyclinic.server.rounds.federation import Federation, Phase, RunFailed, sites_needed
+from polyclinic.server.rounds.errors import RunFailed
+from polyclinic.server.rounds.federation import Federation, Phase, sites_needed
 from polyclinic.server.rounds.messages import (
     RunIdentity,
     check_origin,
@@ -29,7 +31,7 @@ from polyclinic.server.rounds.messages import (
 from polyclinic.server.rounds.roster import sample
 from polyclinic.server.rounds.update_checks import UpdateFilter, check_counts
 from polyclinic.server.runs.checkpoint import Best, ServerState, save_round
-from polyclinic.server.runs.folder import RunFolder, write_json
+from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.history import NOT_DRAWN, POOLED, Line, write_line
 from polyclinic.server.runs.reports import TrainReport
 from polyclinic.server.runs.tables import central_text
@@ -39,23 +41,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one split of every site."""
+    """The evaluation of one model on one split at every site."""
 
-    metrics: dict[str, Metrics]  # by site, then POOLED
+    metrics: dict[str, Metrics]  # keyed by site, with POOLED last
     phase: Phase[tuple[MetricSums, tuple[str, ...]]]
-    withheld: dict[str, tuple[str, ...]]  # what a site's policy keeps out of its sums
+    withheld: dict[str, tuple[str, ...]]  # what each site's policy withholds from its sums
 
 
 class Rounds:
-    """The rounds of one run, from initial weights to the best model's test results.
+    """The rounds of one run, from the initial weights to the test results of the best model.
 
     Args:
-        parts: of the network, those that travel and those that stay at the sites.
-        state: where the run begins, or goes on.
-        watch: told of every line of the history.
+        config: settings of the run.
+        folder: folder that the run writes to.
+        federation: the sites, already connected.
+        parts: the shared and the personal parts of the network.
+        state: the server's state at the start of the run, or after the round to resume from.
+        identity: identity that every message of the run carries.
+        watch: called with every new line of the history.
+        central: central differential privacy; None if it is off.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 settings of one call, each used by name
         self,
         config: RunConfig,
         folder: RunFolder,
@@ -83,27 +90,31 @@ class Rounds:
         self.stopped_early = False
 
     def run(self) -> Evaluation:
-        """Train the rounds that are left, then test the best one's model.
+        """Run the remaining rounds, then test the best round's model.
 
         Raises:
-            RunFailed: if too few sites answered a phase. What was saved before stays, and the run
-                can be resumed from there.
+            RunFailed: if too few sites answered a phase. The rounds saved so far are kept, and the
+                run can be resumed from the last one.
         """
         while self.done < self.config.rounds.count and not self._exhausted():
             self.one_round(self.done + 1)
         return self.test()
 
     def _exhausted(self) -> bool:
-        """Whether no round was better for so long that none is expected any more."""
+        """Return whether rounds.patience rounds have passed without a better round."""
         patience, best = self.config.rounds.patience, self.best
         if not patience or best is None or self.done - best.number < patience:
             return False
-        log.info("stopped after round %d: round %d is the best since", self.done, best.number)
+        log.info(
+            "stopped after round %d: no round since round %d was better (rounds.patience)",
+            self.done,
+            best.number,
+        )
         self.stopped_early = True
         return True
 
     def one_round(self, number: int) -> None:
-        """Train at the round's sites, combine, evaluate at every site, save."""
+        """Run one round: train at its sites, combine, evaluate at every site, and save."""
         trained, reports = self.train(number)
         release = self.central.releases[-1] if self.central else None
         evaluation = self._evaluate(number, wire.VAL_SPLIT)
@@ -118,7 +129,7 @@ class Rounds:
         for site in (*sorted(self.federation.roster.standings), POOLED):
             asked = tuple(name for name, phase in phases.items() if site in phase.asked)
             why = {
-                outcome: {name: of[site] for name, of in by_phase.items() if site in of}
+                outcome: {name: why[site] for name, why in by_phase.items() if site in why}
                 for outcome, by_phase in outcomes.items()
             }
             line = Line(
@@ -142,7 +153,7 @@ class Rounds:
             log.info("round %d/%d: %s: %s", number, self.config.rounds.count, site, metrics.brief())
         if release is not None:
             log.info("round %d/%d: %s", number, self.config.rounds.count, central_text(release))
-        self._save(number)  # after its history: a round whose state is there is complete
+        self._save(number)  # after the history, so that a saved round is always complete
         self.federation.notify(
             {
                 "event": "round",
@@ -151,7 +162,7 @@ class Rounds:
                 "metrics": {site: asdict(m) for site, m in evaluation.metrics.items()},
                 "asked": {name: phase.asked for name, phase in phases.items()},
                 **{
-                    outcome: {s: why for of in by_phase.values() for s, why in of.items()}
+                    outcome: {s: why for sites in by_phase.values() for s, why in sites.items()}
                     for outcome, by_phase in outcomes.items()
                 },
                 "epsilon": {s: r.epsilon for s, r in reports.items() if r.epsilon is not None},
@@ -160,7 +171,7 @@ class Rounds:
         )
 
     def test(self) -> Evaluation:
-        """Evaluate the best round's model on every site's held-out test images."""
+        """Evaluate the best round's model on the held-out test images of every site."""
         number = self.best.number if self.best else self.done
         if self.best_weights is not None:
             self.weights = self.best_weights
@@ -183,7 +194,14 @@ class Rounds:
         return evaluation
 
     def train(self, number: int) -> tuple[Phase[None], dict[str, TrainReport]]:
-        """A local round at the round's sites, and the next weights from what came of it."""
+        """Train at the round's sites and update the weights from their contributions.
+
+        Returns:
+            The outcomes of the phase, and the training reports keyed by site.
+
+        Raises:
+            RunFailed: if too few sites answered, or if the aggregated weights are invalid.
+        """
         federation, settings = self.federation, self.config.rounds
         eligible = federation.roster.eligible(number)
         chosen = sample(eligible, settings.fraction, self.config.run.seed, number)
@@ -228,8 +246,8 @@ class Rounds:
             self.parts.shared.check(combined)
         except ValueError as error:
             raise RunFailed(
-                f"round {number}: what was made of the sites' weights is no good: {error}; a "
-                "smaller strategy.server-learning-rate may help"
+                f"round {number}: the aggregated weights are invalid: {error}; try a smaller "
+                "strategy.server-learning-rate"
             ) from None
         self.weights = combined
         return phase, reports
@@ -254,7 +272,7 @@ class Rounds:
         return Evaluation(metrics, phase, withheld)
 
     def _needed(self, fraction: float = 1.0) -> int:
-        """Sites that must be there, of the run's; those that rest are missing too."""
+        """Return the number of sites that must answer; suspended sites count as missing."""
         sites = math.ceil(fraction * len(self.federation.roster.standings))
         return sites_needed(self.config.rounds.min_sites, sites)
 
@@ -264,7 +282,11 @@ class Rounds:
         return task(self.identity, number, shared, self.weights, split, self.initial, best)
 
     def _choose(self, number: int, evaluation: Evaluation) -> None:
-        """A round beats another that no more sites evaluated; fewer sites make another value."""
+        """Update the best round.
+
+        Values from different numbers of sites are not comparable, so an evaluation at more sites
+        always replaces one at fewer.
+        """
         value = evaluation.metrics[POOLED].value(self.config.evaluate.select_by)
         if value is None:
             return
@@ -273,10 +295,10 @@ class Rounds:
             self.best, self.best_weights = Best(number, value, sites), self.weights
 
     def _save(self, number: int) -> None:
-        """Write the state that the run would go on from.
+        """Save the state from which the run can be resumed.
 
         Raises:
-            RunFailed: if the run folder cannot be written to.
+            RunFailed: if the state cannot be written to the run folder.
         """
         state = ServerState(
             number,
@@ -291,8 +313,8 @@ class Rounds:
             self.best = save_round(self.folder, self.config, whole, run, state)
         except OSError as error:
             raise RunFailed(
-                f"round {number} could not be saved in {self.folder.path}: {error}; make room and "
-                "resume the run"
+                f"round {number} could not be saved in {self.folder.path}: {error}; free disk "
+                "space and resume the run"
             ) from None
         self.done = number
 

@@ -1,7 +1,7 @@
-"""Messages out, replies in: the coordinator's end of the wire.
+"""Create the coordinator's requests to the sites, and read and check their replies.
 
-Every reply is checked here before anything is done with it; a reply that is not what was asked
-for raises ReplyError with what was expected and what came, and the round goes on without it.
+Every reply is checked here before it is used. An invalid reply raises ReplyError, which says what
+was expected and what came, and the round continues without that reply.
 """
 
 from __future__ import annotations
@@ -25,33 +25,37 @@ from polyclinic.server.runs.reports import SiteReport, TrainReport
 
 
 class ReplyError(ValueError):
-    """A site's reply cannot be used. The message says what was expected and what came."""
+    """A site's reply is invalid. The message says what was expected and what came."""
 
 
 class Refusal(ReplyError):
-    """A site said, or Flower for it, why it cannot do what it was asked."""
+    """A site, or Flower on its behalf, reported why it cannot do the task."""
 
 
 class Unreachable(Refusal):
-    """Flower said that it has not heard of a site's node for too long."""
+    """Flower reported that it has had no contact with a site's node for too long."""
 
 
 class Late(ReplyError):
-    """Flower said that a question was no longer valid before it was answered."""
+    """Flower reported that a request expired before it was answered."""
 
 
 class Declined(Refusal):
-    """A site said why it will not: its own rules, its budget. It is well, and is asked again."""
+    """A site declined the task because of its own policy or privacy budget.
+
+    This is not a failure: the site is working and is asked again.
+    """
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What every message of a run carries, so that no other run's reply is taken for its own."""
+    """The identity that every message of a run carries, to reject replies to other runs."""
 
-    run: str  # 32 hexadecimal digits
-    settings: str = ""  # of a resumed run, as JSON
+    run: str  # identifier of the run, 32 hexadecimal digits
+    settings: str = ""  # settings of a resumed run as JSON; empty for a run that was not resumed
 
     def asking(self, number: int) -> ConfigRecord:
+        """Create the record that identifies the run and the round in a request."""
         asked = ConfigRecord({wire.NUMBER: number, wire.RUN: self.run})
         if self.settings:
             asked[wire.SETTINGS] = self.settings
@@ -59,7 +63,7 @@ class RunIdentity:
 
 
 def question(identity: RunIdentity) -> RecordDict:
-    """Ask who a site is."""
+    """Create the request that asks a site to describe itself."""
     return RecordDict({wire.ROUND: identity.asking(0)})
 
 
@@ -72,12 +76,16 @@ def task(
     initial: Packed | None = None,
     best: int = 0,
 ) -> RecordDict:
-    """Ask a site to train on, or evaluate on, one of its splits.
+    """Create the request to train or evaluate on one of a site's splits.
 
     Args:
-        layout: of the weights that travel.
-        initial: first values of what stays at the sites.
-        best: the round whose model is the best so far; 0 if there is none.
+        identity: identity of the run.
+        number: the round.
+        layout: layout of the weights that are sent.
+        weights: the shared weights.
+        split: the split to train or evaluate on.
+        initial: initial values of the personal layers, which stay at the sites.
+        best: the round with the best model so far; 0 if there is none.
     """
     asked = identity.asking(number)
     asked[wire.LAYOUT], asked[wire.SPLIT], asked[wire.BEST] = layout.digest, split, best
@@ -88,14 +96,17 @@ def task(
 
 
 def check_origin(reply: Message, identity: RunIdentity, number: int, site: str | None) -> None:
-    """See that a reply is one to this run's question of this round, by the site that was asked.
+    """Check that a reply belongs to this run and round and comes from the site that was asked.
 
     Args:
-        site: None before it has said who it is.
+        reply: the reply.
+        identity: identity of the run.
+        number: the round.
+        site: name of the site; None if the site has not described itself yet.
 
     Raises:
-        Refusal, Declined, Late: if it says why there is no answer.
-        ReplyError: if it is a reply to something else.
+        Refusal, Declined, Late: if the reply gives a reason why there is no answer.
+        ReplyError: if the reply answers another request.
     """
     about = _about(reply)
     wanted: dict[str, object] = {wire.RUN: identity.run, wire.NUMBER: number}
@@ -111,11 +122,11 @@ def _record(weights: Packed) -> ArrayRecord:
 
 
 def read_description(reply: Message, data: DataConfig) -> SiteReport:
-    """Read a site's answer to ``question``.
+    """Read a site's description of itself, which is its reply to ``question``.
 
     Raises:
-        Refusal: if the site says that it cannot take part.
-        ReplyError: if the answer is not one.
+        Refusal: if the site reports that it cannot take part.
+        ReplyError: if the description is invalid.
     """
     about = _about(reply)
     sums = reply.content.metric_records[wire.SUMS]
@@ -147,11 +158,13 @@ def read_description(reply: Message, data: DataConfig) -> SiteReport:
 
 
 def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contribution, TrainReport]:
-    """Read the weights and counts of a local round.
+    """Read the weights and counts that a site returns after local training.
 
     Raises:
-        Refusal: if the site says that it did not train; Declined: that it will not.
-        ReplyError: if weights or counts are missing, of another network, or not finite.
+        Refusal: if the site reports that it could not train.
+        Declined: if the site declined to train.
+        ReplyError: if weights or counts are missing or not finite, or if the weights belong to
+            another network.
     """
     _about(reply)
     sums = reply.content.metric_records[wire.SUMS]
@@ -161,11 +174,12 @@ def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contributi
     )
     if not examples or not steps or max(with_mask, with_label) > examples:
         raise ReplyError(
-            f"counts: expected some examples and steps, and no more annotations than examples, got "
-            f"{examples} examples, {steps} steps, {with_mask} masks, {with_label} labels"
+            f"counts: expected at least 1 example and 1 step, and at most one mask and one label "
+            f"per example, got {examples} examples, {steps} steps, "
+            f"{with_mask} masks, {with_label} labels"
         )
     if wire.WEIGHTS not in reply.content.array_records:
-        raise ReplyError(f"expected a record {wire.WEIGHTS}, got none")
+        raise ReplyError(f"expected a record named {wire.WEIGHTS}, got none")
     arrays = reply.content.array_records[wire.WEIGHTS]
     try:
         weights = layout.read({key: array.data for key, array in arrays.items()})
@@ -189,11 +203,12 @@ def read_training(reply: Message, site: str, layout: Layout) -> tuple[Contributi
 
 
 def read_evaluation(reply: Message, data: DataConfig) -> tuple[MetricSums, tuple[str, ...]]:
-    """Read the sums of an evaluation, and what the site's policy keeps out of them.
+    """Read the metric sums of an evaluation, and descriptions of what the site's policy withholds.
 
     Raises:
-        Refusal: if the site says that it did not evaluate.
-        ReplyError: if sums are missing or impossible.
+        Refusal: if the site reports that it could not evaluate.
+        Declined: if the site declined to evaluate.
+        ReplyError: if sums are missing or have impossible values.
     """
     about = _about(reply)
     lists = {
@@ -215,9 +230,9 @@ _EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 def _about(reply: Message) -> ConfigRecord:
     if reply.has_error():
         if reply.error.code in _EXPIRED:
-            raise Late("Flower gave the question up before an answer came")
+            raise Late("the request expired at the SuperLink before an answer came")
         if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-            raise Unreachable("failed: Flower has not heard of its node for too long")
+            raise Unreachable("failed: the SuperLink has had no contact with its node for too long")
         reason = reply.error.reason or ""
         if reply.error.code == ErrorCode.INVALID_FAB and reason.startswith(wire.UNAPPROVED):
             raise Declined(reason)
@@ -249,16 +264,16 @@ def _number(value: object, name: str) -> float:
 
 
 def _optional(value: object, name: str) -> float | None:
-    """A number of which none is below 0, where there is one."""
+    """Read an optional number that must not be negative."""
     if value is None:
         return None
     number = _number(value, name)
     if number < 0:
-        raise ReplyError(f"{name}: expected a number from 0, got {number:g}")
+        raise ReplyError(f"{name}: expected a number of at least 0, got {number:g}")
     return number
 
 
 def _count(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**40:
-        raise ReplyError(f"{name}: expected a count, got {value!r}")
+        raise ReplyError(f"{name}: expected an integer of at least 0 and below 2^40, got {value!r}")
     return value

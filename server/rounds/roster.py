@@ -1,8 +1,7 @@
-"""What the coordinator remembers of each site of a run: the site book.
+"""Keep the coordinator's record of each site of a run: its failures and its last update.
 
-Who failed how often in a row and therefore rests; how far each one's last update went. Plain
-numbers, which travel in the server's state, so that a resumed run asks whom the interrupted one
-would have asked.
+The record consists of plain numbers and is saved with the server's state, so that a resumed run
+asks the same sites that the interrupted run would have asked.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ import numpy as np
 
 @dataclass
 class SiteState:
-    """One site in a run."""
+    """The state of one site in a run."""
 
-    failures: int = 0  # in a row: failed, late, refused
-    rests_until: int = 0  # the first round in which it is asked again
-    update_norm: float | None = None  # of its last good update
-    steps: int | None = None  # that this update took
+    failures: int = 0  # consecutive phases with the outcome failed, late or refused
+    rests_until: int = 0  # first round in which a suspended site is asked again; 0: not suspended
+    update_norm: float | None = None  # L2 norm of its last accepted update; None: no update yet
+    steps: int | None = None  # number of training steps of that update
 
 
 class SiteRoster:
-    """The sites of a run by name, and how they stand.
+    """The sites of a run, by name, with their states.
 
     Args:
-        after: failures in a row after which a site rests; 0 for never.
-        rounds: how many rounds it rests.
+        after: number of consecutive failures after which a site is suspended; 0 means never.
+        rounds: number of rounds for which a site is suspended.
     """
 
     def __init__(self, after: int, rounds: int) -> None:
@@ -39,28 +38,32 @@ class SiteRoster:
         self.standings: dict[str, SiteState] = {}
 
     def add(self, name: str) -> None:
+        """Add a site, unless it is already known."""
         self.standings.setdefault(name, SiteState())
 
     def eligible(self, number: int) -> list[str]:
-        """Names of the sites that do not rest in a round, in order."""
+        """Return the sorted names of the sites that are not suspended in a round."""
         return sorted(n for n, s in self.standings.items() if s.rests_until <= number)
 
     def suspended(self, number: int) -> dict[str, str]:
-        """By name, why a site is not asked in a round."""
+        """Return the suspended sites of a round, with the reasons."""
         return {
-            name: f"set aside after {s.failures} failures in a row, until round {s.rests_until}"
+            name: f"suspended after {s.failures} consecutive failures, until round {s.rests_until}"
             for name, s in sorted(self.standings.items())
             if s.rests_until > number
         }
 
     def answered(self, name: str) -> None:
-        """A site did what it was asked, or declined: it is there and well."""
+        """Record that a site answered or declined, which resets its failures."""
         self.standings[name].failures = 0
 
     def failed(self, number: int, name: str) -> bool:
-        """Count a failure; True if the site rests from the next round on.
+        """Record a failure of a site.
 
-        After its rest a site is tried once: if it fails again, it rests again.
+        After its suspension a site gets one attempt: if it fails again, it is suspended again.
+
+        Returns:
+            True if the site is suspended from the next round.
         """
         standing = self.standings[name]
         standing.failures += 1
@@ -70,11 +73,11 @@ class SiteRoster:
         return True
 
     def moved(self, name: str, update_norm: float, steps: int) -> None:
-        """Note a good update."""
+        """Record the norm and the number of steps of an accepted update."""
         self.standings[name].update_norm, self.standings[name].steps = update_norm, steps
 
     def reference_updates(self) -> list[tuple[float, int]]:
-        """The norms of all sites' last good updates, and the steps that they took."""
+        """Return the norm and the number of steps of every site's last accepted update."""
         return [
             (s.update_norm, s.steps)
             for s in self.standings.values()
@@ -82,17 +85,25 @@ class SiteRoster:
         ]
 
     def state(self) -> dict[str, dict[str, Any]]:
+        """Return the states of all sites for a checkpoint."""
         return {name: asdict(standing) for name, standing in sorted(self.standings.items())}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restore the states that ``state`` returned."""
         self.standings = {name: SiteState(**standing) for name, standing in state.items()}
 
 
 def sample(names: Sequence[str], fraction: float, seed: int, number: int) -> list[str]:
-    """Draw a round's sites, the same ones whenever the same are there to be drawn from.
+    """Draw the sites of a round; the same arguments always give the same sites.
+
+    Args:
+        names: the sites to draw from.
+        fraction: fraction of the sites to draw; the number is rounded up.
+        seed: the run's seed.
+        number: the round.
 
     Returns:
-        At least one name, in order; as many as the fraction of all, rounded up.
+        Sorted names, at least one if ``names`` is not empty.
     """
     if fraction >= 1 or not names:
         return sorted(names)
@@ -103,5 +114,5 @@ def sample(names: Sequence[str], fraction: float, seed: int, number: int) -> lis
 
 
 def named(reasons: Mapping[str, str]) -> str:
-    """Sites and their reasons as one sentence."""
+    """Format sites and their reasons as one line of text."""
     return "; ".join(f"{name}: {why}" for name, why in sorted(reasons.items()))

@@ -1,11 +1,10 @@
-"""Whether a site's contribution is what a site could have trained: counts, steps, and how far it
-went.
+"""Check whether a site's contribution is plausible: its counts, its steps and its update norm.
 
-Wrong names, shapes and values that are not finite are refused where a reply is read
-(server/rounds/messages.py). What is left is judged against what the site said of itself, and
-against the other sites. That keeps out accidents (a learning rate a thousand times too large,
-broken memory, a site that counts pixels instead of images) and clumsy harm; whoever stays within
-these bounds on purpose is what robust strategies are for (``strategy.name``).
+Wrong names, wrong shapes and non-finite values are refused when a reply is read
+(server/rounds/messages.py). This module compares the contribution with the site's description of
+itself and with the other sites. The checks stop accidents (a learning rate a thousand times too
+large, defective memory, a site that counts pixels instead of images) and crude attacks. Against
+an attacker who stays within these limits, use a robust strategy (``strategy.name``).
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ from polyclinic.server.aggregation.averaging import Contribution
 from polyclinic.server.rounds.messages import ReplyError
 from polyclinic.server.runs.reports import SiteReport, TrainReport
 
-HELD = 8  # contributions in memory until their norms can be compared, in a run's first round
-FEWEST = 3  # of fewer sites it cannot be told which one is far from the others
-SLACK = 2  # a site's images may have become more since it described itself
+HELD = 8  # contributions held in memory in the first round until their norms are compared
+FEWEST = 3  # minimum number of sites for a comparison of norms: fewer show no outlier
+SLACK = 2  # allowed ratio of reported to expected counts, since a site may have added images
 
 _CHUNK = 1 << 20
 
-Update = tuple[float, int]  # norm, steps
+Update = tuple[float, int]  # L2 norm and number of steps
 
 
 def check_counts(
     contribution: Contribution, report: TrainReport, described: SiteReport, train: TrainConfig
 ) -> None:
-    """Hold a reply's counts against what the site said of itself before round 1.
+    """Compare the counts of a reply with the site's description from before round 1.
 
     Raises:
-        ReplyError: if it trained on far more images than it has, or took far more steps than the
-            settings give for them.
+        ReplyError: if the site trained on more than twice the images that it described, or took
+            more than twice the steps that the settings give for its images.
     """
     examples = contribution.counts["encoder"]
-    has = described.examples[wire.TRAIN_SPLIT]
-    if examples > SLACK * max(has, 1):
+    expected = described.examples[wire.TRAIN_SPLIT]
+    if examples > SLACK * max(expected, 1):
         raise ReplyError(
-            f"counts: expected about the {has} training images that the site described, got "
+            f"counts: expected about the {expected} training images that the site described, got "
             f"{examples}"
         )
     steps = train.steps(examples)
@@ -56,30 +55,32 @@ def check_counts(
 
 
 def update_norm(contribution: Contribution, sent: Packed) -> float:
-    """L2 norm of what a site changed in all floating-point weights together."""
+    """Compute the L2 norm of a site's update over all floating-point weights together."""
     total = 0.0
     for key, before in sent.items():
         if not np.issubdtype(before.dtype, np.floating):
             continue
         after = contribution.weights[key]
-        for start in range(0, before.size, _CHUNK):  # or differences would double a reply's memory
+        for start in range(0, before.size, _CHUNK):  # chunks: one copy of a reply is large enough
             part = slice(start, start + _CHUNK)
             total += float(np.square(np.subtract(after[part], before[part], dtype=float)).sum())
     return math.sqrt(total)
 
 
 def check_norm(update: Update, others: Sequence[Update], factor: float) -> None:
-    """Hold an update's norm against the usual one, more of it for more steps.
+    """Check that the norm of an update is not too large compared with the sites' median.
 
-    A norm grows with the steps at most in proportion, so that a large hospital is not refused for
-    having much to learn from.
+    The limit is ``factor`` times the median norm. It grows in proportion to the steps that the
+    site took beyond the median, so that a hospital with many images is not refused.
 
     Args:
-        others: norms and steps of all sites' updates, this one's too where it is not yet known.
-        factor: how many times the median it may have; 0 for any.
+        update: norm and steps of the update.
+        others: norms and steps of the reference updates; in the first round they include the
+            update itself.
+        factor: largest allowed multiple of the median norm; 0 disables the check.
 
     Raises:
-        ReplyError: if it is larger.
+        ReplyError: if the norm is larger than the limit.
     """
     norm, steps = update
     if not factor or not others:
@@ -94,15 +95,17 @@ def check_norm(update: Update, others: Sequence[Update], factor: float) -> None:
 
 
 class UpdateFilter:
-    """Takes one round's contributions in, as they come, and passes the good ones on.
+    """Filter one round's contributions by their update norms as they arrive.
 
-    From the second round on each is judged at once, by the sites' last good updates. In the first,
-    up to ``HELD`` are held until they can be judged by each other.
+    From the second round each contribution is checked immediately against the sites' last accepted
+    updates. In the first round up to ``HELD`` contributions are held and then compared with each
+    other.
 
     Args:
-        usual: norms and steps of the sites' last good updates.
-        factor: as ``check_norm``.
-        accept: what a good contribution is passed to, with its norm.
+        sent: the weights that were sent to the sites.
+        reference: norms and steps of the sites' last accepted updates.
+        factor: largest allowed multiple of the median norm (``check_norm``).
+        accept: receives each accepted contribution with its report and norm.
     """
 
     def __init__(
@@ -119,13 +122,13 @@ class UpdateFilter:
         self.held: list[tuple[Contribution, TrainReport, float]] = []
 
     def take(self, contribution: Contribution, report: TrainReport) -> dict[str, str]:
-        """Judge a contribution, or hold it.
+        """Check a contribution, or hold it for a later comparison.
 
         Returns:
-            By site, why one that was held is refused, if they were judged now.
+            The reasons of the held contributions that this call refused, keyed by site.
 
         Raises:
-            ReplyError: if this one is refused now.
+            ReplyError: if this contribution is refused.
         """
         norm = update_norm(contribution, self.sent)
         if self.reference:
@@ -139,10 +142,10 @@ class UpdateFilter:
         return self.close()
 
     def close(self) -> dict[str, str]:
-        """Judge what is held, by each other.
+        """Compare the held contributions with each other and accept or refuse them.
 
         Returns:
-            By site, why it is refused.
+            The reasons of the refused contributions, keyed by site.
         """
         refused: dict[str, str] = {}
         updates = [(norm, report.steps) for _, report, norm in self.held]

@@ -1,1 +1,1 @@
-"""What a run leaves on disk and shows."""
+"""Files, tables and displays of a run."""

@@ -1,12 +1,12 @@
-"""The server's state on disk, round by round: what a run that was interrupted goes on from.
+"""Save and load the server's state after each round, from which a run can be resumed.
 
-checkpoints/round-0007.safetensors   the network after round 7
-checkpoints/moments-0007.safetensors the server optimiser's, where there is one
-checkpoints/state-0007.json          all else, and the sha256 of both; and its own
+checkpoints/round-0007.safetensors    weights of the network after round 7
+checkpoints/moments-0007.safetensors  moments of the server optimiser, if there is one
+checkpoints/state-0007.json           the rest of the state, and the sha256 of all three files
 
-The state is written last, so that a round counts as saved once its state is there; each file is
-written to a temporary name and renamed. The last few rounds are kept, and the best round's weights
-as long as a kept state names it.
+The state file is written last, so a round is saved if and only if its state file exists. Each
+file is written under a temporary name and renamed. The last rounds (rounds.keep-checkpoints) are
+kept, and the best round's weights as long as a kept state refers to them.
 """
 
 from __future__ import annotations
@@ -25,55 +25,59 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from polyclinic.configs import VERSION
+from polyclinic.configs.files import write_atomically, write_json
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.packing import Layout, Packed
-from polyclinic.server.runs.folder import RunFolder, write_atomically, write_json
+from polyclinic.server.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
 class ResumeError(ValueError):
-    """A run cannot be gone on with. The message says what is wrong with each of its checkpoints."""
+    """The run cannot be resumed. The message says what is wrong with each checkpoint."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best round so far by ``evaluate.select-by``."""
+    """The best round so far according to ``evaluate.select-by``."""
 
-    number: int
-    value: float
-    sites: int  # that evaluated it
-    sha256: str = ""  # of its checkpoint
+    number: int  # the round
+    value: float  # value of the metric
+    sites: int  # number of sites that evaluated the round
+    sha256: str = ""  # digest of the round's checkpoint; empty until it is saved
 
 
 @dataclass
 class ServerState:
-    """Everything that the server knows after a round and needs for the next."""
+    """The complete state of the server after a round, which the next round starts from."""
 
-    number: int
-    weights: Packed  # of the whole network; personal layers as they were initialised
-    best: Best | None = None
+    number: int  # the last completed round; 0 before round 1
+    weights: Packed  # weights of the whole network; personal layers have their initial values
+    best: Best | None = None  # None if no round has a defined metric yet
     best_weights: Packed | None = None
-    moments: Packed = field(default_factory=dict)  # of the server's optimiser
-    sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the site book
-    central: Mapping[str, Any] | None = None  # what central differential privacy remembers
+    moments: Packed = field(default_factory=dict)  # moments of the server optimiser; may be empty
+    sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # state of the roster
+    central: Mapping[str, Any] | None = None  # state of central differential privacy; None if off
 
 
 def save_round(
     folder: RunFolder, config: RunConfig, layout: Layout, identity: str, state: ServerState
 ) -> Best | None:
-    """Write a round's state, then drop rounds that are no longer kept.
+    """Save the state after a round, then delete the rounds that are no longer kept.
 
     Args:
-        layout: of the whole network.
-        identity: of the run, which its checkpoints carry.
+        folder: the run's folder.
+        config: settings of the run.
+        layout: layout of the whole network.
+        identity: identifier of the run, which is stored in its checkpoints.
+        state: the state to save.
 
     Returns:
         The best round, with the sha256 of its checkpoint.
 
     Raises:
-        OSError: if it cannot be written; what was saved before stays.
+        OSError: if the state cannot be written; earlier rounds are kept.
     """
     number, best = state.number, state.best
     content = _serialised(config, layout, state.weights, number)
@@ -96,18 +100,18 @@ def save_round(
         about["central"] = dict(state.central)
     write_json(folder.state(number), about | {"state-sha256": _state_digest(about)})
     if best is not None and best.number == number:
-        write_atomically(folder.best, content)  # once its round counts as saved
+        write_atomically(folder.best, content)  # after the state file: the round is saved
     _tidy(folder, config.rounds.keep_checkpoints)
     return best
 
 
 def load_latest(folder: RunFolder, layout: Layout, identity: str) -> ServerState | None:
-    """The latest state that is whole and of this run; None if no round was ever saved.
+    """Load the latest valid state of this run, or return None if no round was saved.
 
-    One that is damaged or foreign is named in the log, and the one before it is used.
+    A state that is damaged or belongs to another run is logged, and the one before it is tried.
 
     Raises:
-        ResumeError: if there are some and none can be used.
+        ResumeError: if there are saved states and none of them can be used.
     """
     problems: list[str] = []
     for number in reversed(folder.checkpoints()):
@@ -118,13 +122,13 @@ def load_latest(folder: RunFolder, layout: Layout, identity: str) -> ServerState
             log.warning("checkpoint of round %d cannot be used: %s", number, error)
             continue
         if state.best and state.best_weights is not None:
-            # a crash, or a damaged later round, may have left another round's there
+            # A crash or a damaged later round may have left another round's weights in the file.
             content = folder.checkpoint(state.best.number).read_bytes()
             write_atomically(folder.best, content)
         return state
     if problems:
         raise ResumeError(
-            f"{folder.path}: none of its checkpoints can be used: {'; '.join(problems)}"
+            f"{folder.path}: none of the checkpoints can be used: {'; '.join(problems)}"
         )
     return None
 
@@ -132,10 +136,12 @@ def load_latest(folder: RunFolder, layout: Layout, identity: str) -> ServerState
 def _load_round(folder: RunFolder, layout: Layout, identity: str, number: int) -> ServerState:
     about = json.loads(folder.state(number).read_text(encoding="utf-8"))
     if about.pop("state-sha256", None) != _state_digest(about):
-        raise ValueError("expected a state with its own sha256, got one that was changed")
+        raise ValueError("expected a state that matches its sha256, got one that was changed")
     for key, expected in (("run", identity), ("layout", layout.digest), ("round", number)):
         if about[key] != expected:
-            raise ValueError(f"expected {key} {expected}, got {about[key]}: it is another run's")
+            raise ValueError(
+                f"expected {key} {expected}, got {about[key]}: it belongs to another run"
+            )
     weights = _weights(folder.checkpoint(number), about["sha256"], layout)
     moments: Packed = {}
     if "moments-sha256" in about:
@@ -196,13 +202,14 @@ def _serialised(config: RunConfig, layout: Layout, weights: Packed, number: int)
 
 
 def load_weights(path: Path, network: MultiTaskUNet) -> None:
-    """Put a saved model's weights into a network of the same shape.
+    """Load a saved model's weights into a network of the same architecture.
 
     Raises:
-        ValueError: naming the file, if it is no safetensors file or of another network.
+        ValueError: if the file is not a safetensors file or belongs to another network; the
+            message names the file.
     """
     try:
         state: dict[str, Tensor] = load(path.read_bytes())
         network.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected weights of this run's network, {error}") from None
+        raise ValueError(f"{path}: expected weights of this run's network: {error}") from None

@@ -1,4 +1,4 @@
-"""A run as whoever watches it sees it: one line that moves, and the sites' table each round."""
+"""Show a run's progress: a status line that is updated, and a table of the sites every round."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ _WORDS = {
     "declined": "declined",
     "failed": "failed",
     "late": "is late",
-    "refused": "sent what is no good",
+    "refused": "sent an invalid reply",
     "left_out": "was not asked",
 }
 
 
 class Display:
-    """Shows a run's events, in place on a terminal, as lines elsewhere.
+    """A display of a run's events, updated in place on a terminal and line by line elsewhere.
 
     Args:
-        console: where to; standard error, so that results alone are on standard output.
+        config: settings of the run.
+        console: console to write to; use standard error to keep standard output for results.
+        first_words: text shown until the first event.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Display:
         self.config = config
         self.console = console
         self.first_words = first_words
-        self.began: float | None = None  # the first event's time
+        self.began: float | None = None  # time of the first event, in seconds since the epoch
         self.answered = 0
         self.asked = 0
         self.progress = Progress(
@@ -68,7 +70,7 @@ class Display:
             self.live.stop()
 
     def follow(self, event: Mapping[str, Any]) -> None:
-        """Show one event of progress.jsonl."""
+        """Show one event from progress.jsonl."""
         kind, now = event["event"], float(event["time"])
         self.began = now if self.began is None else self.began
         if kind == "phase":
@@ -89,12 +91,12 @@ class Display:
                         continue
                     text = f"  round {event['round']}, {event['phase']}: {site} {word}: {reason}"
                     self.console.print(text, style="yellow", soft_wrap=True)
-        elif kind == "set aside":
+        elif kind == "suspended":
             self.console.print(
-                f"  {event['site']} is set aside until round {event['until']}", style="yellow"
+                f"  {event['site']} is suspended until round {event['until']}", style="yellow"
             )
         elif kind == "resumed":
-            self.console.print(f"going on after round {event['round']}")
+            self.console.print(f"resuming after round {event['round']}")
             self.progress.update(self.task, completed=event["round"])
         elif kind == "joined":
             self.console.print(f"  {event['site']} {'is back' if event['back'] else 'joins'}")
@@ -140,7 +142,7 @@ class Display:
         )
 
     def _spent(self, event: Mapping[str, Any]) -> list[str]:
-        """What the sites' privacy has cost so far, and what the consortium's has."""
+        """Format the privacy spent so far, by the sites and by central differential privacy."""
         texts = []
         if event["epsilon"]:
             texts.append(spent_text(event["epsilon"], self.config.privacy.unit))

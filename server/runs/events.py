@@ -1,4 +1,4 @@
-"""Whoever wants to know how a run goes: its progress file, and a command of the coordinator's."""
+"""Report a run's events to its progress file and to a command that the coordinator configured."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
-from polyclinic.server.runs.folder import RunFolder, append_line
+from polyclinic.configs.files import append_line
+from polyclinic.server.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 Notify = Callable[[Mapping[str, object]], None]
 
-COMMAND_S = 30.0  # that a command may take for one event
-FAREWELL_S = 60.0  # that a run's end waits for the events that its command has not yet had
+COMMAND_S = 30.0  # time limit in seconds of one execution of the command
+FAREWELL_S = 60.0  # longest wait in seconds, at the end of a run, for events not yet passed on
 
 
 class Events:
-    """Writes a run's events, with the time, to its progress file, and hands each to a command.
+    """The events of a run, written with their time to its progress file and passed to a command.
 
-    The command (``rounds.on-event``) is started once for each event, with the event as one line of
-    JSON on its standard input, without a shell, one after the other and beside the run: a slow one
-    delays no round, and one that fails is told in the log and ends nothing.
+    The command (``rounds.on-event``) is executed once per event, without a shell, with the event
+    as one line of JSON on its standard input. The executions are sequential and run in a thread: a
+    slow command does not delay the rounds, and a failing command is logged and does not end the
+    run.
 
     Args:
-        command: program and arguments; empty for none.
+        folder: the run's folder.
+        command: program and arguments; empty for no command.
     """
 
     def __init__(self, folder: RunFolder, command: str = "") -> None:
@@ -50,6 +53,7 @@ class Events:
             self._thread.join(FAREWELL_S)
 
     def notify(self, event: Mapping[str, object]) -> None:
+        """Write an event to the progress file and pass it to the command."""
         timed = {"time": time.time(), **event}
         append_line(self.folder.progress, timed)
         if self.command:
@@ -57,10 +61,10 @@ class Events:
 
     def _work(self) -> None:
         while (line := self._waiting.get()) is not None:
-            _tell(self.command, line)
+            _execute(self.command, line)
 
 
-def _tell(command: Sequence[str], line: str) -> None:
+def _execute(command: Sequence[str], line: str) -> None:
     try:
         done = subprocess.run(
             command,
@@ -76,6 +80,6 @@ def _tell(command: Sequence[str], line: str) -> None:
         return
     if done.returncode:
         log.warning(
-            "rounds.on-event: %s ended with status %d: %s",
+            "rounds.on-event: %s exited with status %d: %s",
             *(command[0], done.returncode, done.stderr.strip()[-500:]),
         )

@@ -1,16 +1,16 @@
-"""The folder that a run leaves behind: where each thing lies, written so that a crash spoils none.
+"""Define the layout of a run's folder, and write its files so that a crash leaves them intact.
 
-config.toml          the run's settings, every key
-run.json             the run's identity, which its messages and checkpoints carry
-environment.json     versions, seed, release, sites and their data's fingerprints
-history.jsonl        one line a round and site (server/runs/history.py)
-progress.jsonl       one line an event, for whoever watches
-checkpoints/         the last few rounds, and the best one (server/runs/checkpoint.py)
-best.safetensors     the weights of the best round
-results.json         the best round's model on the held-out test images
-central.json         what central differential privacy has cost, where it is on
-outcome.json         how the run ended; absent while it goes on, and after a crash
-events.*             TensorBoard
+config.toml          all settings of the run
+run.json             identifier of the run, which its messages and checkpoints carry
+environment.json     versions, machine, seed, sites and the fingerprints of their data
+history.jsonl        one line per round and site (server/runs/history.py)
+progress.jsonl       one line per event, which progress displays read
+checkpoints/         state of the last rounds and the best round (server/runs/checkpoint.py)
+best.safetensors     weights of the best round
+results.json         metrics of the best round's model on the held-out test images
+central.json         privacy cost of central differential privacy, if it is on
+outcome.json         how the run ended; absent while it is running, and after a crash
+events.*             TensorBoard event files
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ import contextlib
 import fcntl
 import itertools
 import json
-import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.files import read_lines, write_atomically, write_json
 from polyclinic.configs.run import RunConfig
+
+STOPPED = "stopped by the user"  # reason in outcome.json of a run that the user interrupted
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder."""
+    """The folder of one run."""
 
     path: Path
 
     @classmethod
     def free(cls, config: RunConfig) -> RunFolder:
-        """Say where a new run's folder will be, without making it.
+        """Determine the folder of a new run, without creating it.
 
         Raises:
-            ConfigError: if a run of that name is there already.
+            ConfigError: if a run with this name already exists.
         """
         out = Path(config.run.output_dir).expanduser().absolute()
         if not config.run.name:
@@ -53,23 +55,23 @@ class RunFolder:
         folder = cls(out / config.run.name)
         if folder.config.exists() or folder.outcome.exists():
             raise ConfigError(
-                f"run.name: {folder.path} holds a run already; give another name, or none to have "
-                "one made"
+                f"run.name: {folder.path} already contains a run; use another name, or leave it "
+                "empty for a generated one"
             )
         return folder
 
     @classmethod
     def create(cls, config: RunConfig) -> RunFolder:
-        """Make a new run's folder and write its config.
+        """Create a new run's folder and write its settings.
 
-        A launcher may have made the folder before, to keep its own logs in it.
+        The folder may exist already, since a launcher may keep its own logs in it.
 
         Raises:
-            ConfigError: if a run of that name is there already.
+            ConfigError: if a run with this name already exists.
         """
         folder = cls.free(config)
         if not config.run.name:
-            folder.path.mkdir(parents=True)  # raises if another run took it this instant
+            folder.path.mkdir(parents=True)  # fails if another run has just created it
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(folder.identity_file, {"run": uuid.uuid4().hex})
         write_atomically(folder.config, to_toml(config).encode())
@@ -77,10 +79,10 @@ class RunFolder:
 
     @classmethod
     def of(cls, name: str, output_dir: str) -> RunFolder:
-        """Find the folder of a run that is there, by its name or its path.
+        """Find the folder of an existing run by its name or path.
 
         Raises:
-            ConfigError: if there is none.
+            ConfigError: if there is no such run, or if it cannot be resumed.
         """
         out = Path(output_dir).expanduser().absolute()
         path = out / name if (out / name).is_dir() else Path(name).expanduser().absolute()
@@ -89,43 +91,45 @@ class RunFolder:
             raise ConfigError(f"run.resume: {name}: no such run under {out}")
         if not folder.identity_file.is_file():
             raise ConfigError(
-                f"run.resume: {path}: is of an earlier version, which had no "
+                f"run.resume: {path} was written by an earlier version, without a "
                 f"{folder.identity_file.name}, and cannot be resumed"
             )
         return folder
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing to this run; it ends with the process at the latest.
+        """Lock the run's folder within a ``with`` block, so that no other process executes the run.
+
+        The lock is also released when the process ends.
 
         Raises:
-            ConfigError: if one does already.
+            ConfigError: if another process holds the lock.
         """
         with self.identity_file.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ConfigError(f"{self.path}: another process runs this run") from None
+                raise ConfigError(f"{self.path}: another process is executing this run") from None
             yield
 
     @property
     def identity(self) -> str:
-        """What the run's messages and checkpoints carry, also after it was resumed."""
+        """Return the run's identifier, which does not change when the run is resumed."""
         return str(json.loads(self.identity_file.read_text(encoding="utf-8"))["run"])
 
     def read_outcome(self) -> dict[str, Any]:
-        """How the run ended; empty while it goes on, and after a crash."""
+        """Read how the run ended; empty while it is running, and after a crash."""
         if not self.outcome.is_file():
             return {}
         return dict(json.loads(self.outcome.read_text(encoding="utf-8")))
 
     def rewind(self, number: int) -> None:
-        """Take back what was written after a round, before the run goes on from there."""
+        """Remove what was written after a round, before the run is resumed from that round."""
         lines = [line for line in read_lines(self.history) if line["split"] == "val"]
         kept = [json.dumps(line) + "\n" for line in lines if line["round"] <= number]
         write_atomically(self.history, "".join(kept).encode())
         events = [json.dumps(line) + "\n" for line in read_lines(self.progress)]
-        write_atomically(self.progress, "".join(events).encode())  # without a line cut short
+        write_atomically(self.progress, "".join(events).encode())  # drops an incomplete last line
         for path in (self.outcome, self.results):
             path.unlink(missing_ok=True)
 
@@ -179,11 +183,11 @@ class RunFolder:
         return self.path / "checkpoints" / f"moments-{number:04d}.safetensors"
 
     def checkpoints(self) -> list[int]:
-        """Rounds that have a checkpoint, in order."""
+        """Return the rounds with a saved state, in order."""
         return self._rounds("state-{}.json")
 
     def saved_weights(self) -> list[int]:
-        """Rounds whose weights are there, the best one's beside the last few."""
+        """Return the rounds with saved weights, in order: the last ones and the best one."""
         return self._rounds("round-{}.safetensors")
 
     def _rounds(self, name: str) -> list[int]:
@@ -193,7 +197,7 @@ class RunFolder:
 
 
 def to_toml(config: RunConfig) -> str:
-    """A run's settings as TOML that ``flwr run -c`` and ``polyclinic simulate --config`` take."""
+    """Format a run's settings as TOML for ``flwr run -c`` and ``polyclinic simulate --config``."""
     lines: list[str] = []
     section = ""
     for key, value in config.to_flat().items():
@@ -201,45 +205,6 @@ def to_toml(config: RunConfig) -> str:
         if table != section:
             lines += ["", f"[{table}]"] if lines else [f"[{table}]"]
             section = table
-        # JSON's strings, numbers and booleans are TOML's
+        # Strings, numbers and booleans have the same syntax in JSON and TOML.
         lines.append(f"{name} = {json.dumps(value)}")
     return "\n".join(lines) + "\n"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, also if the machine stops in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def append_line(path: Path, content: Mapping[str, Any]) -> None:
-    """Add one JSON line; a reader ignores one that a crash cut short (``read_lines``)."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; none if there is no file."""
-    return read_lines_from(path, 0)[0]
-
-
-def read_lines_from(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
-    """The complete lines from a byte position on, and the position behind them."""
-    if not path.exists():
-        return [], position
-    with path.open("rb") as file:
-        file.seek(position)
-        complete, newline, _ = file.read().rpartition(b"\n")
-    return [json.loads(line) for line in complete.splitlines()], position + len(complete + newline)

@@ -1,4 +1,4 @@
-"""The coordinator's own words, where ``flwr run --stream`` and the SuperLink's log show them."""
+"""Set up the coordinator's log, which ``flwr run --stream`` and the SuperLink's log show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STREAM = "polyclinic-stream"
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, which module speaks, and what it says."""
+    """A formatter that writes one JSON object per line: time, level, module and message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -26,7 +26,11 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stream(kind: Literal["text", "json"]) -> None:
-    """Show the coordinator's own words, and no library's."""
+    """Write the coordinator's log records, but not those of libraries, to standard error.
+
+    Args:
+        kind: format of the lines (``run.log-format``).
+    """
     ours = logging.getLogger("polyclinic.server")
     handler = next((h for h in ours.handlers if h.name == _STREAM), None)
     if handler is None:

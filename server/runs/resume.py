@@ -1,4 +1,4 @@
-"""The settings that an interrupted run goes on with."""
+"""Determine the settings of a resumed run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from polyclinic.server.runs.folder import RunFolder
 
 
 def resumed_config(given: RunConfig) -> RunConfig:
-    """The settings of the run that ``run.resume`` names, with the changes that ``given`` makes.
+    """Read the settings of the run that ``run.resume`` names, and apply the changes in ``given``.
 
     Returns:
-        Settings whose ``run.resume`` is that run's folder, absolute.
+        The settings, with ``run.resume`` set to the absolute path of the run's folder.
 
     Raises:
-        ConfigError: if there is no such run, one of the changes would make it another run, or
-            nothing is left to do.
+        ConfigError: if there is no such run, if a setting is changed that must stay the same, or
+            if all rounds are already completed.
     """
     folder = RunFolder.of(given.run.resume, given.run.output_dir)
     config = resumed(read_run_config(folder.config), given)
@@ -25,7 +25,7 @@ def resumed_config(given: RunConfig) -> RunConfig:
     done = (folder.checkpoints() or [0])[-1]
     if folder.read_outcome().get("status") == "completed" and done >= config.rounds.count:
         raise ConfigError(
-            f"run.resume: {folder.path} completed its {done} rounds; give a larger rounds.count to "
-            "go on"
+            f"run.resume: {folder.path} has already completed its {done} rounds; set a larger "
+            "rounds.count to continue it"
         )
     return config

@@ -1,4 +1,4 @@
-"""Following a run from its folder, wherever it runs."""
+"""Follow a run by reading its folder, independent of the process that executes it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from typing import Any
 
 from rich.console import Console
 
+from polyclinic.configs.files import read_lines_from
 from polyclinic.configs.presets import read_run_config
 from polyclinic.configs.schema.rounds import RoundsConfig
 from polyclinic.server.runs.display import Display
-from polyclinic.server.runs.folder import RunFolder, read_lines_from
+from polyclinic.server.runs.folder import RunFolder
 
 POLL_S = 0.3
-SPARE_S = 300.0  # for averaging and writing, beside the longest wait for sites
+SPARE_S = 300.0  # seconds for averaging and writing, added to the longest wait for sites
 
 COMPLETED, FAILED, STOPPED = 0, 1, 130
 
 
 def watch_run(folder: RunFolder, silence_s: float | None = None) -> int:
-    """Show a run's events as they come, those of before first, until it ends.
+    """Show a run's past events, then new ones as they arrive, until the run ends.
 
     Args:
-        silence_s: without a word for so long, the run is taken to be interrupted; None for longer
-            than any of its phases can last.
+        folder: the run's folder.
+        silence_s: seconds without an event after which the run is considered interrupted; None
+            for a limit that exceeds the longest phase.
 
     Returns:
-        The exit status: 0 completed, 1 failed, refused or no longer heard of, 130 left.
+        The exit status: 0 if the run completed, 1 if it failed, was refused or was interrupted,
+        and 130 if the user stopped watching.
     """
     config = read_run_config(folder.config)
     silence_s = silence_s or longest_silence(config.rounds)
@@ -47,23 +50,23 @@ def watch_run(folder: RunFolder, silence_s: float | None = None) -> int:
                     break
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
-        words.print("stopped watching; the run goes on")
+        words.print("stopped watching; the run continues")
         return STOPPED
     words.print(_ending(folder, last, silence_s), soft_wrap=True)
     return COMPLETED if last.get("status") == "completed" else FAILED
 
 
 def longest_silence(rounds: RoundsConfig) -> float:
-    """Seconds that a run which is well says nothing for, at most."""
+    """Return the longest time in seconds that a working run can be without an event."""
     return rounds.deadline_s + rounds.wait_for_sites_s + SPARE_S
 
 
 def _ending(folder: RunFolder, end: dict[str, Any], silence_s: float) -> str:
     if not end:
         return (
-            f"nothing was heard of {folder.name} for {silence_s:g} s: it was interrupted, and can "
-            "be resumed (run.resume)"
+            f"no event from {folder.name} for {silence_s:g} s: it was interrupted and can be "
+            "resumed (run.resume)"
         )
     reason = f": {end['reason']}" if end["reason"] else ""
-    best = f", best round {end['best-round']}" if end["best-round"] else ""
+    best = f", best round {end['best_round']}" if end["best_round"] else ""
     return f"{folder.name} {end['status']} after {end['seconds']:.0f} s{best}{reason}"

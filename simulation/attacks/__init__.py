@@ -1,1 +1,1 @@
-"""Attacks on a run: privacy audit and gradient inversion."""
+"""Attacks on training: privacy audit and gradient inversion."""

@@ -1,25 +1,24 @@
-"""How much of a private round an attacker sees: a lower bound of epsilon, measured.
+"""Privacy audit: an empirical lower bound of epsilon for a private training round.
 
-The audit of Steinke, Nasr, Jagielski, "Privacy Auditing with One (1) Training Run" (NeurIPS 2023,
-arXiv 2305.08846). Many canaries are put among a round's units or left out, each by a coin of its
-own; an attacker sees the round and guesses the coins that it is surest of. If the round is private
-with some epsilon, guesses are rarely right more often than e^epsilon / (1 + e^epsilon) of the time:
-so many right ones say that epsilon is at least so large. ``accounting.epsilon`` says that it is at
-most so large. A lower bound above it means that one of the two, or the mechanism, is wrong.
+The audit follows Steinke, Nasr, Jagielski, "Privacy Auditing with One (1) Training Run" (NeurIPS
+2023, arXiv 2305.08846). Each of many canaries is included in a round or left out by a fair coin.
+An attacker observes the round and guesses the coins for which it is most certain. If the round is
+private with some epsilon, the share of correct guesses rarely exceeds
+e^epsilon / (1 + e^epsilon), so a high share gives a lower bound of epsilon. ``accounting.epsilon``
+gives an upper bound. A lower bound above the upper bound shows that the mechanism, the accounting
+or the audit is wrong.
 
-The round is ``train_one_round_privately`` as sites run it. The attacker is as strong as the claim
-in docs/privacy.md allows: knows the weights, the settings and every canary, and sees each step's
-noisy gradient, which is more than leaves a site; canaries are made to be told apart, and the
-learning rate is so small that they stay as they were at the first step. The bound is far below the
-accounted one even so, because coins are guessed all at once, from one round: it shows errors of a
-multiple, and says nothing of small ones.
+The audited round is ``train_one_round_privately``, as sites run it. The attacker is as strong as
+the guarantee in docs/privacy.md allows: it knows the weights, the settings and every canary, and
+sees the noisy gradient of each step, which is more than leaves a site. Canaries are designed to be
+distinguishable, and the learning rate is so small that their gradients do not change during the
+round. The lower bound is still far below the accounted epsilon, because all coins are guessed from
+a single round. The audit therefore detects errors by a factor, not small errors.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +27,6 @@ from typing import Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from scipy.linalg import hadamard
@@ -47,6 +45,7 @@ from polyclinic.client.privacy.dp_sgd import (
 )
 from polyclinic.client.training.local_round import Round
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import messages, print_json, print_table
 from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.loss import LossConfig
 from polyclinic.configs.schema.model import ModelConfig
@@ -61,12 +60,12 @@ from polyclinic.mtl_model.tasks import group_of
 
 DELTA = 1e-5
 CONFIDENCE = 0.95
-SIDE = 32  # of the canaries, pixels
+SIDE = 32  # side of the canaries in pixels
 CLIP_NORM = 1.0
-PASS = 64  # images at once
+PASS = 64  # physical batch size, in images
 
-# How many coins are guessed, of all: several shares are tried, and the bound of each is taken at
-# its part of what confidence leaves, so that the best may be told.
+# Shares of the coins that are guessed. Several shares are tried, each at an equal part of the error
+# probability (Bonferroni correction), so that the best bound may be reported.
 SHARES = (0.1, 0.4, 1.0)
 
 DATA = DataConfig(image_height=SIDE, image_width=SIDE)
@@ -79,19 +78,27 @@ Coins = NDArray[np.bool_]
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """How likely so many right guesses are, at most, under (epsilon, delta).
+    """Bound the probability of at least ``correct`` correct guesses under (epsilon, delta) privacy.
 
-    Without delta, right guesses are dominated by W ~ Binomial(guesses, q), q being
-    e^epsilon / (1 + e^epsilon). With it, by W and some more, of which 2 x canaries x delta are to
-    be expected at most; the worst that they can do is to come i at once, or not at all, and fill
-    the gap where W falls short by i or less.
+    With delta 0, the number of correct guesses is stochastically dominated by
+    W ~ Binomial(guesses, q) with q = e^epsilon / (1 + e^epsilon). With delta greater than 0, it is
+    dominated by W plus additional correct guesses, of which at most 2 * canaries * delta are
+    expected. In the worst case these occur i at a time or not at all, and make up the difference
+    where W falls short of ``correct`` by at most i.
+
+    Args:
+        canaries: number of canaries.
+        guesses: number of guessed coins.
+        correct: number of correct guesses.
+        epsilon: the hypothesis to test, 0 or more.
+        delta: probability in [0, 1).
 
     Raises:
-        ValueError: if there are more right guesses than guesses, or more guesses than canaries.
+        ValueError: if there are more correct guesses than guesses, or more guesses than canaries.
     """
     if not 0 <= correct <= guesses <= canaries:
         raise ValueError(
-            "expected right guesses, guesses and canaries, none more than the next, got "
+            "expected 0 <= correct guesses <= guesses <= canaries, got "
             f"{correct}, {guesses}, {canaries}"
         )
     right = expit(epsilon)
@@ -107,13 +114,18 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
 def lower_bound(
     canaries: int, guesses: int, correct: int, delta: float, confidence: float = CONFIDENCE
 ) -> float:
-    """The largest epsilon that so many right guesses speak against.
+    """Compute the largest epsilon that the number of correct guesses refutes.
 
     Args:
-        canaries: each included by a fair coin.
-        guesses: coins guessed; how many was settled before the round.
-        confidence: the probability, over coins and noise, that a mechanism that is
-            (epsilon, delta) private gives a lower bound of epsilon at most.
+        canaries: number of canaries, each included by a fair coin.
+        guesses: number of guessed coins, fixed before the round.
+        correct: number of correct guesses.
+        delta: probability in [0, 1).
+        confidence: minimum probability, over coins and noise, that the lower bound for an
+            (epsilon, delta) private mechanism is at most epsilon.
+
+    Returns:
+        The lower bound of epsilon, 0 or more.
     """
 
     def refuted(epsilon: float) -> bool:
@@ -135,9 +147,15 @@ class Case:
     """A private round to audit.
 
     Attributes:
-        network: ``linear``: one layer over the pixels, whose gradients of the canaries are
-            orthogonal; ``small``: the project's network, small.
-        images: of each canary; several are a patient.
+        says: description in the table.
+        noise_multiplier: standard deviation of the noise divided by the clipping norm.
+        sample_rate: probability that a unit is drawn in a step.
+        steps: number of steps.
+        canaries: number of canaries.
+        network: ``linear`` for one layer over the pixels, for which the gradients of the canaries
+            are orthogonal; ``small`` for a small version of the project's network.
+        images: number of images per canary; with more than one, each canary is a patient.
+        gradients: how per-unit gradients are computed, see ``privacy.gradients``.
     """
 
     says: str
@@ -151,10 +169,12 @@ class Case:
 
     @property
     def unit(self) -> Literal["example", "patient"]:
+        """The privacy unit."""
         return "example" if self.images == 1 else "patient"
 
     @property
     def mechanism(self) -> Mechanism:
+        """The mechanism of the round."""
         return Mechanism(
             noise_multiplier=self.noise_multiplier,
             sample_rate=self.sample_rate,
@@ -165,26 +185,26 @@ class Case:
 
     @property
     def epsilon(self) -> float:
-        """As the ledger counts it."""
+        """Epsilon as accounted by the privacy ledger."""
         spent = accounting.DpEvent(self.noise_multiplier, self.sample_rate, self.steps)
         return accounting.epsilon([spent], DELTA)
 
 
 CASES: Mapping[str, Case] = {
     "step": Case("one step", noise_multiplier=1.0),
-    "little-noise": Case("the same, little noise", noise_multiplier=0.4),
+    "little-noise": Case("one step, little noise", noise_multiplier=0.4),
     "steps": Case("many sampled steps", noise_multiplier=0.9, sample_rate=0.1, steps=100),
-    "patients": Case("one step, of patients", noise_multiplier=1.0, images=8),
-    "network": Case("one step of the network", noise_multiplier=0.4, canaries=160, network="small"),
+    "patients": Case("one step, patients", noise_multiplier=1.0, images=8),
+    "network": Case("one step, network", noise_multiplier=0.4, canaries=160, network="small"),
     "network-hooks": Case(
-        "the same, by hooks", 0.4, canaries=160, network="small", gradients="hooks"
+        "one step, network, hooks", 0.4, canaries=160, network="small", gradients="hooks"
     ),
 }
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found."""
+    """The result of an audit."""
 
     says: str
     network: str
@@ -195,13 +215,14 @@ class Audit:
     canaries: int
     guesses: int
     correct: int
-    at_least: float  # epsilon, at ``confidence``
-    accounted: float  # epsilon
+    at_least: float  # measured lower bound of epsilon, at ``confidence``
+    accounted: float  # epsilon according to the accounting
     delta: float = DELTA
     confidence: float = CONFIDENCE
 
     @property
     def holds(self) -> bool:
+        """True if the measured lower bound does not exceed the accounted epsilon."""
         return self.at_least <= self.accounted
 
 
@@ -210,11 +231,13 @@ def audit(
     seed: int | None = None,
     train_privately: Callable[..., object] = train_one_round_privately,
 ) -> Audit:
-    """Train one round with canaries, guess which were there, and bound epsilon from below.
+    """Train one round with canaries, guess which were included, and bound epsilon from below.
 
     Args:
-        seed: of coins, canaries, sampling and noise; None: the operating system, as at a site.
-        train_privately: what is audited; tests put broken ones here.
+        case: the round to audit.
+        seed: seed of coins, canaries, sampling and noise; None for the operating system's random
+            numbers, as at a site.
+        train_privately: the function to audit; tests pass broken implementations.
     """
     random = np.random.default_rng(seed)
     model, canaries = (_linear if case.network == "linear" else _small)(case, random)
@@ -262,14 +285,20 @@ def audit(
 
 
 def evidence_of_canaries(sums: Numbers, directions: Tensor, mechanism: Mechanism) -> Numbers:
-    """Log likelihood ratio of each canary's being there to its not being there, over all steps.
+    """Compute the log likelihood ratio of each canary's presence to its absence, over all steps.
 
-    Of a step's sum, canaries' shares are told apart by least squares, which leaves Gaussian noise
-    on each. One that is there was drawn with probability q and adds 1 then:
-    log(1 - q + q N(x; 1, s) / N(x; 0, s)). Exact where directions are orthogonal.
+    Least squares separates the canaries' shares of a step's gradient sum, which leaves Gaussian
+    noise of deviation s on each share x. A canary that is present is drawn with probability q and
+    then adds 1, so the log ratio is log(1 - q + q N(x; 1, s) / N(x; 0, s)). It is exact if the
+    directions are orthogonal.
+
+    Args:
+        sums: products of the gradient sums with the directions, in units of the clipping norm.
+        directions: the contribution of each canary, in units of the clipping norm.
+        mechanism: noise multiplier and sampling rate.
 
     Shapes:
-        sums:       (steps, m), the sum's products with the directions, in clipping norms
+        sums:       (steps, m)
         directions: (m, P)
         out:        (m,)
     """
@@ -277,13 +306,21 @@ def evidence_of_canaries(sums: Numbers, directions: Tensor, mechanism: Mechanism
     shares = sums @ apart
     variance = mechanism.noise_multiplier**2 * np.diag(apart)
     q = mechanism.sample_rate
-    with np.errstate(divide="ignore"):  # a unit that is always drawn: log 0 is what it should be
+    with np.errstate(divide="ignore"):  # log 0 is correct for a sampling rate of 1
         drawn_or_not = np.logaddexp(np.log1p(-q), np.log(q) + (shares - 0.5) / variance)
     return np.asarray(drawn_or_not.sum(axis=0), np.float64)
 
 
 def best_bound(evidence: Numbers, coins: Coins, delta: float) -> tuple[int, int, float]:
-    """Guess the coins there is most evidence of, for or against: guesses, right ones, the bound."""
+    """Guess the coins with the strongest evidence, for each share, and choose the best bound.
+
+    Returns:
+        The number of guesses, the number of correct guesses, and the lower bound of epsilon.
+
+    Shapes:
+        evidence: (m,), log likelihood ratios
+        coins:    (m,), bool, True if the canary was included
+    """
     right = (evidence > 0) == coins
     surest = np.argsort(-np.abs(evidence), kind="stable")
     doubt = (1 - CONFIDENCE) / len(SHARES)
@@ -298,9 +335,12 @@ def best_bound(evidence: Numbers, coins: Coins, delta: float) -> tuple[int, int,
 
 
 def directions_of(model: MultiTaskUNet, canaries: Examples, unit: str) -> Tensor:
-    """(units, P) what each canary adds to a step's sum, in clipping norms.
+    """Compute each canary's contribution to a step's gradient sum, in units of the clipping norm.
 
-    By one plain backward pass for each: apart from the code that is audited.
+    Each is computed by an ordinary backward pass, independently of the audited code.
+
+    Shapes:
+        out: (units, P) with P trained parameters, rows of norm 1 or less
     """
     network = copy.deepcopy(model).train()
     trained = _trained(network, canaries)
@@ -327,7 +367,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def _released(parameters: Sequence[nn.Parameter], see: Callable[[Tensor], None]) -> Iterator[None]:
-    """See the gradient that every optimiser's step was made of: what DP-SGD protects."""
+    """Pass the gradient of every optimiser step, which DP-SGD protects, to ``see``."""
 
     def after_step(*_: object) -> None:
         see(_flat([cast(Tensor, parameter.grad) for parameter in parameters]))
@@ -346,7 +386,7 @@ def _kept(examples: Examples, keep: Coins) -> Examples:
 def _units(
     images: NDArray[np.uint8], masks: NDArray[np.uint8], case: Case, random: np.random.Generator
 ) -> Examples:
-    """Canaries of one picture each, several times where they are patients, with random labels."""
+    """Make canaries of one image each with random labels, the image repeated for patients."""
     n = case.canaries
     labels = np.eye(2, dtype=np.uint8)[random.integers(2, size=n)]
     once = Examples(
@@ -363,7 +403,7 @@ def _units(
 
 
 class _Pixels(nn.Module):
-    """An encoder whose only map is the picture."""
+    """An encoder that returns the image as its only map."""
 
     stride = 1
 
@@ -372,10 +412,10 @@ class _Pixels(nn.Module):
 
 
 class _LinearHead(nn.Module):
-    """Class logits straight from the pixels, all 0 at first.
+    """A linear layer from pixels to class logits, with weights initialised to 0.
 
-    Cross-entropy's gradient of the weights is then the picture, times 1/2 for one class and -1/2
-    for the other.
+    The gradient of cross-entropy with respect to the weights is then the image, multiplied by 1/2
+    for one class and by -1/2 for the other.
     """
 
     def __init__(self) -> None:
@@ -388,12 +428,12 @@ class _LinearHead(nn.Module):
 
 
 def _linear(case: Case, random: np.random.Generator) -> tuple[MultiTaskUNet, Examples]:
-    """One layer, and canaries that are orthogonal: each adds in a direction of its own."""
-    rows = hadamard(SIDE**2)[1:]  # the first is blank
+    """Make a one-layer network and orthogonal canaries."""
+    rows = hadamard(SIDE**2)[1:]  # the first row is constant
     if case.canaries > len(rows):
         raise ValueError(
-            f"canaries: expected at most {len(rows)}, which are orthogonal at {SIDE} x {SIDE} "
-            f"pixels, got {case.canaries}"
+            f"canaries: expected at most {len(rows)}, the number of orthogonal images of "
+            f"{SIDE} x {SIDE} pixels, got {case.canaries}"
         )
     pictures = random.permutation(rows)[: case.canaries].reshape(-1, SIDE, SIDE, 1)
     images = (255 * (pictures > 0)).astype(np.uint8)
@@ -410,7 +450,7 @@ SMALL = ModelConfig(
     backbone="resnet18",
     width=16,
     depths=(1, 1, 1, 1),
-    stride=4,  # canaries are told apart better than with 2
+    stride=4,  # canaries are easier to distinguish than with 2
     swin_depth=1,
     head_channels=8,
     mlp_ratio=1.0,
@@ -420,7 +460,7 @@ SMALL = ModelConfig(
 
 
 def _small(case: Case, random: np.random.Generator) -> tuple[MultiTaskUNet, Examples]:
-    """The network with all its kinds of layers; canaries of noise with masks of noise."""
+    """Make a small network with all kinds of layers, and canaries with random images and masks."""
     shape = (case.canaries, SIDE, SIDE, 1)
     images = random.integers(256, size=shape).astype(np.uint8)
     masks = random.integers(2, size=shape).astype(np.uint8)
@@ -429,53 +469,62 @@ def _small(case: Case, random: np.random.Generator) -> tuple[MultiTaskUNet, Exam
 
 
 def run_audit(only: str | None, seed: int | None, as_json: bool) -> int:
-    """Audit and print, results to standard output and words to standard error.
+    """Run audits and print the results to standard output, messages to standard error.
+
+    Args:
+        only: names of cases, separated by commas; None for all.
+        seed: see ``audit``.
+        as_json: True to print the results as JSON, False to print a table.
 
     Returns:
-        The exit status: 1 if a lower bound is above the accounted epsilon.
+        The exit status: 1 if a lower bound is above the accounted epsilon, otherwise 0.
 
     Raises:
-        ConfigError: for a case that is not known.
+        ConfigError: if a case is unknown.
     """
     names = only.split(",") if only else list(CASES)
     for name in names:
         if name not in CASES:
             raise ConfigError(f"--only: expected names among {', '.join(CASES)}, got {name!r}")
-    words = Console(stderr=True, markup=False, highlight=False)
+    words = messages()
     audits = [
         audit(CASES[name], seed)
         for name in track(names, "private rounds with canaries", console=words, transient=True)
     ]
     if as_json:
-        sys.stdout.write(json.dumps([asdict(found) for found in audits], indent=2) + "\n")
+        print_json({"audits": [asdict(found) for found in audits]})
     else:
-        width = None if sys.stdout.isatty() else 120
-        Console(width=width, markup=False, highlight=False).print(table(audits))
+        print_table(table(audits))
     broken = [found for found in audits if not found.holds]
     for found in broken:
         words.print(
-            f"{found.says}: epsilon is at least {found.at_least:.3g}, though {found.accounted:.3g} "
-            "is accounted for: the mechanism or the accounting is wrong, or, in one audit of "
-            f"{1 / (1 - CONFIDENCE):.0f} at most, chance; try other seeds",
+            f"{found.says}: the measured lower bound of epsilon, {found.at_least:.3g}, exceeds the "
+            f"accounted epsilon, {found.accounted:.3g}: the mechanism or the accounting is wrong. "
+            f"At most one audit in {1 / (1 - CONFIDENCE):.0f} fails by chance; repeat with other "
+            "seeds",
             soft_wrap=True,
         )
     return 1 if broken else 0
 
 
 def table(audits: Sequence[Audit]) -> Table:
-    """Lay out what was found."""
+    """Format the results as a table."""
     laid = Table(
-        title=f"epsilon at delta {DELTA:g}, from below at confidence {CONFIDENCE:.0%}",
+        title=f"Audit of epsilon at delta {DELTA:g} and confidence {CONFIDENCE:.0%}",
         title_justify="left",
         caption=(
-            "canaries: put in or left out by a coin each; guesses: coins that the attacker is "
-            "surest of; at least: what right guesses show; at most: what the ledger counts"
+            "canaries: each included by a fair coin; guesses: number of coins guessed by the "
+            "attacker; lower bound: measured from the correct guesses; accounted: epsilon "
+            "according to the privacy ledger"
         ),
         caption_justify="left",
     )
     for name in ("round", "network", "unit"):
         laid.add_column(name)
-    columns = ("noise", "rate", "steps", "canaries", "guesses", "right", "at least", "at most")
+    columns = (
+        *("noise", "rate", "steps", "canaries"),
+        *("guesses", "correct", "lower bound", "accounted"),
+    )
     for name in columns:
         laid.add_column(name, justify="right")
     for found in audits:

@@ -1,24 +1,23 @@
-"""What one step on one image gives away of it, and what is left of that under DP-SGD.
+"""Gradient inversion: reconstruct a training image from one step, with and without DP-SGD.
 
-Gradient inversion: look for the picture whose gradient points where the seen one does (Zhu et al.,
-"Deep Leakage from Gradients", NeurIPS 2019), by the cosine between the two, signs of the steps and
+The attack searches for an image with a gradient in the same direction as the observed one (Zhu et
+al., "Deep Leakage from Gradients", NeurIPS 2019), using cosine similarity, sign-based steps and
 total variation as the only prior (Geiping et al., "Inverting Gradients: How easy is it to break
-privacy in federated learning?", NeurIPS 2020). The step is the one that sites take
-(``train_one_round``, ``train_one_round_privately``), of one image alone, which is the easiest for
-the attacker, who knows the weights before it, the settings, the image's mask and its label.
+privacy in federated learning?", NeurIPS 2020). The step is the one that sites perform
+(``train_one_round``, ``train_one_round_privately``), on a single image, which is the easiest case
+for the attacker. The attacker knows the initial weights, the settings, the image's mask and its
+label.
 
-The network is a whole one of the project's, small: its convolutional path is a ConvNeXt, since of a
-ResNet, with the kinks of its ReLU, the picture came back less clearly in as many iterations. The
-picture is a phantom. That this attack fails is no proof that all do; the proof is the noise, and
-``simulation.attacks.audit`` looks for faults in it.
+The network is a small version of the project's network with a ConvNeXt as its convolutional path;
+with a ResNet and its non-smooth ReLU, the same number of iterations reconstructs the image less
+clearly. The image is a phantom. That this attack fails does not prove that every attack fails;
+privacy rests on the noise, which ``simulation.attacks.audit`` checks for errors.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from polyclinic.client.data.dataset import ExampleDataset, Examples, to_batch
 from polyclinic.client.privacy.dp_sgd import Mechanism, train_one_round_privately
 from polyclinic.client.training.local_round import Round, train_one_round
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import messages, print_json, print_table
 from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.loss import LossConfig
 from polyclinic.configs.schema.model import ModelConfig
@@ -50,13 +50,15 @@ from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.mtl_model.attention import RelativePositionBias
 from polyclinic.mtl_model.losses import multi_task_loss
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model
-from polyclinic.simulation.phantom.writer import draw_example, phantom_site
+from polyclinic.simulation.phantom.physics import draw_example
+from polyclinic.simulation.phantom.sites import phantom_site
 
-SIDE = 32  # of the picture, pixels
-DRAWN = 96  # that it is drawn at before it is made smaller
+SIDE = 32  # side of the image in pixels
+DRAWN = 96  # side in pixels at which the phantom is drawn before it is downscaled
 ITERATIONS = 150
-SMOOTHNESS = 1e-2  # weight of total variation beside the cosine
-ENLARGED, GAP, BELOW = 3, 8, 16  # of the figure: times, pixels between pictures, pixels for words
+SMOOTHNESS = 1e-2  # weight of total variation relative to the cosine distance
+# Layout of the figure: enlargement, pixels between images, pixels for the caption below an image.
+ENLARGED, GAP, BELOW = 3, 8, 16
 
 NETWORK = ModelConfig(
     backbone="test_convnext",
@@ -70,7 +72,7 @@ NETWORK = ModelConfig(
 DATA = DataConfig(image_height=SIDE, image_width=SIDE)
 LOSS = LossConfig(class_weights="none")
 TRAIN = TrainConfig(augment=False, batch_size=1, local_steps=1, weight_decay=0.0, precision="fp32")
-WHERE = Round(1, 1, 0, "inversion")  # the whole learning rate
+WHERE = Round(1, 1, 0, "inversion")  # the first round, with the full learning rate
 CPU = torch.device("cpu")
 
 Picture = NDArray[np.uint8]
@@ -79,12 +81,15 @@ Sight = Literal["gradient", "weights"]
 
 @dataclass(frozen=True)
 class Case:
-    """A step to be seen by the attacker.
+    """A step that the attacker observes.
 
     Attributes:
-        sight: the gradient that the step was made of, or what really leaves a site: the weights
-            after it, which show of AdamW's first step little more than each gradient's sign.
-        noise_multiplier: of DP-SGD; None for a step without privacy.
+        says: description in the table and the figure.
+        sight: what the attacker observes: ``gradient`` for the gradient of the step, or ``weights``
+            for the weights after it, which is what leaves a site. AdamW's first step reveals
+            little more than the sign of each gradient.
+        noise_multiplier: noise multiplier of DP-SGD; 0 for clipping without noise, None for a step
+            without privacy.
     """
 
     says: str
@@ -94,25 +99,30 @@ class Case:
 
 PLAIN = Case("without privacy", "gradient")
 FROM_WEIGHTS = Case("from weights", "weights")
-CLIPPED = Case("clipped alone", "gradient", 0.0)
+CLIPPED = Case("clipping only", "gradient", 0.0)
 
 
 def with_noise(noise_multiplier: float) -> Case:
+    """Make a case of DP-SGD with the given noise multiplier."""
     return Case(f"noise {noise_multiplier:g}", "gradient", noise_multiplier)
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """What came back. Brightness and contrast, which the network never sees, are the original's."""
+    """The result of an attack.
+
+    Brightness and contrast are set to the original's, because normalisation removes them from the
+    network's input.
+    """
 
     case: Case
-    picture: Picture  # (H, W)
-    correlation: float  # of the pixels with the original's
-    psnr: float  # dB
+    picture: Picture  # (H, W) uint8, the reconstructed image
+    correlation: float  # correlation of the pixels with the original's, -1 to 1
+    psnr: float  # peak signal-to-noise ratio in dB
 
 
 def picture_of(seed: int) -> Examples:
-    """One phantom with its mask and label."""
+    """Draw one phantom with its mask and label."""
     drawn = draw_example(phantom_site(1, seed), 0, seed=seed, size=DRAWN)
     image, mask = (
         np.asarray(cv2.resize(plane, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8)
@@ -129,11 +139,20 @@ def picture_of(seed: int) -> Examples:
 
 
 def network() -> MultiTaskUNet:
+    """Build the attacked network, with the same initial weights at every call."""
     return build_model(NETWORK, size=(SIDE, SIDE), in_channels=1, image_classes=2, seed=0)
 
 
 def invert(example: Examples, case: Case, seed: int, iterations: int, words: Console) -> Inversion:
-    """Take a step on the example, look at it, and find a picture that would have given it."""
+    """Take a step on the example and reconstruct the image from what is observed.
+
+    Args:
+        example: one image with its mask and label.
+        case: what the attacker observes.
+        seed: seed of the noise and of the search.
+        iterations: number of search steps.
+        words: console for progress.
+    """
     before = network()
     seen = _step(copy.deepcopy(before), example, case, seed)
     found = attack(before, seen, case.sight, example, seed, iterations, words)
@@ -149,7 +168,7 @@ def invert(example: Examples, case: Case, seed: int, iterations: int, words: Con
 
 
 def _step(model: MultiTaskUNet, example: Examples, case: Case, seed: int) -> list[Tensor]:
-    """Take the step as a site would; return what is seen of it, by parameter."""
+    """Take the step as a site would and return what the attacker observes, per parameter."""
     parameters = list(model.parameters())
     before = [p.detach().clone() for p in parameters]
     gradients: list[Tensor] = []
@@ -195,13 +214,19 @@ def attack(
     iterations: int,
     words: Console,
 ) -> NDArray[np.float64]:
-    """Find a picture whose gradient is like the one seen: (H, W), of mean 0 and deviation 1.
+    """Search for an image with a gradient similar to the observed one.
 
     Args:
-        model: with the weights before the step.
-        seen: of each parameter.
-        example: of which the mask and the label alone are read.
-        seed: of the noise that the search starts from.
+        model: the network with the weights before the step.
+        seen: the observation for each parameter.
+        sight: what was observed, see ``Case``.
+        example: the example; only its mask and label are used.
+        seed: seed of the noise that the search starts from.
+        iterations: number of search steps.
+        words: console for progress.
+
+    Returns:
+        The image, (H, W), with mean 0 and standard deviation 1.
     """
     model = copy.deepcopy(model).train()
     for module in model.modules():
@@ -211,7 +236,7 @@ def attack(
     target = _flat([s for s, p in zip(seen, model.parameters(), strict=True) if p.requires_grad])
     blank = replace(example, images=np.zeros_like(example.images))
     images, targets = to_batch(default_collate([ExampleDataset(blank)[0]]), DATA.normalise, CPU)
-    # nearly grey: the first steps then make the picture, and have little noise to undo
+    # Start with little noise, so that the first steps have little of it to remove.
     picture = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     picture.requires_grad_()
     optimizer = torch.optim.Adam([picture], lr=0.1)
@@ -236,17 +261,17 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _standardised(x: Tensor) -> Tensor:
-    """As every image comes to the network (data.normalise image), which the attacker knows."""
+    """Normalise an image as the network's input is (data.normalise image)."""
     return (x - x.mean()) / (x.std() + 1e-6)
 
 
 def _soft_signs(gradient: Tensor) -> Tensor:
-    """AdamW's first step, smooth enough to be followed: its signs have no slope."""
+    """Approximate AdamW's first step, the sign of the gradient, by a differentiable function."""
     return torch.tanh(2 * gradient / gradient.abs().mean().detach())
 
 
 def _variation(x: Tensor) -> Tensor:
-    """Total variation: what neighbouring pixels differ by, on average."""
+    """Compute total variation: the mean absolute difference of neighbouring pixels."""
     return x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()
 
 
@@ -256,7 +281,7 @@ def _as_bright_as(found: NDArray[np.float64], original: Picture) -> Picture:
 
 
 def figure(example: Examples, inversions: Sequence[Inversion]) -> Image.Image:
-    """The original and what came back, side by side, with a word below each."""
+    """Draw the original and the reconstructions next to each other, with a caption below each."""
     shown = [("original", example.images[0, ..., 0])]
     shown += [(inversion.case.says, inversion.picture) for inversion in inversions]
     side = SIDE * ENLARGED
@@ -271,27 +296,30 @@ def figure(example: Examples, inversions: Sequence[Inversion]) -> Image.Image:
 
 
 def run_inversion(out: Path | None, noise: str, seed: int, as_json: bool) -> None:
-    """Invert every case's step and print how near the picture came; draw them if told where.
+    """Attack the step of every case and print the similarity of the reconstructions.
 
     Args:
-        noise: noise multipliers of DP-SGD, with commas.
+        out: PNG file for a figure of the reconstructions; None for no figure.
+        noise: noise multipliers of DP-SGD, separated by commas.
+        seed: seed of the phantom, the noise and the search.
+        as_json: True to print the results as JSON, False to print a table.
 
     Raises:
-        ConfigError: if a noise multiplier is no number above 0, or the figure's name is not that
-            of a PNG.
+        ConfigError: if a noise multiplier is not a number above 0, or ``out`` is not a PNG file.
     """
     cases = (PLAIN, FROM_WEIGHTS, CLIPPED, *map(with_noise, _numbers(noise)))
     if out is not None and out.suffix != ".png":
-        raise ConfigError(f"--out: expected a name that ends in .png, got {out.name}")
-    torch.set_num_threads(1)  # as fast for so small a network, and the same bits in every run
-    words = Console(stderr=True, markup=False, highlight=False)
+        raise ConfigError(f"--out: expected a file name ending in .png, got {out.name}")
+    # One thread is as fast for such a small network and gives bit-identical results in every run.
+    torch.set_num_threads(1)
+    words = messages()
     example = picture_of(seed)
     inversions = [invert(example, case, seed, ITERATIONS, words) for case in cases]
     if as_json:
         rows = [asdict(i.case) | {"correlation": i.correlation, "psnr": i.psnr} for i in inversions]
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        print_json({"rows": rows})
     else:
-        Console(markup=False, highlight=False).print(table(inversions))
+        print_table(table(inversions))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure(example, inversions).save(out, optimize=True)
@@ -304,16 +332,18 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         numbers = []
     if not numbers or not all(0 < number < math.inf for number in numbers):
-        raise ConfigError(f"--noise: expected numbers above 0 with commas, got {text!r}")
+        raise ConfigError(f"--noise: expected numbers above 0 separated by commas, got {text!r}")
     return numbers
 
 
 def table(inversions: Sequence[Inversion]) -> Table:
-    """Lay out how near the pictures came."""
+    """Format the results as a table."""
     laid = Table(
-        title="one step on one image, and the picture found from it",
+        title="Reconstruction of an image from one step",
         title_justify="left",
-        caption="correlation of the pixels with the original's: 1 is the picture, 0 is nothing",
+        caption=(
+            "correlation: of the reconstruction with the original; 1 is identical, 0 is unrelated"
+        ),
         caption_justify="left",
     )
     laid.add_column("step")

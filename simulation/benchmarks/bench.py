@@ -1,8 +1,8 @@
-"""How fast the network is beside itself written plainly and beside what engineers have at hand.
+"""Speed and memory of the network, compared with a reference implementation and other networks.
 
-Everything is measured in one run, contestants taking turns, medians of the turns. Peak memory is
-that of a fresh process for each contestant. `polyclinic bench model` prints it; docs/model.md shows
-a run.
+All networks are measured in one run, in alternating turns, and the median of the turns is reported.
+Peak memory is measured in a separate process per network. ``polyclinic bench model`` prints the
+results; docs/model.md shows an example.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from polyclinic.client.training.device import (
     find_device,
 )
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import messages, print_json, print_table
 from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.mtl_model.inference import InferenceForm
 from polyclinic.mtl_model.network import MultiTaskUNet, build_model
@@ -36,36 +37,36 @@ from polyclinic.simulation.benchmarks.plain import reference_implementation
 from polyclinic.simulation.benchmarks.timing import interleaved, memory_of, print_peak_memory
 
 CHANNELS, MASKS, CLASSES = 3, 1, 3
-BASE = "plain"  # what ratios are to
-STRIDE = 32  # of the deepest network
+BASE = "plain"  # the network that ratios refer to
+STRIDE = 32  # largest stride of all networks
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A network and how it is run."""
+    """A network to measure and the way it is run."""
 
-    says: str
-    make: Callable[[int], nn.Module]  # of the image's side
+    says: str  # description in the table
+    make: Callable[[int], nn.Module]  # builds the network for an image side in pixels
     precision: str = "fp32"
-    plain: bool = False  # in the default memory layout, without a form for inference
-    recompute: bool = False
-    compile: bool = False
+    plain: bool = False  # True to use the default memory layout and no inference form
+    recompute: bool = False  # True to use activation checkpointing
+    compile: bool = False  # True to use torch.compile
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured on."""
+    """The conditions of a measurement."""
 
-    size: int = 224
-    batch: int = 2
-    threads: int = 2
-    turns: int = 7
+    size: int = 224  # side of the images in pixels
+    batch: int = 2  # images per batch
+    threads: int = 2  # CPU threads
+    turns: int = 7  # number of timed turns
     device: str = "cpu"
 
 
 @dataclass
 class Row:
-    """One contestant's figures: milliseconds an image, MB of the process at its peak."""
+    """Measurements of one network: milliseconds per image and peak memory of the process in MB."""
 
     name: str
     says: str
@@ -74,11 +75,11 @@ class Row:
     training_ms: float | None = None
     inference_mb: float | None = None
     training_mb: float | None = None
-    differs: float | None = None  # from the base's logits, of the largest
+    differs: float | None = None  # largest difference of a logit from the base's, relative
 
 
 def ours(**changes: object) -> Callable[[int], MultiTaskUNet]:
-    """The network with its defaults, but for some settings."""
+    """Return a builder of the project's network with default settings except ``changes``."""
 
     def make(size: int) -> MultiTaskUNet:
         return build_model(
@@ -123,19 +124,19 @@ def _swin_unetr(features: int) -> Callable[[int], nn.Module]:
 
 CONTESTANTS: Mapping[str, Contestant] = {
     BASE: Contestant(
-        "the published shape, written plainly",
+        "published shape, reference implementation",
         lambda size: reference_implementation(ours(**PUBLISHED)(size)),
         plain=True,
     ),
-    "ours": Contestant("the published shape", ours(**PUBLISHED)),
+    "ours": Contestant("published shape", ours(**PUBLISHED)),
     "ours-recompute": Contestant(
-        "the same, train.grad-checkpointing", ours(**PUBLISHED), recompute=True
+        "published shape, train.grad-checkpointing", ours(**PUBLISHED), recompute=True
     ),
-    "ours-compile": Contestant("the same, train.compile", ours(**PUBLISHED), compile=True),
-    "ours-bf16": Contestant("the same, bf16", ours(**PUBLISHED), precision="bf16"),
-    "ours-group": Contestant("our default: group norm", ours(drop_path=0.0)),
+    "ours-compile": Contestant("published shape, train.compile", ours(**PUBLISHED), compile=True),
+    "ours-bf16": Contestant("published shape, bf16", ours(**PUBLISHED), precision="bf16"),
+    "ours-group": Contestant("default settings (group norm)", ours(drop_path=0.0)),
     "light": Contestant("model.preset light", ours(preset="light")),
-    "light-bf16": Contestant("the same, bf16", ours(preset="light"), precision="bf16"),
+    "light-bf16": Contestant("model.preset light, bf16", ours(preset="light"), precision="bf16"),
     "smp-unet": Contestant("segmentation_models_pytorch Unet(resnet34) + head", _smp),
     "swin-unetr-48": Contestant("MONAI SwinUNETR 2-D, 48 features", _swin_unetr(48)),
     "swin-unetr-24": Contestant("MONAI SwinUNETR 2-D, 24 features", _swin_unetr(24)),
@@ -152,14 +153,23 @@ def run_bench(
     only: str | None,
     as_json: bool,
 ) -> None:
-    """Measure and print, results to standard output and words to standard error.
+    """Measure networks and print results to standard output, messages to standard error.
+
+    Args:
+        size: side of the images in pixels, a multiple of 32.
+        batch: images per batch.
+        threads: CPU threads.
+        turns: number of timed turns.
+        device: the device, as in ``train.device``.
+        only: names of networks, separated by commas; None for the default selection.
+        as_json: True to print the results as JSON, False to print a table.
 
     Raises:
-        ConfigError: for a contestant that is not known or whose package is not installed, or a
-            device that is not there.
+        ConfigError: if a network is unknown, its package is not installed, or the device is not
+            available.
     """
     names = tuple(only.split(",")) if only else BY_DEFAULT
-    words = Console(stderr=True, markup=False, highlight=False)
+    words = messages()
     for name in names:
         if name not in CONTESTANTS:
             raise ConfigError(
@@ -167,31 +177,30 @@ def run_bench(
             )
     if size % STRIDE:
         raise ConfigError(
-            f"--size: expected a multiple of {STRIDE} (not all take others), got {size}"
+            f"--size: expected a multiple of {STRIDE}, as some networks require, got {size}"
         )
     try:
         bench = Bench(size, batch, threads, turns, str(find_device(device)))
-    except (DeviceError, RuntimeError) as error:  # torch's own for words that are no device
+    except (DeviceError, RuntimeError) as error:  # torch raises RuntimeError for unknown names
         raise ConfigError(f"--device {device}: {error}") from None
     if not only and not computes_bf16(torch.device(bench.device)):
         names = tuple(n for n in names if CONTESTANTS[n].precision != "bf16")
-        words.print("without bf16, which this processor only emulates; --only asks for it")
+        words.print("skipping bf16, which this processor only emulates; select it with --only")
     try:
         rows = measure(bench, names, words)
     except ImportError as error:
         raise ConfigError(
-            f"{error}: pip install 'polyclinic[bench]', or choose other networks with --only"
+            f"{error}: pip install 'polyclinic[bench]' or select other networks with --only"
         ) from None
     if as_json:
         content = {"on": asdict(bench), "networks": [asdict(row) for row in rows]}
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        print_json(content)
         return
-    width = None if sys.stdout.isatty() else 150
-    Console(width=width, markup=False, highlight=False).print(table(bench, rows))
+    print_table(table(bench, rows))
 
 
 def measure(bench: Bench, names: Sequence[str], words: Console) -> list[Row]:
-    """Time every contestant in turns, then find each one's peak memory."""
+    """Time the networks in alternating turns, then measure the peak memory of each."""
     torch.set_num_threads(bench.threads)
     rows = {
         name: Row(
@@ -204,7 +213,7 @@ def measure(bench: Bench, names: Sequence[str], words: Console) -> list[Row]:
     for phase in ("inference", "training"):
         steps = {name: _step(bench, CONTESTANTS[name], phase) for name in names}
         times = interleaved(steps, bench.turns, phase, words)
-        del steps  # networks with their optimisers
+        del steps  # frees the networks and their optimisers
         for name, row in rows.items():
             setattr(row, f"{phase}_ms", statistics.median(times[name]) / bench.batch * 1e3)
     if BASE in names:
@@ -278,7 +287,7 @@ def _training(bench: Bench, contestant: Contestant) -> Callable[[], None]:
 
 
 def _logits(output: Tensor | Sequence[Tensor | None]) -> list[Tensor]:
-    """Mask logits and, where there are any, class logits."""
+    """Return mask logits and, if the network has a classifier, class logits."""
     several = [output] if isinstance(output, Tensor) else output
     return [logits for logits in several if logits is not None]
 
@@ -289,7 +298,7 @@ def _wait(bench: Bench) -> None:
 
 
 def _differences(bench: Bench, names: Sequence[str]) -> dict[str, float]:
-    """How far the forms of the published shape are from it written plainly."""
+    """Compute the relative difference of each form of the published shape from the base."""
     expected = _inference(bench, CONTESTANTS[BASE])()
     same = [n for n in names if n.startswith("ours") and n != "ours-group"]
     return {
@@ -302,7 +311,7 @@ def _differences(bench: Bench, names: Sequence[str]) -> dict[str, float]:
 
 
 def _main(name: str, phase: str, bench: Bench) -> None:
-    """Take three steps in a process of their own."""
+    """Take three steps in this process and print its peak memory."""
     torch.set_num_threads(bench.threads)
     step = _step(bench, CONTESTANTS[name], phase)
     for _ in range(3):
@@ -311,7 +320,7 @@ def _main(name: str, phase: str, bench: Bench) -> None:
 
 
 def table(bench: Bench, rows: Sequence[Row]) -> Table:
-    """Lay out figures, each with its ratio to the base: times as fast, share of the memory."""
+    """Format the measurements as a table, with speed and memory relative to the base."""
     base = next((row for row in rows if row.name == BASE), rows[0])
     laid = Table(
         title=(
@@ -320,9 +329,10 @@ def table(bench: Bench, rows: Sequence[Row]) -> Table:
         ),
         title_justify="left",
         caption=(
-            f"ms an image; x: times as fast as {base.name}; MB: peak of the process, imports and "
-            "optimiser included; differs: largest difference of a logit from the base's, of the "
-            "largest"
+            f"ms: milliseconds per image; x: speed relative to {base.name}; MB: peak memory of the "
+            "process, including imports and optimiser; of base: training memory relative to "
+            f"{base.name}; differs: largest difference of a logit from {base.name}, relative to "
+            "the largest logit"
         ),
         caption_justify="left",
     )

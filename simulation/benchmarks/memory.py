@@ -1,13 +1,13 @@
-"""How much memory the server needs for a round's replies: folded as they come, or all gathered.
+"""Server memory needed for the replies of a round, aggregated incrementally or all at once.
 
-The real way of a round's training: our federation over a door that has a site's reply made when it
-is pulled, through Flower's serialisation; only sites and network are left out. `polyclinic bench
-memory` prints it; docs/reliability.md shows a run.
+The benchmark runs the server code of a training round, including Flower's serialisation, with a
+grid client that generates the reply of a site when it is pulled. Only the sites and the network
+connection are simulated. ``polyclinic bench memory`` prints the results; docs/reliability.md shows
+an example.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable
@@ -19,11 +19,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
-from rich.console import Console
 from rich.table import Table
 
 from polyclinic.configs import wire
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import messages, print_json, print_table
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.packing import Packed
@@ -38,22 +38,22 @@ from polyclinic.server.runs.reports import SiteReport
 from polyclinic.simulation.benchmarks.timing import memory_of, peak_of_process
 
 IDENTITY = RunIdentity("0" * 32)
-EXAMPLES = 80
-STEPS = 10
-GATHERS = "fedmedian"  # a strategy that needs all replies at once
+EXAMPLES = 80  # training examples that each simulated site reports
+STEPS = 10  # optimiser steps that each simulated site reports
+GATHERS = "fedmedian"  # a strategy that needs all replies at the same time
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One way with one number of sites."""
+    """The measurement for one strategy and number of sites."""
 
     strategy: str
     sites: int
-    peak_mb: float | None  # None: it failed, for lack of memory as a rule
+    peak_mb: float | None  # None if the process failed, usually because it ran out of memory
 
 
 class Replies:
-    """A door to sites that have each trained when their reply is pulled."""
+    """A grid client that generates the training reply of a site when it is pulled."""
 
     def __init__(self, sites: int) -> None:
         self.sites = sites
@@ -97,20 +97,23 @@ class Replies:
 
 
 def name_of(node: int) -> str:
+    """Return the name of the simulated site with the given node number."""
     return f"site-{node:03d}"
 
 
 def run_memory_bench(sites: str, gathered: str, preset: str, as_json: bool) -> None:
-    """Measure and print, results to standard output and words to standard error.
+    """Measure server memory and print results to standard output, messages to standard error.
 
     Args:
-        sites: numbers of sites, with commas, for replies that are folded.
-        gathered: numbers of sites for replies that are gathered; may be empty.
+        sites: numbers of sites for incremental aggregation, separated by commas.
+        gathered: numbers of sites for aggregation of all replies at once; may be empty.
+        preset: the value of ``model.preset``.
+        as_json: True to print the results as JSON, False to print a table.
 
     Raises:
-        ConfigError: for words that are no numbers.
+        ConfigError: if a number of sites is not a whole number.
     """
-    words = Console(stderr=True, markup=False)
+    words = messages()
     rows = []
     for strategy, numbers in (("fedavg", sites), (GATHERS, gathered)):
         for number in _numbers(numbers):
@@ -119,35 +122,39 @@ def run_memory_bench(sites: str, gathered: str, preset: str, as_json: bool) -> N
             peak = memory_of("polyclinic.simulation.benchmarks.memory", arguments, words)
             rows.append(MemoryRow(strategy, number, peak))
     if as_json:
-        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        print_json({"rows": [asdict(row) for row in rows]})
         return
     table = Table(
-        title=f"The server's memory in a round's training, network {preset}",
+        title=f"Server memory during the training of a round, model.preset {preset}",
         title_justify="left",
-        caption="peak of the whole process, Python and PyTorch included",
+        caption="peak memory of the process, including Python and PyTorch",
         caption_justify="left",
     )
-    for head in ("strategy", "replies are", "sites", "peak MB"):
+    for head in ("strategy", "replies", "sites", "peak MB"):
         table.add_column(head, justify="right" if head in ("sites", "peak MB") else "left")
     for row in rows:
-        way = "gathered" if row.strategy == GATHERS else "folded as they come"
+        way = "gathered" if row.strategy == GATHERS else "aggregated incrementally"
         shown = "-" if row.peak_mb is None else f"{row.peak_mb:.0f}"
         table.add_row(row.strategy, way, str(row.sites), shown)
-    Console(width=None if sys.stdout.isatty() else 100, markup=False).print(table)
+    print_table(table)
 
 
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"sites: expected numbers with commas, got {text!r}") from None
+        raise ConfigError(
+            f"sites: expected whole numbers separated by commas, got {text!r}"
+        ) from None
 
 
 def one_round(config: RunConfig, sites: int) -> float:
-    """Take one round's replies in, within a task of Flower's (or what is taken for one).
+    """Collect and aggregate the replies of one round.
+
+    Must be called inside a Flower task, or with a substitute for its identity as in ``main``.
 
     Returns:
-        Seconds that it took, the making of the replies included.
+        The duration in seconds, including the generation of the replies.
     """
     network = network_of(config.model, config.data, config.loss, seed=0)
     parts = Parts.of(network, config.strategy)
@@ -169,14 +176,14 @@ def one_round(config: RunConfig, sites: int) -> float:
     started = time.perf_counter()
     _, reports = rounds.train(1)
     if len(reports) != sites:
-        raise RuntimeError(f"expected {sites} good replies, got {len(reports)}")
+        raise RuntimeError(f"expected {sites} valid replies, got {len(reports)}")
     return time.perf_counter() - started
 
 
 def main(strategy: str, sites: int, preset: str) -> None:
-    """One round in this process; prints its peak, in MB."""
+    """Run one round in this process and print its peak memory in MB."""
     for name in ("_task_id", "_run_id", "_node_id"):
-        setattr(TaskIdentity, name, 1)  # Flower makes no message outside of a task
+        setattr(TaskIdentity, name, 1)  # Flower creates messages only inside a task
     with TemporaryDirectory() as place:
         flat = {"run.output-dir": place, "model.preset": preset, "strategy.name": strategy}
         seconds = one_round(RunConfig.from_flat(flat), sites)

@@ -1,10 +1,10 @@
-"""The network of mtl_model written plainly: what `polyclinic bench model` measures against.
+"""Reference implementation of the network in mtl_model, the baseline of ``polyclinic bench model``.
 
-Textbook PyTorch in the places where mtl_model has a faster form: windows folded into the batch and
-rolled, scores, bias, mask and softmax one after the other, maps concatenated in front of a
-convolution, the last interpolation on all channels. The parameters are the network's own (of a
-joined convolution, its parts' side by side), so both must give the same numbers; tests hold that
-they do. Sizes must be multiples of the windows.
+It uses textbook PyTorch where mtl_model has a faster form: windows rolled and folded into the
+batch, attention computed from separate scores, bias, mask and softmax, maps concatenated before a
+convolution, and the last interpolation applied to all channels. It uses the parameters of the
+given network (concatenated for a split convolution), so both give the same results, which tests
+check. Image sizes must be multiples of the windows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from polyclinic.mtl_model.network import MultiTaskUNet
 
 
 def reference_implementation(network: MultiTaskUNet) -> MultiTaskUNet:
-    """A copy of a network, in the default memory layout, with its fast forms written out."""
+    """Copy a network, with its fast forms replaced, in the default memory layout."""
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for module in list(plain.modules()):
         for name, child in module.named_children():
@@ -34,7 +34,7 @@ def reference_implementation(network: MultiTaskUNet) -> MultiTaskUNet:
 
 
 class PlainAttention(nn.Module):
-    """Window attention as in the Swin Transformer's paper, step by step.
+    """Window attention, step by step as in the paper on the Swin Transformer (Liu et al., 2021).
 
     Shapes:
         in and out: (B, H, W, C), H and W multiples of the window
@@ -92,10 +92,10 @@ class PlainAttention(nn.Module):
 
 
 class PlainJoined(nn.Module):
-    """Maps laid side by side, and one convolution.
+    """One convolution of concatenated maps.
 
     Shapes:
-        maps: (B, ., H, W) each
+        maps: (B, in_channels[k], H, W)
         out:  (B, out_channels, H, W)
     """
 
@@ -113,10 +113,10 @@ class PlainJoined(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """The decoder that interpolates its features and then makes logits of them.
+    """Decoder that interpolates its features before it computes logits.
 
     Shapes:
-        maps: as Decoder's
+        maps: as in ``Decoder``
         out:  (B, mask_channels, H, W)
     """
 

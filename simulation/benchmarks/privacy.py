@@ -1,7 +1,8 @@
-"""What differential privacy costs: a private step beside a plain one, in time and in memory.
+"""Cost of differential privacy: time and memory of a training step with and without DP-SGD.
 
-Both train the same network on the same images; the private one also tells units apart, clips and
-adds noise. `polyclinic bench privacy` prints it; docs/privacy.md shows a run.
+Both steps train the same network on the same images; the private step also computes per-unit
+gradients, clips them and adds noise. ``polyclinic bench privacy`` prints the results;
+docs/privacy.md shows an example.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from polyclinic.client.privacy.unit_gradients import Way, units_of_network
 from polyclinic.client.training.device import DeviceError, autocast, find_device
 from polyclinic.client.training.local_round import adamw
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import messages, print_json, print_table
 from polyclinic.configs.schema.loss import LossConfig
 from polyclinic.configs.schema.model import ModelConfig
 from polyclinic.configs.schema.train import TrainConfig
@@ -34,7 +36,7 @@ WAYS = {
     "plain": "without privacy",
     "ghost": "privacy.gradients ghost",
     "hooks": "privacy.gradients hooks (Opacus)",
-    "functorch": "Opacus's functorch",
+    "functorch": "Opacus with functorch",
 }
 PLAIN = "plain"
 CLASSES = 2
@@ -42,27 +44,27 @@ CLASSES = 2
 
 @dataclass(frozen=True)
 class PrivacyBench:
-    """What is measured on."""
+    """The conditions of a measurement."""
 
-    size: int
-    preset: str
-    threads: int
-    turns: int
+    size: int  # side of the images in pixels
+    preset: str  # value of model.preset
+    threads: int  # CPU threads
+    turns: int  # number of timed turns
     device: str
-    precision: str
+    precision: str  # value of train.precision
 
 
 @dataclass
 class PrivacyRow:
-    """One way at one number of images a pass."""
+    """The measurement of one kind of step at one batch size."""
 
-    way: str
-    images: int
-    step_ms: float
-    training_mb: float | None = None
+    way: str  # key of WAYS
+    images: int  # images per batch
+    step_ms: float  # milliseconds per step
+    training_mb: float | None = None  # peak memory of the process in MB; None if it failed
 
 
-def run_privacy_bench(
+def run_privacy_bench(  # noqa: PLR0913 settings of one call, each used by name
     size: int,
     preset: str,
     batches: str,
@@ -73,10 +75,21 @@ def run_privacy_bench(
     only: str | None,
     as_json: bool,
 ) -> None:
-    """Measure and print, results to standard output and words to standard error.
+    """Measure training steps and print results to standard output, messages to standard error.
+
+    Args:
+        size: side of the images in pixels.
+        preset: the value of ``model.preset``.
+        batches: numbers of images per batch, separated by commas.
+        threads: CPU threads.
+        turns: number of timed turns.
+        device: the device, as in ``train.device``.
+        precision: the value of ``train.precision``.
+        only: kinds of steps, separated by commas; None for all.
+        as_json: True to print the results as JSON, False to print a table.
 
     Raises:
-        ConfigError: for words that are no way, no number or no device.
+        ConfigError: if a kind of step, a number or the device is invalid.
     """
     ways = tuple(only.split(",")) if only else tuple(WAYS)
     for way in ways:
@@ -84,25 +97,27 @@ def run_privacy_bench(
             raise ConfigError(f"--only: expected some of {', '.join(WAYS)}, got {way!r}")
     images = batches.split(",")
     if not all(number.isdigit() and int(number) for number in images):
-        raise ConfigError(f"--images: expected numbers from 1 and commas, got {batches!r}")
+        raise ConfigError(
+            "--physical-batch-sizes: expected whole numbers of 1 or more separated by commas, got "
+            f"{batches!r}"
+        )
     try:
         bench = PrivacyBench(size, preset, threads, turns, str(find_device(device)), precision)
-    except (DeviceError, RuntimeError) as error:  # torch's own for words that are no device
+    except (DeviceError, RuntimeError) as error:  # torch raises RuntimeError for unknown names
         raise ConfigError(f"--device {device}: {error}") from None
-    words = Console(stderr=True, markup=False, highlight=False)
+    words = messages()
     rows = measure(bench, ways, [int(number) for number in images], words)
     if as_json:
         content = {"on": asdict(bench), "ways": [asdict(row) for row in rows]}
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        print_json(content)
         return
-    width = None if sys.stdout.isatty() else 110
-    Console(width=width, markup=False, highlight=False).print(table(bench, rows))
+    print_table(table(bench, rows))
 
 
 def measure(
     bench: PrivacyBench, ways: Sequence[str], batches: Sequence[int], words: Console
 ) -> list[PrivacyRow]:
-    """Time all ways in turns at each number of images, then find each one's peak memory."""
+    """Time the steps in alternating turns at each batch size, then measure their peak memory."""
     torch.set_num_threads(bench.threads)
     rows: list[PrivacyRow] = []
     for images in batches:
@@ -117,7 +132,7 @@ def measure(
 
 
 def _step(bench: PrivacyBench, way: str, images: int) -> Callable[[], None]:
-    """A whole step of a fresh network: forward, backward, noise, optimiser."""
+    """Make a function that takes a complete training step of a new network."""
     network = build_model(
         ModelConfig.model_validate({"preset": bench.preset, "drop_path": 0.0}),
         size=(bench.size, bench.size),
@@ -169,18 +184,21 @@ def _private_step(
 
 
 def table(bench: PrivacyBench, rows: Sequence[PrivacyRow]) -> Table:
-    """Lay out figures, each with its ratio to the plain step's of as many images."""
+    """Format the measurements as a table, relative to the plain step of the same batch size."""
     laid = Table(
         title=(
             f"{bench.preset}, {bench.size} x {bench.size} pixels, {bench.precision}, "
             f"{bench.device}, {bench.threads} threads, medians of {bench.turns} turns"
         ),
         title_justify="left",
-        caption="ms a step; MB: peak of the process, imports and optimiser included",
+        caption=(
+            "ms: milliseconds per step; MB: peak memory of the process, including imports and "
+            "optimiser"
+        ),
         caption_justify="left",
     )
-    laid.add_column("images a pass", justify="right")
-    laid.add_column("way")
+    laid.add_column("batch size", justify="right")
+    laid.add_column("step")
     for name in ("step ms", "x plain", "MB", "x plain"):
         laid.add_column(name, justify="right")
     plain = {row.images: row for row in rows if row.way == PLAIN}

@@ -1,6 +1,6 @@
-"""How a benchmark takes its figures: contestants in turns, memory in processes of their own.
+"""Measurement of benchmarks: alternating turns for time, separate processes for memory.
 
-Machines are shared, and only ratios of the same minutes mean something.
+The load of a shared machine varies, so only ratios measured at the same time are meaningful.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from rich.progress import track
 def interleaved(
     steps: Mapping[str, Callable[[], object]], turns: int, phase: str, words: Console
 ) -> dict[str, list[float]]:
-    """Seconds of each turn, the first of which, a warm-up, is left out."""
+    """Time steps in alternating turns.
+
+    Args:
+        steps: functions to time, by name.
+        turns: number of timed turns, after one warm-up turn.
+        phase: description of the progress bar.
+        words: console for progress.
+
+    Returns:
+        The duration of each turn in seconds, by name.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in track(range(turns + 1), phase, console=words, transient=True):
         for name, step in steps.items():
@@ -31,18 +41,29 @@ def interleaved(
 
 
 def memory_of(module: str, arguments: Sequence[str], words: Console) -> float | None:
-    """MB that a module, run as a program, prints as its peak; None, with words why, if it fails."""
+    """Run a module as a program that prints its peak memory.
+
+    Args:
+        module: name of the module.
+        arguments: arguments of the program.
+        words: console for the reason of a failure.
+
+    Returns:
+        The printed peak memory in MB, or None if the program failed.
+    """
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:  # of memory, as a rule: the other figures are worth having without it
+    if done.returncode:  # usually out of memory; the other measurements are still useful
         why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        words.print(f"no peak memory of {', '.join(arguments[:2])}: {why}", soft_wrap=True)
+        words.print(
+            f"peak memory of {', '.join(arguments[:2])} was not measured: {why}", soft_wrap=True
+        )
         return None
     return float(done.stdout)
 
 
 def print_peak_memory(device: str) -> None:
-    """Print MB at this process's peak; on a GPU, MB allocated there."""
+    """Print the peak memory of this process in MB; on a GPU, the peak memory allocated there."""
     if device.startswith("cuda"):
         print(torch.cuda.max_memory_allocated(device) / 1e6)
     else:
@@ -50,8 +71,11 @@ def print_peak_memory(device: str) -> None:
 
 
 def peak_of_process() -> float:
-    """MB. Not getrusage's, which a child inherits from the process that started it."""
+    """Return the peak memory of this process in MB.
+
+    ``getrusage`` is not used because a child inherits its value from the parent process.
+    """
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
-    raise OSError("/proc/self/status: expected a line VmHWM, found none; this needs Linux")
+    raise OSError("/proc/self/status: expected a line VmHWM, which only Linux provides")

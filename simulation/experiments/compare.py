@@ -1,9 +1,10 @@
-"""Is federated better than alone? The same network, images, splits and steps, without Flower.
+"""Compare federated training with local and pooled training on the same images, without Flower.
 
-Each site's model trained alone takes as many optimiser steps as that site took in the run; the
-model trained on all sites' images pooled takes their mean. Each is chosen, as in the run, by its
-best round on the validation images it may see (the last round where there are none to choose by),
-and tested on every site.
+The comparison uses the network, images, splits and number of steps of the run. A site's local model
+takes as many optimiser steps as the site took in the run; the pooled model is trained on the images
+of all sites and takes the mean number of steps. As in the run, each model is selected by its best
+round on the validation images of its training sites (the last round if there is no value to select
+by), and tested on every site.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -27,13 +26,15 @@ from polyclinic.client.training.evaluate import evaluate
 from polyclinic.client.training.local_round import Round, train_one_round
 from polyclinic.configs import wire
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.files import write_json
+from polyclinic.configs.output import messages, print_json, print_table
 from polyclinic.configs.presets import read_run_config
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.metrics import Metrics, compute
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.sums import Classes, MetricSums, empty_sums
 from polyclinic.server.aggregation.initial import initial_network
-from polyclinic.server.runs.folder import RunFolder, write_json
+from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.history import POOLED, Line, read_history
 from polyclinic.simulation.local.sites import simulated_sites
 
@@ -42,15 +43,23 @@ log = logging.getLogger(__name__)
 FEDERATED = "federated"
 _SHOWN = {"Dice": "dice", "balanced accuracy": "balanced_accuracy", "AUC": "auc"}
 
-# model: tested on site (or POOLED): values
+# Maps each model to its metrics on each site and on POOLED.
 Comparison = dict[str, dict[str, Metrics]]
 
 
 def compare_run(run: Path, as_json: bool) -> int:
-    """Compare a finished simulation with training alone and pooled; print and save.
+    """Compare a finished simulation with local and pooled training, then print and save the result.
+
+    Args:
+        run: the run folder. The comparison is saved there as compare.json.
+        as_json: True to print JSON, False to print tables.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        ConfigError: if the folder holds no finished run, or its data have changed since.
+        ConfigError: if the folder contains no finished run, the run was private, or its data have
+            changed since.
     """
     folder = RunFolder(run.absolute())
     if not folder.results.is_file():
@@ -60,8 +69,8 @@ def compare_run(run: Path, as_json: bool) -> int:
     config = read_run_config(folder.config)
     if config.privacy.mode != "off":
         raise ConfigError(
-            f"{folder.path}: expected a run without privacy: sites of a private one do not tell "
-            "on which images they trained"
+            f"{folder.path}: expected a run without privacy, because the sites of a private run do "
+            "not reveal which images they trained on"
         )
     results = json.loads(folder.results.read_text(encoding="utf-8"))
     sites = _same_data(folder, config)
@@ -70,7 +79,8 @@ def compare_run(run: Path, as_json: bool) -> int:
     for name, site in sites.items():
         if not trained.get(name):
             log.warning(
-                "%s alone: no values, because the site trained in no round of the run", name
+                "%s, local training: no values, because the site trained in no round of the run",
+                name,
             )
             nothing = compute(empty_sums(Classes.of(config.data)), Classes.of(config.data))
             comparison[f"{name} alone"] = dict.fromkeys([*sites, POOLED], nothing)
@@ -92,11 +102,10 @@ def compare_run(run: Path, as_json: bool) -> int:
     }
     write_json(folder.path / "compare.json", content)
     if as_json:
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        print_json(content)
     else:
-        out = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
         for title, field in _SHOWN.items():
-            out.print(_table(f"{title} on the held-out test images", comparison, field))
+            print_table(_table(f"{title} on the held-out test images", comparison, field))
     return 0
 
 
@@ -108,15 +117,17 @@ def _same_data(folder: RunFolder, config: RunConfig) -> dict[str, SiteData]:
         before = environment["sites"].get(name, {}).get("fingerprint")
         if before != site.fingerprint:
             raise ConfigError(
-                f"site {name}: its data are not those of the run (fingerprint "
-                f"{str(before)[:12]} then, {site.fingerprint[:12]} now)"
+                f"site {name}: the data have changed since the run (expected fingerprint "
+                f"{str(before)[:12]}, got {site.fingerprint[:12]})"
             )
     return sites
 
 
 def rounds_trained(history: Sequence[Line]) -> dict[str, list[int]]:
-    """The rounds in which each site trained: not all, where it was away, not drawn, or the run
-    stopped early."""
+    """List the rounds in which each site trained.
+
+    Rounds are missing if the site was absent, was not drawn, or the run stopped early.
+    """
     found: dict[str, list[int]] = {}
     for line in history:
         found.setdefault(line.site, [])
@@ -131,7 +142,7 @@ def _mean_steps(config: RunConfig, sites: dict[str, SiteData]) -> int:
 
 
 def pool(sites: Sequence[SiteData]) -> dict[str, Examples]:
-    """All sites' examples as if they were one site's, split by split."""
+    """Concatenate the examples of all sites, separately for each split."""
     return {
         split: Examples(
             *(
@@ -156,9 +167,7 @@ def _trained_and_tested(
     network = initial_network(config.model, config.data, config.loss, config.run.seed)
     classes = Classes.of(config.data)
     best, best_state = float("-inf"), None
-    for number in track(
-        numbers, name, console=Console(stderr=True, markup=False, highlight=False), transient=True
-    ):
+    for number in track(numbers, name, console=messages(), transient=True):
         train_one_round(
             network,
             splits[wire.TRAIN_SPLIT],
@@ -172,7 +181,7 @@ def _trained_and_tested(
         value = on_val.value(config.evaluate.select_by)
         if value is not None and value > best:
             best, best_state = value, copy.deepcopy(network.state_dict())
-    if best_state is not None:  # without a value to choose by, the last round's, as the server
+    if best_state is not None:  # without any value, keep the last round, as the server does
         network.load_state_dict(best_state)
     tested = {
         site: _sums(config, network, data.splits[wire.TEST_SPLIT]) for site, data in sites.items()

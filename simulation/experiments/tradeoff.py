@@ -1,7 +1,7 @@
-"""What privacy costs in quality: the same run at several epsilons, by image and by patient.
+"""Privacy-accuracy trade-off: the same run at several epsilons, per example and per patient.
 
-Every combination is a simulation of its own in a folder of its own; those that are there already
-are taken as they are, so that an interrupted comparison goes on where it stopped.
+Each combination is a separate simulation with its own run folder. Finished runs are reused, so an
+interrupted comparison resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -21,17 +20,18 @@ from rich.table import Table
 
 from polyclinic.client.training.device import DeviceError
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.output import messages, print_json, print_table
 from polyclinic.configs.presets import read_run_config
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.distance import DistanceError
 from polyclinic.mtl_model.pretrained import PretrainedError
-from polyclinic.server.rounds.federation import RunRefused
+from polyclinic.server.rounds.errors import RunRefused
 from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.history import POOLED, read_history
 from polyclinic.simulation.local.launch import LaunchError, launch, plan
 
-Values = dict[str, dict[str, float | None]]  # site: metric: value
+Values = dict[str, dict[str, float | None]]  # maps site, then metric, to its value
 
 UNFIT = (BackboneError, DeviceError, DistanceError, PretrainedError, RunRefused)
 UNITS = ("example", "patient")
@@ -39,13 +39,14 @@ UNITS = ("example", "patient")
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: infinity is without privacy, for which there is no unit."""
+    """One row of the table: a target epsilon and a privacy unit."""
 
-    epsilon: float
-    unit: str
+    epsilon: float  # infinity for a run without privacy
+    unit: str  # "example" or "patient"; "none" for a run without privacy
 
     @property
     def name(self) -> str:
+        """The part of the run's name that identifies the setting."""
         return "none" if math.isinf(self.epsilon) else f"{self.epsilon:g}-{self.unit}"
 
 
@@ -57,20 +58,28 @@ def run_tradeoff(
     parallel: int | None,
     as_json: bool,
 ) -> int:
-    """Run what is not there yet; print a table of all.
+    """Run the simulations that are missing and print a table of all results.
+
+    Args:
+        config: the settings that all runs share.
+        epsilons: target epsilons, separated by commas; ``inf`` for a run without privacy.
+        units: ``example``, ``patient`` or both, separated by commas.
+        seeds: seeds, separated by commas; every combination is run with each.
+        parallel: number of sites that compute at the same time; None for the default of ``plan``.
+        as_json: True to print JSON, False to print tables.
 
     Returns:
-        The exit status: 0 done, 1 if a run failed.
+        The exit status: 0 completed, 1 if a run failed.
 
     Raises:
-        ConfigError: for words that are no epsilon, unit or seed, or a run without a name.
+        ConfigError: if an epsilon, unit or seed is invalid, or the run has no name.
     """
     if not config.run.name:
-        raise ConfigError("tradeoff: expected run.name, under which its runs are kept, got none")
+        raise ConfigError("tradeoff: expected run.name, the prefix of its run folders, got none")
     settings = settings_of(epsilons, units)
     if not all(seed.isdigit() for seed in seeds.split(",")):
-        raise ConfigError(f"--seeds: expected whole numbers and commas, got {seeds!r}")
-    words = Console(stderr=True, markup=False, highlight=False)
+        raise ConfigError(f"--seeds: expected whole numbers separated by commas, got {seeds!r}")
+    words = messages()
     found: dict[Setting, list[Values]] = {}
     spent: dict[Setting, dict[str, float]] = {}
     for seed in map(int, seeds.split(",")):
@@ -86,23 +95,22 @@ def run_tradeoff(
                 "epsilon": None if math.isinf(setting.epsilon) else setting.epsilon,
                 "unit": setting.unit,
                 "spent": spent[setting],
-                "by-seed": values,
+                "by_seed": values,
             }
             for setting, values in found.items()
         ]
-        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        print_json({"settings": content})
         return 0
-    out = Console(width=None if sys.stdout.isatty() else 110, markup=False, highlight=False)
     for title, metric in (("Dice", "dice"), ("AUC", "auc")):
-        out.print(table(f"{title} on the held-out test images", found, metric))
+        print_table(table(f"{title} on the held-out test images", found, metric))
     return 0
 
 
 def settings_of(epsilons: str, units: str) -> list[Setting]:
-    """Every combination, the one without privacy once.
+    """List all combinations of epsilons and units, with a single one for no privacy.
 
     Raises:
-        ConfigError: for a word that is no epsilon or no unit.
+        ConfigError: if an epsilon or unit is invalid.
     """
     settings: list[Setting] = []
     for unit in units.split(","):
@@ -123,7 +131,7 @@ def settings_of(epsilons: str, units: str) -> list[Setting]:
 def _run(
     config: RunConfig, setting: Setting, seed: int, parallel: int | None, words: Console
 ) -> RunFolder | None:
-    """The folder of one finished run, run now unless it is there; None if it failed."""
+    """Run one combination unless it is finished; return its folder, or None if it failed."""
     changes: dict[str, bool | int | float | str] = {
         "run.name": f"{config.run.name}-{setting.name}-{seed}",
         "run.seed": seed,
@@ -140,7 +148,7 @@ def _run(
     wanted = RunConfig.from_flat({**config.to_flat(), **changes})
     folder = next_folder(wanted)
     if folder.results.is_file():
-        words.print(f"{folder.name}: there already")
+        words.print(f"{folder.name}: already finished")
         return folder
     words.print(f"{folder.name}: running")
     named = wanted.run.model_copy(update={"name": folder.name})
@@ -157,12 +165,13 @@ def _run(
 
 
 def next_folder(wanted: RunConfig) -> RunFolder:
-    """Where a run of these settings is finished, or else where it may begin.
+    """Find the folder of a finished run with these settings, or a new folder for it.
 
-    A run that was stopped stays as it is; the next try has its number in its name.
+    The folder of an interrupted run is not changed; the next attempt appends its number to the
+    name.
 
     Raises:
-        ConfigError: if a run of this name is finished with other settings.
+        ConfigError: if a run of this name was finished with other settings.
     """
     base = Path(wanted.run.output_dir).expanduser().absolute()
     for attempt in count(1):
@@ -175,15 +184,15 @@ def next_folder(wanted: RunConfig) -> RunFolder:
             differ = sorted(key for key in now if now[key] != was.get(key))
             if differ:
                 raise ConfigError(
-                    f"{folder.path}: expected a run with these settings, found one with another "
-                    f"{', '.join(differ)}; give another --name"
+                    f"{folder.path}: expected a run with these settings, got one with a different "
+                    f"{', '.join(differ)}; choose a different --name"
                 )
             return folder
     raise AssertionError("count is endless")
 
 
 def _essential(config: RunConfig) -> dict[str, bool | int | float | str]:
-    """What makes a run what it is, but for where things lie."""
+    """Return the settings that determine the results of a run, without paths and names."""
     places = ("run.name", "run.output-dir", "data.root", "data.sites", "model.pretrained")
     return {key: value for key, value in config.to_flat().items() if key not in places}
 
@@ -195,7 +204,7 @@ def _values(folder: RunFolder) -> Values:
 
 
 def _spent(folder: RunFolder) -> dict[str, float]:
-    """Epsilon of each site after its last round."""
+    """Return the epsilon of each site after its last round."""
     return {
         line.site: line.train.epsilon
         for line in read_history(folder.history)
@@ -204,12 +213,18 @@ def _spent(folder: RunFolder) -> dict[str, float]:
 
 
 def table(title: str, found: Mapping[Setting, Sequence[Values]], metric: str) -> Table:
-    """Means over seeds, and between which values they lie."""
+    """Format the mean over seeds, with minimum and maximum, of one metric as a table.
+
+    Args:
+        title: title of the table.
+        found: results of each seed, by setting.
+        metric: key of the metric.
+    """
     seeds = max(map(len, found.values()))
     laid = Table(
         title=title,
         title_justify="left",
-        caption=f"mean of {seeds} seeds (least to most)",
+        caption=f"mean of {seeds} seeds (minimum-maximum)",
         caption_justify="left",
     )
     laid.add_column("epsilon", justify="right")

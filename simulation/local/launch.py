@@ -1,9 +1,10 @@
-"""A run on one machine: a SuperLink of its own, the app given to it, its progress followed.
+"""Run a federation on one machine: start a SuperLink, submit the app and follow its progress.
 
-What ``flwr run .`` does by itself, made safe: its SuperLink may be one that another checkout left
-running, it simulates two sites unless told otherwise, and it exits 0 when the run failed. Here
-the SuperLink listens on a free port with its own FLWR_HOME under the run folder, the number of
-sites follows from the data, and every process is gone at the end, also after Ctrl-C or SIGTERM.
+This is a safer form of ``flwr run .``, which may use a SuperLink that another checkout left
+running, simulates two sites by default, and exits with status 0 if the run failed. Here the
+SuperLink listens on a free port with its own FLWR_HOME in the run folder, the number of sites
+follows from the data, and every process has ended when the launch returns, even after Ctrl-C or
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -31,47 +32,55 @@ import psutil
 from polyclinic.client.data.dataset import load_site
 from polyclinic.client.training.device import find_device
 from polyclinic.configs import wire
+from polyclinic.configs.files import read_lines_from, write_json
+from polyclinic.configs.ports import free_port
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.distance import check_distances
 from polyclinic.server.aggregation.initial import initial_network
-from polyclinic.server.rounds.federation import RunRefused, check_classes, sites_needed
-from polyclinic.server.runs.folder import RunFolder, read_lines_from, to_toml, write_json
+from polyclinic.server.rounds.errors import RunRefused
+from polyclinic.server.rounds.federation import check_classes, sites_needed
+from polyclinic.server.runs.folder import STOPPED, RunFolder, to_toml
 from polyclinic.simulation.local.sites import simulated_sites
 
-START_S = 60.0  # longest wait for the SuperLink's first answer
-SILENCE_S = 20.0  # without an event for so long, Flower is asked whether the run still goes on
-STOP_S = 5.0  # from asking processes to end until they are ended
-_MARK = "POLYCLINIC_LAUNCH"  # in the environment of every process of a launch
+START_S = 60.0  # longest wait for the SuperLink to accept connections, in seconds
+SILENCE_S = 20.0  # seconds without an event after which Flower is asked for the run's status
+STOP_S = 5.0  # seconds between terminating processes and killing them
+_MARK = "POLYCLINIC_LAUNCH"  # environment variable that identifies the processes of a launch
 
 Event = dict[str, Any]
 
 
 class LaunchError(RuntimeError):
-    """The run could not be started or ended without saying how. The message has Flower's words."""
+    """The run could not be started, or ended without an outcome. The message includes Flower's."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked run, ready to start."""
 
-    config: RunConfig  # with absolute folders and a name
-    sites: tuple[str, ...]
+    config: RunConfig  # with absolute folders and a run name
+    sites: tuple[str, ...]  # names of the sites
     folder: RunFolder
-    parallel: int  # sites that compute at the same time
+    parallel: int  # number of sites that compute at the same time
 
 
 def plan(config: RunConfig, parallel: int | None = None) -> Plan:
-    """Read and check everything that can be checked before anything is started or written.
-
-    A config that resumes a run is one that ``server.app.resumed_config`` made.
+    """Check a run as far as possible before anything is started or written.
 
     Args:
-        parallel: sites that compute at the same time; None for one on a GPU, and otherwise as many
-            as there are cores and sites, since small layers gain little from a second core.
+        config: the settings. To resume a run, they must come from ``server.app.resumed_config``.
+        parallel: number of sites that compute at the same time. None means one with a GPU, and
+            otherwise the smaller of the numbers of cores and sites, because small layers gain
+            little from a second core.
 
     Raises:
-        BackboneError, ConfigError, DataError, DeviceError, DistanceError, PretrainedError,
-        RunRefused: saying what does not fit.
+        BackboneError: if the configured backbone cannot be used.
+        ConfigError: if the settings are invalid.
+        DataError: if the data of a site are missing or invalid.
+        DeviceError: if the configured device is not available.
+        DistanceError: if distances are requested and MONAI is not installed.
+        PretrainedError: if the pretrained weights cannot be used.
+        RunRefused: if the sites' data do not suit the run, or the run folder is in use.
     """
     find_device(config.train.device)
     if config.evaluate.hd95:
@@ -97,7 +106,7 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
     if config.run.resume:
         folder = RunFolder(Path(config.run.resume))
         with folder.locked():
-            pass  # nobody else runs it
+            pass  # checks that no other process uses the run folder
     else:
         folder = RunFolder.free(config)
     run = config.run.model_copy(update={"name": folder.name, "output_dir": str(folder.path.parent)})
@@ -108,20 +117,25 @@ def plan(config: RunConfig, parallel: int | None = None) -> Plan:
 
 
 def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
-    """Start the run, hand every event to ``follow``, and return the one that ended it.
+    """Start the run, pass every event to ``follow``, and return the final event.
+
+    Args:
+        plan: the checked run.
+        follow: called with each event of the run.
 
     Raises:
-        LaunchError: if Flower could not start it, or it ended without an outcome.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, once every process has ended.
+        LaunchError: if Flower could not start the run, or the run ended without an outcome.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after every process has ended.
     """
-    names = chain(["flower"], (f"flower-{i}" for i in count(2)))  # a resumed run has one already
+    # A resumed run already has a folder named "flower".
+    names = chain(["flower"], (f"flower-{i}" for i in count(2)))
     home = next(p for name in names if not (p := plan.folder.path / name).exists())
     began = time.time()
     try:
         home.mkdir(parents=True)
         plan.folder.outcome.unlink(missing_ok=True)
     except OSError as error:
-        raise LaunchError(f"run folder {plan.folder.path}: cannot be made: {error}") from None
+        raise LaunchError(f"run folder {plan.folder.path}: cannot be created: {error}") from None
     mark = uuid.uuid4().hex
     try:
         with _terminated_as_interrupt(), _superlink(home, mark) as superlink:
@@ -129,20 +143,21 @@ def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
             return _followed(plan, superlink, follow, began)
     except BaseException as error:
         if not plan.folder.outcome.exists():
-            reason = "stopped by the user" if isinstance(error, KeyboardInterrupt) else str(error)
-            write_json(plan.folder.outcome, {"status": "failed", "reason": reason})
+            stopped = isinstance(error, KeyboardInterrupt)
+            status, reason = ("stopped", STOPPED) if stopped else ("failed", str(error))
+            write_json(plan.folder.outcome, {"status": status, "reason": reason})
         raise
 
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A running SuperLink process and where it lives."""
+    """A running SuperLink process with its folder and environment."""
 
     process: subprocess.Popen[bytes]
-    home: Path
+    home: Path  # FLWR_HOME
     log: Path
     environment: Mapping[str, str]
-    family: set[psutil.Process] = field(default_factory=set)  # all that were ever seen
+    family: set[psutil.Process] = field(default_factory=set)  # all processes seen so far
 
     def flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run Flower's command line against this SuperLink."""
@@ -155,30 +170,30 @@ class SuperLink:
             timeout=120,
         )
 
-    def look_around(self) -> psutil.Process | None:
-        """Note every process of this launch; return the one that runs our server app, if any."""
+    def record_processes(self) -> psutil.Process | None:
+        """Record the processes of this launch; return the one running our server app, or None."""
         self.family.update(_family(self.environment[_MARK]))
         return next((p for p in self.family if _name(p) == "flwr-simulation"), None)
 
-    def last_words(self) -> str:
-        """The end of the log, where the reason usually stands."""
+    def log_tail(self) -> str:
+        """Return the last 30 lines of the log, which usually contain the reason of a failure."""
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(line for line in lines[-30:] if line.strip())
 
 
 @contextlib.contextmanager
 def _superlink(home: Path, mark: str) -> Iterator[SuperLink]:
-    port = _free_port()
+    port = free_port()
     address = f"127.0.0.1:{port}"
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "{address}"\ninsecure = true\n'
     )
     environment = {
-        # A waiting thread of libgomp spins 300,000 turns before it sleeps, which starves whoever
-        # shares its core; with none at all, small layers wait for it twice as long.
+        # By default a waiting thread of libgomp spins 300,000 times before it sleeps, which starves
+        # other threads on its core; without any spinning, small layers take twice as long.
         "GOMP_SPINCOUNT": "5000",
         **os.environ,
-        # Flower starts its own programs by name, also where the environment is not activated
+        # Flower starts its programs by name, which must work without an activated environment.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -198,17 +213,17 @@ def _superlink(home: Path, mark: str) -> Iterator[SuperLink]:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us to handle
+            start_new_session=True,  # Ctrl-C must reach only this process
         )
     superlink = SuperLink(process, home, log, environment)
     try:
         _wait_until_up(superlink, port)
         yield superlink
     finally:
-        with _deaf_to_interrupts():
-            superlink.look_around()
+        with _ignore_interrupts():
+            superlink.record_processes()
             _end_all(superlink.family)
-            _end_all(_family(mark))  # what was being started meanwhile
+            _end_all(_family(mark))  # processes that started in the meantime
             process.wait()
 
 
@@ -216,11 +231,11 @@ def _wait_until_up(superlink: SuperLink, port: int) -> None:
     ends = time.monotonic() + START_S
     while time.monotonic() < ends:
         if superlink.process.poll() is not None:
-            raise LaunchError(f"flower-superlink ended at start:\n{superlink.last_words()}")
+            raise LaunchError(f"flower-superlink exited at startup:\n{superlink.log_tail()}")
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
             return
         time.sleep(0.1)
-    raise LaunchError(f"flower-superlink did not answer in {START_S:g} s; see {superlink.log}")
+    raise LaunchError(f"flower-superlink did not respond in {START_S:g} s; see {superlink.log}")
 
 
 def _submit(plan: Plan, superlink: SuperLink) -> None:
@@ -229,7 +244,7 @@ def _submit(plan: Plan, superlink: SuperLink) -> None:
     resources: dict[str, int | float] = {
         "num-supernodes": len(plan.sites),
         "client-resources-num-cpus": max(1, _cores() // plan.parallel),
-        "init-args-num-cpus": _cores(),  # or Ray's own count may be less than one site asks for
+        "init-args-num-cpus": _cores(),  # Ray's own count may be less than one site requests
     }
     gpus = _gpus()
     if gpus:
@@ -243,7 +258,7 @@ def _submit(plan: Plan, superlink: SuperLink) -> None:
             *("--federation-config", federation),
         )
     except subprocess.TimeoutExpired as error:
-        raise LaunchError(f"flwr run did not end in {error.timeout:g} s") from None
+        raise LaunchError(f"flwr run did not finish in {error.timeout:g} s") from None
     if done.returncode:
         raise LaunchError(f"flwr run failed:\n{done.stdout}{done.stderr}")
 
@@ -251,10 +266,10 @@ def _submit(plan: Plan, superlink: SuperLink) -> None:
 def _followed(
     plan: Plan, superlink: SuperLink, follow: Callable[[Event], None], began: float
 ) -> Event:
-    """Hand on events until the run's last one; those of before it was resumed are history.
+    """Pass on the run's events, except those from before it was resumed, and return the last one.
 
-    In silence it is looked whether the server's process is still there, and, since that process
-    starts late and may end before its first word, Flower is asked how the run stands.
+    The loop also checks that the server process is still running. That process starts late and may
+    exit before its first event, so after a period without events Flower is asked for the status.
     """
     position, silence, asked_after = 0, time.monotonic(), SILENCE_S
     server: psutil.Process | None = None
@@ -267,17 +282,17 @@ def _followed(
             if event["event"] == "end":
                 return event
         if gone:
-            raise LaunchError(f"the run's server process ended:\n{superlink.last_words()}")
+            raise LaunchError(f"the run's server process exited:\n{superlink.log_tail()}")
         if superlink.process.poll() is not None:
-            raise LaunchError(f"flower-superlink ended:\n{superlink.last_words()}")
+            raise LaunchError(f"flower-superlink exited:\n{superlink.log_tail()}")
         if events:
             silence, asked_after = time.monotonic(), SILENCE_S
-            server = superlink.look_around()
+            server = superlink.record_processes()
         elif time.monotonic() - silence > asked_after:
             asked_after *= 2
             status = run_status(superlink)
             if status and status.startswith("finished"):
-                raise LaunchError(f"Flower says {status}:\n{superlink.last_words()}")
+                raise LaunchError(f"Flower reports {status}:\n{superlink.log_tail()}")
         time.sleep(0.2)
 
 
@@ -288,9 +303,11 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def run_status(superlink: SuperLink) -> str | None:
-    """Flower's word for how the run stands, ``finished:failed`` for example.
+    """Ask Flower for the status of the run, for example ``finished:failed``.
 
-    None if it gives none this time: a busy machine must not end a run that goes on.
+    Returns:
+        The status, or None if Flower gives no valid answer, which may happen on a busy machine and
+        must not end the run.
     """
     try:
         done = superlink.flwr("ls", "own", "--format", "json")
@@ -300,37 +317,31 @@ def run_status(superlink: SuperLink) -> str | None:
 
 
 def app_folder() -> Path:
-    """The folder with our pyproject.toml, from which Flower bundles the app.
+    """Return the folder that contains pyproject.toml, from which Flower bundles the app.
 
     Raises:
-        LaunchError: if the package was installed without it.
+        LaunchError: if the package was installed without its source tree.
     """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / "pyproject.toml").is_file():
         raise LaunchError(
             f"{folder}: expected the source tree with pyproject.toml, which Flower bundles; "
-            "install with pip install -e from a clone"
+            "clone the repository and install with pip install -e"
         )
     return folder
 
 
 def _program(name: str) -> str:
-    """A program of this environment, also if the environment is not activated."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
+    """Find a program of this Python environment, which need not be activated."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.exists() else shutil.which(name)
     if not found:
-        raise LaunchError(f"{name}: no such program; install with pip install 'flwr[simulation]'")
+        raise LaunchError(f"{name}: program not found; pip install 'flwr[simulation]'")
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _cores() -> int:
-    """Cores that this process may use, which may be fewer than the machine has."""
+    """Count the cores that this process may use, which may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -342,7 +353,7 @@ def _gpus() -> int:
 
 @contextlib.contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM, and a terminal that closes, end a launch as Ctrl-C does: with its processes."""
+    """Treat SIGTERM and SIGHUP like Ctrl-C, so that all processes of the launch are ended."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -351,8 +362,8 @@ def _terminated_as_interrupt() -> Iterator[None]:
         yield
 
 
-def _deaf_to_interrupts() -> contextlib.AbstractContextManager[None]:
-    """A second Ctrl-C must not keep the first from ending processes."""
+def _ignore_interrupts() -> contextlib.AbstractContextManager[None]:
+    """Ignore signals, so that a second Ctrl-C does not interrupt the clean-up of the first."""
     return _handling({signal.SIGINT, signal.SIGTERM, signal.SIGHUP}, signal.SIG_IGN)
 
 
@@ -370,7 +381,7 @@ def _handling(
 
 
 def _end_all(processes: set[psutil.Process]) -> None:
-    """Ask processes to end, then end them. psutil leaves alone who has an ended one's number."""
+    """Terminate processes and kill those that remain; psutil spares reused process ids."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -387,10 +398,10 @@ def _name(process: psutil.Process) -> str:
 
 
 def _family(mark: str) -> set[psutil.Process]:
-    """Every process with the mark in its environment, and its descendants.
+    """Find every process with the mark in its environment, and its descendants.
 
-    Both, because some are adopted when their parent ends, and Ray's agents, which leave every
-    process group, write their title over their environment.
+    Neither is sufficient: some processes are re-parented when their parent ends, and Ray's agents,
+    which leave every process group, overwrite their environment with their title.
     """
     family: set[psutil.Process] = set()
     for process in psutil.process_iter():

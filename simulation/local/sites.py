@@ -1,4 +1,4 @@
-"""The data of simulated sites: a folder that the user names, or phantom hospitals in a cache."""
+"""Data of simulated sites: the configured folder, or phantom hospitals in the user's cache."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from pathlib import Path
 
 from polyclinic.client.data.manifest import DataError, Manifest, chosen_sites, read_sites
 from polyclinic.configs.schema.data import DataConfig, PhantomConfig
-from polyclinic.simulation.phantom import writer
+from polyclinic.simulation.phantom import physics, writer
+from polyclinic.simulation.phantom import sites as phantom_sites
 
 
 def phantom_root(config: PhantomConfig, sites: int) -> Path:
-    """Write that many phantom hospitals into the user's cache, unless they are there.
+    """Write phantom hospitals into the user's cache unless they exist, and return their folder.
 
-    The folder is named by a hash of what shapes the images, the drawing code included.
+    The folder's name contains a hash of everything that determines the images: the settings and the
+    source code of the phantom modules.
+
+    Args:
+        config: the phantom settings.
+        sites: number of sites, 1 or more.
 
     Raises:
-        DataError: if the settings name a site that there is not.
+        DataError: if the settings name a site that does not exist.
     """
-    shape = config.model_dump_json(exclude={"sites"}) + inspect.getsource(writer)
+    modules = (phantom_sites, physics, writer)
+    source = "".join(inspect.getsource(module) for module in modules)
+    shape = config.model_dump_json(exclude={"sites"}) + source
     digest = hashlib.sha256(shape.encode()).hexdigest()[:12]
     root = cache_folder() / "phantoms" / f"{digest}-{sites}"
     try:
@@ -40,26 +48,29 @@ def phantom_root(config: PhantomConfig, sites: int) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again (XDG base directories)."""
+    """Return Polyclinic's folder in the user's cache (XDG base directories)."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "polyclinic"
 
 
 def ledger_folder() -> Path:
-    """Where simulated sites keep their privacy ledgers, of one run each."""
+    """Return the folder for the privacy ledgers of simulated sites, one ledger per run and site."""
     return cache_folder() / "ledgers"
 
 
 def memory_folder() -> Path:
-    """Where simulated sites keep what they remember of a run, such as personal layers."""
+    """Return the folder for the state of simulated sites in a run, such as personal layers."""
     return cache_folder() / "runs"
 
 
 def simulated_sites(data: DataConfig, phantoms: PhantomConfig) -> tuple[Path, dict[str, Manifest]]:
-    """The folder that a simulation's sites lie in, absolute, and their manifests.
+    """Find the sites of a simulation.
+
+    Returns:
+        The absolute path of the folder that contains the sites, and the manifest of each site.
 
     Raises:
-        DataError: if it holds no site, or one that was asked for is not there.
+        DataError: if the folder contains no site, or a configured site is missing.
     """
     root = Path(data.root).expanduser() if data.root else phantom_root(phantoms, phantoms.sites)
     return root.absolute(), chosen_sites(read_sites(root), data.sites)

@@ -1,4 +1,4 @@
-"""Real processes that train privately and are killed, or race for what is left of a budget."""
+"""Real processes that train privately and are killed, or compete for a remaining budget."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from tests import ROOT
 from tests.mortal_site import DELTA, EXAMPLES, NOISE, STEPS
 
 KILLS = 50
-COST = DpEvent(NOISE, 4 / EXAMPLES, STEPS)  # of a round: batches of 4
+COST = DpEvent(NOISE, 4 / EXAMPLES, STEPS)  # cost of one round with batches of 4
 
 
 @dataclass
 class Life:
-    """What a site has said, from its first word to its last."""
+    """The output of one site process, from its first to its last line."""
 
     run: str
     pid: int = 0
     said: list[tuple[str, int]] = field(default_factory=list)
-    died_of: int | None = None  # a signal, or 0
+    died_of: int | None = None  # the signal that ended it; 0: exited by itself
 
     def begun(self) -> Counter[int]:
-        """Steps that were taken or about to be, by round."""
+        """Count the steps that were run or about to run, by round."""
         return Counter(round for word, round in self.said if word == "step")
 
 
 class Hospital:
-    """Lets sites live, and listens."""
+    """Starts site processes and reads their output."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -63,7 +63,7 @@ class Hospital:
         return self.lives[run]
 
     def listen(self) -> None:
-        """Hear one word more, of whichever site."""
+        """Read one more line, from any site."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the program that forks the sites has ended"
@@ -101,7 +101,7 @@ def hospital() -> Iterator[Hospital]:
 def killed(
     hospital: Hospital, state: Path, run: str, after: tuple[str, int], delay: float, **given: Any
 ) -> Life:
-    """A life that ends some seconds after it has said something."""
+    """Start a site and kill it some seconds after it has reported an event."""
     life = hospital.begin(state, run, **given)
     hospital.wait_for(life, *after)
     time.sleep(delay)
@@ -111,7 +111,7 @@ def killed(
 
 
 def check(state: Path, lives: list[Life]) -> None:
-    """That the ledger is whole and says no less than what the lives may have given away."""
+    """Check that the ledger is intact and covers all that the sites may have released."""
     verify_ledger(state / LEDGER)
     account = read_accounts(state / LEDGER).get("north")
     rows = {} if account is None else {(row.run, row.round): row for row in account.rounds}
@@ -141,25 +141,23 @@ MOMENTS = [
 
 
 def moments(chance: random.Random) -> Iterator[tuple[tuple[str, int], float]]:
-    """After what a site dies, and how many seconds after it."""
+    """Yield the event after which a site is killed, and the delay in seconds."""
     for number in range(KILLS):
-        if number % 5 < 2:  # a commit is over in a few milliseconds, which chance would seldom meet
+        if number % 5 < 2:  # a commit lasts a few milliseconds, which random times rarely hit
             yield COMMITS[number % 5], chance.uniform(0, 0.003)
         else:
             yield chance.choice(MOMENTS), 10 ** chance.uniform(-4, -1)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_site_has_written_down_what_it_gave_away(
-    hospital: Hospital, tmp_path: Path
-) -> None:
-    """One ledger through fifty deaths; each time it is looked at as the dead left it."""
+def test_killed_site_has_recorded_all_it_released(hospital: Hospital, tmp_path: Path) -> None:
+    """One ledger through fifty kills; it is checked after each one."""
     lives: list[Life] = []
     for number, (after, delay) in enumerate(moments(random.Random(20))):
         lives.append(killed(hospital, tmp_path, f"run-{number}", after, delay))
         check(tmp_path, lives)
     ends = Counter(life.said[-1][0] for life in lives)
-    # before, in and after both commits; chance alone decides how often
+    # kills before, during and after both commits; their numbers are random
     assert ends["ready"] + ends["released"] > 0, ends
     assert ends["reserved"] + ends["step"] > 0, ends
     assert ends["reserving"] > 0, ends
@@ -169,8 +167,8 @@ def test_killed_at_any_moment_a_site_has_written_down_what_it_gave_away(
     assert len(rows) > KILLS / 2
 
 
-def test_a_ledger_written_after_the_round_is_found_out(hospital: Hospital, tmp_path: Path) -> None:
-    """The negative control: the same death, the same check."""
+def test_check_detects_a_ledger_written_after_the_round(hospital: Hospital, tmp_path: Path) -> None:
+    """Negative control: the same kill and the same check."""
     for late in (False, True):
         state = tmp_path / str(late)
         life = killed(hospital, state, f"late-{late}", ("step", 1), 0.0, late=late)
@@ -181,10 +179,8 @@ def test_a_ledger_written_after_the_round_is_found_out(hospital: Hospital, tmp_p
             check(state, [life])
 
 
-def test_a_site_that_is_killed_again_and_again_is_refused_in_the_end(
-    hospital: Hospital, tmp_path: Path
-) -> None:
-    """Dying before the end of a round renews no budget."""
+def test_repeatedly_killed_site_exhausts_its_budget(hospital: Hospital, tmp_path: Path) -> None:
+    """Being killed before the end of a round does not restore any budget."""
     cap = epsilon([replace(COST, steps=3 * STEPS)], DELTA) * 1.0001
     for number in range(3):
         killed(hospital, tmp_path, f"dying-{number}", ("reserved", 1), 0.0, cap=cap)
@@ -194,10 +190,8 @@ def test_a_site_that_is_killed_again_and_again_is_refused_in_the_end(
     assert [row.taken for row in account.rounds] == [None] * 3
 
 
-def test_sites_that_train_at_once_do_not_spend_a_budget_twice(
-    hospital: Hospital, tmp_path: Path
-) -> None:
-    """Three processes, one cohort, room for ten rounds: ten are trained, by whoever comes first."""
+def test_concurrent_processes_do_not_overspend_a_budget(hospital: Hospital, tmp_path: Path) -> None:
+    """Three processes of one cohort share a budget of ten rounds: exactly ten are trained."""
     cap = epsilon([replace(COST, steps=10 * STEPS)], DELTA) * 1.0001
     lives = [hospital.begin(tmp_path, f"racing-{k}", cap) for k in range(3)]
     for life in lives:

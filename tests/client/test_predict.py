@@ -1,4 +1,4 @@
-"""A finished model on images: the same from every format, and at the images' own size."""
+"""Prediction with a finished model: equal for every format, at the images' original size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def phantoms(finished_run: Path) -> Path:
 
 
 def seeing(channels: int, **settings: str) -> SavedModel:
-    """A stand-in for a trained model: its k-th mask is where the image is brighter than k / 4."""
+    """Build a stand-in for a trained model: mask k is where the image is brighter than k / 4."""
     flat = {"data.image-height": 64, "data.image-width": 64, "data.normalise": "fixed"}
     config = RunConfig.from_flat({**flat, **settings})
 
@@ -52,7 +52,7 @@ def predictions(folder: Path) -> dict[str, dict]:
     return {Path(entry["image"]).name: entry for entry in content["images"]}
 
 
-def test_every_format_and_the_run_itself_predict_the_same(
+def test_predictions_are_equal_for_every_format_and_the_run(
     cli, exported: dict[str, Path], finished_run: Path, phantoms: Path, tmp_path: Path
 ) -> None:
     files = {kind: exported[kind] for kind in ("safetensors", "torchscript", "onnx")}
@@ -66,7 +66,7 @@ def test_every_format_and_the_run_itself_predict_the_same(
     digests = set()
     for name in models:
         content = json.loads((tmp_path / name / "predictions.json").read_text())
-        digests.add(content["model"]["weights-sha256"])
+        digests.add(content["model"]["weights_sha256"])
         for image, entry in predictions(tmp_path / name).items():
             for label, probability in entry["probabilities"].items():
                 assert abs(probability - expected[image]["probabilities"][label]) < 1e-4
@@ -77,12 +77,12 @@ def test_every_format_and_the_run_itself_predict_the_same(
                     (tmp_path / "run", expected[image]),
                 )
             )
-            assert (ours != theirs).sum() <= 3  # pixels whose logit is 0 but for rounding
+            assert (ours != theirs).sum() <= 3  # pixels with a logit of 0 up to rounding
     assert len(digests) == 1
 
 
-def test_predictions_are_those_of_the_sites_evaluation(finished_run: Path, phantoms: Path) -> None:
-    """At the network's own size, what a site counts and what predict writes are one thing."""
+def test_predictions_match_the_evaluation_at_sites(finished_run: Path, phantoms: Path) -> None:
+    """At the network's input size, evaluation and prediction give the same masks."""
     passport, network = open_network(finished_run / "best.safetensors")
     model = open_model(finished_run / "best.safetensors")
     manifest = read_sites(phantoms.parent.parent)["site-1"]
@@ -105,8 +105,10 @@ def test_predictions_are_those_of_the_sites_evaluation(finished_run: Path, phant
 
 @pytest.mark.parametrize("resize", ["pad", "stretch"])
 @pytest.mark.parametrize("size", [(90, 200), (200, 90), (64, 64), (31, 40)])
-def test_a_mask_lies_on_its_image(tmp_path: Path, resize: str, size: tuple[int, int]) -> None:
-    """A bright rectangle is found where it is, whatever the picture went through."""
+def test_predicted_mask_aligns_with_the_original_image(
+    tmp_path: Path, resize: str, size: tuple[int, int]
+) -> None:
+    """A bright rectangle is found in place after any resizing."""
     pixels = np.zeros(size, np.uint8)
     h, w = size
     pixels[h // 5 : h // 2, w // 4 : w // 2] = 255
@@ -123,13 +125,13 @@ def test_a_mask_lies_on_its_image(tmp_path: Path, resize: str, size: tuple[int, 
 
 
 def shades(path: Path) -> Path:
-    """Four stripes: black, and three steps brighter."""
+    """Write an image of four stripes: black, and three brighter levels."""
     stripes = np.repeat(np.array([0, 80, 150, 250], np.uint8), 16)
     Image.fromarray(np.tile(stripes, (64, 1))).save(path)
     return path
 
 
-def test_overlapping_classes_have_a_file_each(tmp_path: Path) -> None:
+def test_overlapping_classes_write_one_mask_file_per_class(tmp_path: Path) -> None:
     model = seeing(2, **{"data.mask-classes": "dim,a/b", "data.mask-kind": "overlapping"})
     (outcome,) = predict(model, [shades(tmp_path / "i.png")], tmp_path / "out", overlay=True)
     assert outcome.entry["masks"] == {"dim": "masks/dim/i.png", "a/b": "masks/class-2/i.png"}
@@ -142,7 +144,7 @@ def test_overlapping_classes_have_a_file_each(tmp_path: Path) -> None:
     assert (drawn.max(axis=2) != drawn.min(axis=2)).any()
 
 
-def test_classes_that_exclude_each_other_have_one_file_of_indices(tmp_path: Path) -> None:
+def test_exclusive_classes_write_one_index_mask(tmp_path: Path) -> None:
     model = seeing(3, **{"data.mask-classes": "dim,bright"})
     by_brightness = model.logits
 
@@ -158,7 +160,7 @@ def test_classes_that_exclude_each_other_have_one_file_of_indices(tmp_path: Path
     assert sum(outcome.entry["probabilities"].values()) == pytest.approx(1)
 
 
-def test_several_labels_have_probabilities_of_their_own(tmp_path: Path) -> None:
+def test_multi_label_probabilities_are_independent(tmp_path: Path) -> None:
     model = seeing(1, **{"data.label-kind": "multi-label", "loss.classification": "soft-margin"})
     picture = read_picture(shades(tmp_path / "i.png"), model.passport.data)
     finding = find(model, picture)
@@ -166,7 +168,7 @@ def test_several_labels_have_probabilities_of_their_own(tmp_path: Path) -> None:
     assert list(finding.probabilities.values()) == pytest.approx([0.8808, 0.2689], abs=1e-4)
 
 
-def test_images_that_cannot_be_read_are_told_and_the_others_done(
+def test_unreadable_images_are_reported_and_others_predicted(
     cli, exported: dict[str, Path], phantoms: Path, tmp_path: Path
 ) -> None:
     good = sorted(phantoms.iterdir())[0]
@@ -178,7 +180,7 @@ def test_images_that_cannot_be_read_are_told_and_the_others_done(
     assert status == 1
     assert "image bad.png: cannot be decoded" in err
     assert "image gone.png: no such file" in err
-    assert "2 of 3 images could not be used" in err
+    assert "2 of 3 images could not be processed" in err
     content = json.loads(out)
     assert [entry["image"] for entry in content["images"]] == [str(good)]
     assert [entry["image"] for entry in content["failed"]] == ["bad.png", "gone.png"]
@@ -188,7 +190,7 @@ def test_images_that_cannot_be_read_are_told_and_the_others_done(
     assert content["model"]["sha256"] == open_model(exported["safetensors"]).sha256
 
 
-def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+def test_images_with_equal_names_get_distinct_outputs(tmp_path: Path) -> None:
     images = [Path("a/1.png"), Path("b/1.png"), Path("b/1.jpg"), Path("b/1-2.png"), Path("c/2.png")]
     names = names_of(images)
     assert names == ["1", "1-2", "1-3", "1-2-2", "2"]
@@ -214,7 +216,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_ends_with_2(
+def test_predict_user_errors_exit_2(
     cli, exported: dict[str, Path], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     for folder in ("empty", "taken"):
@@ -228,7 +230,7 @@ def test_a_mistake_ends_with_2(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_answer_that_is_no_number_is_told_and_not_written(tmp_path: Path) -> None:
+def test_non_finite_prediction_is_reported_and_not_written(tmp_path: Path) -> None:
     model = seeing(1)
     broken = replace(model, logits=lambda x: (model.logits(x)[0], torch.tensor([[math.nan, 0.0]])))
     Image.fromarray(np.full((20, 30), 90, np.uint8)).save(tmp_path / "grey.png")
@@ -238,7 +240,7 @@ def test_an_answer_that_is_no_number_is_told_and_not_written(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_whose_backbone_is_not_here_says_so(
+def test_model_file_with_unavailable_backbone_is_refused(
     exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Private rounds in a federation: what is spent, what is told, who declines; in one process."""
+"""Private rounds in a federation: spending, replies and declined rounds; in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from polyclinic.configs.schema.site import BudgetConfig
 from polyclinic.configs.schema.train import TrainConfig
 from polyclinic.server.app import run
 from polyclinic.server.export.model_card import _privacy
-from polyclinic.server.rounds.federation import RunFailed
+from polyclinic.server.rounds.errors import RunFailed
 from polyclinic.server.runs.history import read_history
 from polyclinic.simulation.local.sites import ledger_folder
 from polyclinic.simulation.phantom.writer import write_phantoms
@@ -44,7 +44,7 @@ PRIVATE = {
 
 @pytest.fixture(autouse=True)
 def quick_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A coarser grid: bounds as valid, and a percent larger."""
+    """Use a coarser accounting grid: the bounds stay valid and are a percent larger."""
     monkeypatch.setattr(polyclinic.client.privacy.accounting, "_POINTS", 2**16)
 
 
@@ -53,7 +53,7 @@ Federate = Callable[..., MemoryGrid]
 
 
 def trained_lines(folder) -> dict[str, list]:
-    """Training reports of each site, in the order of rounds."""
+    """Return the training reports of each site in the order of rounds."""
     lines: dict[str, list] = {}
     for line in read_history(folder.history):
         if line.train is not None:
@@ -61,7 +61,7 @@ def trained_lines(folder) -> dict[str, list]:
     return lines
 
 
-def test_a_private_run_trains_and_tells_what_each_site_has_spent(tiny: Tiny, grid) -> None:
+def test_private_run_reports_epsilon_of_each_site(tiny: Tiny, grid) -> None:
     config = tiny(**PRIVATE)
     folder = run(grid(config), config)
     lines = trained_lines(folder)
@@ -81,7 +81,7 @@ def test_a_private_run_trains_and_tells_what_each_site_has_spent(tiny: Tiny, gri
     assert "No differential privacy" not in card
 
 
-def test_the_planned_rounds_spend_the_target_and_no_more(tiny: Tiny, grid) -> None:
+def test_planned_rounds_spend_at_most_target_epsilon(tiny: Tiny, grid) -> None:
     config = tiny(**{**PRIVATE, "privacy__noise_multiplier": 0.0, "privacy__target_epsilon": 4.0})
     for reports in trained_lines(run(grid(config), config)).values():
         assert 3.9 < reports[-1].epsilon <= 4.0
@@ -98,10 +98,8 @@ def answers_of(federation: MemoryGrid) -> Callable[[int, Message], Message]:
     return kept  # type: ignore[return-value]
 
 
-def test_nothing_but_noisy_weights_depends_on_the_training_images(
-    tiny: Tiny, grid, tmp_path: Path
-) -> None:
-    """Two federations whose first site differs in one patient's training image."""
+def test_private_replies_do_not_depend_on_training_images(tiny: Tiny, grid, tmp_path: Path) -> None:
+    """Compares two federations that differ in one patient's training image at the first site."""
     from PIL import Image
 
     def told(root: Path) -> list[dict]:
@@ -114,7 +112,7 @@ def test_nothing_but_noisy_weights_depends_on_the_training_images(
                 "about": {
                     key: value
                     for key, value in reply.content.config_records[wire.SITE].items()
-                    if key != wire.RUN  # which is random
+                    if key != wire.RUN  # random
                 },
                 "sums": {
                     k: v
@@ -157,7 +155,7 @@ def _training_images(folder: Path, config: RunConfig) -> list[str]:
 
 @pytest.fixture
 def budgets(monkeypatch: pytest.MonkeyPatch) -> dict[str, BudgetConfig]:
-    """Budgets that simulated sites are given as if their site.yaml named them."""
+    """Give simulated sites budgets as if their site.yaml named them; by site name."""
     given: dict[str, BudgetConfig] = {}
     declared = polyclinic.client.app.standing
 
@@ -169,12 +167,10 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> dict[str, BudgetConfig]:
     return given
 
 
-def test_a_site_whose_budget_is_spent_declines_and_the_others_go_on(
-    tiny: Tiny, grid, budgets
-) -> None:
+def test_site_with_spent_budget_declines_and_others_continue(tiny: Tiny, grid, budgets) -> None:
     config = tiny(**PRIVATE, rounds__count=3)
     alone = trained_lines(run(grid(config), config))["site-2"]
-    cap = (alone[0].epsilon + alone[1].epsilon) / 2  # room for one round
+    cap = (alone[0].epsilon + alone[1].epsilon) / 2  # enough for one round
     budgets["site-2"] = BudgetConfig(epsilon=cap, delta=1e-3, unit="patient")
     again = tiny(**PRIVATE, rounds__count=3, run__name="again")
     folder = run(grid(again), again)
@@ -190,7 +186,7 @@ def test_a_site_whose_budget_is_spent_declines_and_the_others_go_on(
     assert json.loads(folder.outcome.read_text())["status"] == "completed"
 
 
-def test_when_all_sites_decline_the_run_ends_with_their_reasons(tiny: Tiny, grid, budgets) -> None:
+def test_run_fails_with_reasons_when_all_sites_decline(tiny: Tiny, grid, budgets) -> None:
     for site in ("site-1", "site-2", "site-3"):
         budgets[site] = BudgetConfig(epsilon=0.01, delta=1e-3, unit="patient")
     config = tiny(**PRIVATE)
@@ -198,9 +194,7 @@ def test_when_all_sites_decline_the_run_ends_with_their_reasons(tiny: Tiny, grid
         run(grid(config), config)
 
 
-def test_a_site_that_protects_patients_declines_to_protect_examples(
-    tiny: Tiny, grid, budgets
-) -> None:
+def test_site_with_patient_budget_declines_example_unit(tiny: Tiny, grid, budgets) -> None:
     budgets["site-1"] = BudgetConfig(epsilon=50.0, delta=1e-3, unit="patient")
     config = tiny(**PRIVATE, privacy__unit="example", rounds__count=1)
     folder = run(grid(config), config)
@@ -216,7 +210,7 @@ def standing_of(examples: int = 1000, patients: int = 400) -> PrivacyDeclaration
     return PrivacyDeclaration("1", "a", examples, patients, Path("unused"), None)
 
 
-def test_a_mechanism_follows_from_declared_numbers() -> None:
+def test_mechanism_follows_from_declared_counts() -> None:
     train = TrainConfig(batch_size=50)
     given = PrivacyConfig(mode="dp-sgd", noise_multiplier=0.8, unit="patient", clip_norm=2.0)
     mechanism = mechanism_of(train, given, 10, standing_of())
@@ -232,7 +226,7 @@ def test_a_mechanism_follows_from_declared_numbers() -> None:
     assert of_small.noise_multiplier > of_large.noise_multiplier > 0
 
 
-def test_no_run_moves_the_delta_of_a_sites_budget(tiny: Tiny, grid, budgets) -> None:
+def test_run_delta_does_not_override_budget_delta(tiny: Tiny, grid, budgets) -> None:
     for site in ("site-1", "site-2", "site-3"):
         budgets[site] = BudgetConfig(epsilon=50.0, delta=1e-3, unit="patient")
     for delta in (1e-6, 1e-2):
@@ -243,7 +237,7 @@ def test_no_run_moves_the_delta_of_a_sites_budget(tiny: Tiny, grid, budgets) -> 
             assert report.delta == 1e-3
 
 
-def test_a_round_that_fails_stays_spent(tiny: Tiny, grid, monkeypatch) -> None:
+def test_failed_round_stays_spent(tiny: Tiny, grid, monkeypatch) -> None:
     import polyclinic.client.private_round
 
     def broken(*_: object, **__: object) -> None:
@@ -263,14 +257,14 @@ def test_a_round_that_fails_stays_spent(tiny: Tiny, grid, monkeypatch) -> None:
     assert load_file(folder.best)
 
 
-def test_a_target_that_no_noise_meets_is_declined_with_the_numbers() -> None:
+def test_unreachable_target_epsilon_is_declined() -> None:
     impossible = PrivacyConfig(mode="dp-sgd", target_epsilon=1e-9)
     with pytest.raises(Decline, match=r"privacy.target-epsilon: .*1e-09"):
         mechanism_of(TrainConfig(local_epochs=1000), impossible, 10**6, standing_of())
 
 
-def test_a_resumed_run_goes_on_spending_where_it_stopped(tiny: Tiny, grid) -> None:
-    """A round that was lost is spent by whoever had trained it; nothing begins anew."""
+def test_resumed_run_continues_spending(tiny: Tiny, grid) -> None:
+    """A lost round stays spent at the sites that had trained it."""
 
     class Killed(BaseException):
         pass
@@ -283,7 +277,7 @@ def test_a_resumed_run_goes_on_spending_where_it_stopped(tiny: Tiny, grid) -> No
 
     config = tiny(**PRIVATE, rounds__count=2)
     federation = grid(config)
-    federation.tamper = killed  # the first site has trained by then, the others have not
+    federation.tamper = killed  # by then only the first site has trained
     with pytest.raises(Killed):
         run(federation, config)
     flat = {"run.resume": "a-run", "run.output-dir": config.run.output_dir}

@@ -1,4 +1,4 @@
-"""What a coordinator learns from settings alone at a site with a cohort or a budget: nothing.
+"""A private site reveals nothing to a coordinator that only changes run settings.
 
 Ports of two attacks that recovered membership and class of every training patient with epsilon 0
 spent: asking with ``privacy.mode`` off, and choosing which patients are the validation images.
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("flower_identity")
 
 @pytest.fixture
 def write_site(tmp_path: Path) -> Write:
-    """Write a private site's folder, with a known split key; returns its site.yaml."""
+    """Write a private site's folder with a known split key and return its site.yaml."""
 
     def write(name: str, persons: list[Person], **changes: object) -> Path:
         folder = tmp_path / name
@@ -73,7 +73,7 @@ def write_site(tmp_path: Path) -> Write:
 def places(
     groups: list[str], key: bytes | None = bytes.fromhex(KEY), seed: int = 0
 ) -> dict[str, str]:
-    """The split of each patient, with a key or by the public hash of a seed."""
+    """Return the split of each patient, by a key or by the public hash of a seed."""
     rows = [Row(i + 2, Path(f"{i}.png"), None, None, g, None) for i, g in enumerate(groups)]
     manifest = Manifest("north", Path("labels.csv"), tuple(rows))
     splits = split_rows(manifest, rows, DataConfig(split="independent", split_seed=seed), key)
@@ -97,15 +97,15 @@ def test_private_site_with_privacy_off_declines_every_message(
 
 
 def test_site_without_cohort_or_budget_answers_runs_without_privacy(write_site: Write) -> None:
-    """The control: the same messages, and a site that protects nobody."""
+    """Control: the same messages to a site without privacy protection."""
     file = write_site("site", people(60), budget=None, cohort=None, data=None)
     told = shown(ask(file, wire.DESCRIBE, run_config()))
     assert len(str(told[wire.FINGERPRINT])) == 64
     assert told[f"{wire.TRAIN_SPLIT}.{wire.CLASSES}"] != [0, 0]
 
 
-def test_private_site_answers_the_same_with_one_training_patient_less(write_site: Write) -> None:
-    """No message but an accounted round depends on who is among the training images."""
+def test_private_site_replies_do_not_depend_on_a_training_patient(write_site: Write) -> None:
+    """Only an accounted round may depend on the training patients."""
     persons = people(60)
     placed = places([person.group for person in persons])
     left_out = next(p for p in persons if placed[p.group] == wire.TRAIN_SPLIT)
@@ -151,7 +151,7 @@ def test_run_setting_that_moves_patients_is_declined_by_name(
     weights = None if kind == wire.DESCRIBE else network_weights(config)[:2]
     reason = str(shown(ask(file, kind, config, weights))[wire.DECLINED])
     assert reason.startswith(f"{setting}: this site allows ")
-    assert ";" not in reason  # the one setting that differs
+    assert ";" not in reason  # only the setting that differs
 
 
 def test_stratified_split_is_refused_for_a_private_run() -> None:
@@ -160,13 +160,13 @@ def test_stratified_split_is_refused_for_a_private_run() -> None:
 
 
 def public_place(seed: int, group: str) -> float:
-    """Where the public hash of a simulated site puts a patient, in 0 to 1."""
+    """Return a patient's position in 0 to 1 by the public hash of simulated sites."""
     text = f"{seed}\0north\0{group}"
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) / 16**64
 
 
-def test_split_attack_cannot_tell_a_member_from_an_absent_patient(write_site: Write) -> None:
-    """For each candidate, a seed and a fraction that made them the one validation patient."""
+def test_split_attack_gives_equal_replies_for_member_and_non_member(write_site: Write) -> None:
+    """For each candidate, use a seed and a fraction that made them the only validation patient."""
     candidates = [f"P{i:03d}" for i in range(24)]
     members = [Person(g, "benign" if i % 3 else "malignant") for i, g in enumerate(candidates)]
     whole = write_site("whole", members)
@@ -213,7 +213,7 @@ def test_keyed_split_keeps_rows_that_name_their_split() -> None:
     assert set(rows[:30]) <= set(found[wire.TEST_SPLIT])
 
 
-def test_simulated_split_keeps_the_places_it_had() -> None:
+def test_simulated_split_matches_golden_values() -> None:
     """Golden values of the first release, so that results of simulations stay comparable."""
     rows = [
         Row(i + 2, Path(f"{i}.png"), None, ("benign", "malignant")[i % 2], f"P{i}", None)
@@ -280,7 +280,7 @@ def test_site_file_without_its_own_split_says_what_to_add(write_site: Write, sec
 
 
 def test_weights_of_the_test_network_fit_the_site() -> None:
-    """The control of the attacks above: what they send is what a site takes."""
+    """Control of the attacks above: their weights fit the site's network."""
     config = private_config()
     layout, _, network = network_weights(config)
     assert packed(config, network)[0].digest == layout.digest

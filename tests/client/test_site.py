@@ -1,4 +1,4 @@
-"""Which site a node is: deployed by its own file, or simulated by its number."""
+"""Opening a node's site: deployed by its site.yaml, or simulated by its partition number."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def twelve() -> list[dict[str, str]]:
     return rows_of(6) + rows_of(6, "malignant")
 
 
-def test_a_deployed_site_is_named_and_placed_by_its_own_file(site_folder, tiny) -> None:
+def test_deployed_site_takes_name_and_folder_from_site_file(site_folder, tiny) -> None:
     folder = site_folder(twelve())
     path = folder.parent / "site.yaml"
     path.write_text(f"name: north\ndata-root: {folder.name}\n")
-    # what the run says of data.root is for simulation alone
+    # the run's data.root only applies to simulation
     config = tiny(data__root="/elsewhere")
     site = open_site({"site-config": str(path)}, config, no_phantoms)
     assert site.config is not None
@@ -35,7 +35,7 @@ def test_a_deployed_site_is_named_and_placed_by_its_own_file(site_folder, tiny) 
     assert sum(map(len, data.splits.values())) == 12
 
 
-def test_simulated_sites_are_the_folders_sites_in_order(site_folder, tiny) -> None:
+def test_simulated_sites_follow_folder_order(site_folder, tiny) -> None:
     for name in ("b", "a"):
         site_folder(twelve(), f"sites/{name}")
     config = tiny(data__root=str(site_folder(twelve(), "sites/c").parent))
@@ -46,7 +46,7 @@ def test_simulated_sites_are_the_folders_sites_in_order(site_folder, tiny) -> No
     assert names == ["a", "b", "c"]
 
 
-def test_data_are_loaded_once_and_again_after_the_manifest_was_edited(site_folder, tiny) -> None:
+def test_data_are_cached_until_the_manifest_changes(site_folder, tiny) -> None:
     folder = site_folder(twelve())
     config = tiny(data__root=str(folder))
     node = {"partition-id": 0, "num-partitions": 1}
@@ -61,6 +61,6 @@ def test_data_are_loaded_once_and_again_after_the_manifest_was_edited(site_folde
     assert sum(map(len, data().splits.values())) == 11
 
 
-def test_a_node_that_says_neither_is_refused(tiny) -> None:
+def test_node_without_site_config_or_partition_is_refused(tiny) -> None:
     with pytest.raises(DataError, match=r"expected site-config .* or partition-id .* got gpu"):
         open_site({"gpu": 1}, tiny(), no_phantoms)

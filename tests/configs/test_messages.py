@@ -1,4 +1,4 @@
-"""What a user reads about a wrong setting."""
+"""Error messages for wrong settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_unknown_key_unlike_any_other_suggests_nothing(key: str) -> None:
     assert "did you mean" not in str(found.value)
 
 
-def test_renamed_keys_and_aliases_lead_to_keys_that_exist() -> None:
+def test_renamed_keys_and_aliases_point_to_existing_keys() -> None:
     known = {*RunConfig().to_flat(), *known_keys(SiteConfig)}
     assert set(RENAMED.values()) <= known
     assert set(ALIASES.values()) <= known

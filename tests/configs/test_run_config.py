@@ -1,4 +1,4 @@
-"""Settings of a run: defaults, refusals, round trips, presets."""
+"""Run settings: defaults, validation, round trips and presets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests import ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_pyproject_holds_every_key_with_the_schemas_default() -> None:
+def test_pyproject_lists_every_key_with_its_default() -> None:
     assert flatten_dict(PYPROJECT["tool"]["flwr"]["app"]["config"]) == RunConfig().to_flat()
 
 
-def test_the_version_stands_the_same_in_both_places() -> None:
+def test_version_is_equal_in_pyproject_and_code() -> None:
     assert PYPROJECT["project"]["version"] == VERSION
 
 
@@ -43,7 +43,7 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("zzz.q", 1, "known sections: central, data, evaluate"),
         ("train.batch-size", 0, r"train.batch-size .*at least 1, got 0"),
         ("train.batch-size", 1.5, r"train.batch-size .*got 1.5"),
-        ("train.batch-size", True, "train.batch-size: expected no true or false"),
+        ("train.batch-size", True, "train.batch-size: expected text or a number"),
         ("train.augment", 1, "train.augment: expected true or false"),
         ("train.learning-rate", float("nan"), "train.learning-rate .*finite"),
         ("train.precision", "fp16", "train.precision .*'fp32' or 'bf16', got 'fp16'"),
@@ -64,7 +64,7 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("model.depths", "1,2,x,4", "model.depths"),
         ("model.backbone", "ResNet 34", "model.backbone"),
         ("model.stride", 8, "model.stride .*2 or 4"),
-        ("model.window", 1, "model.window: expected 0 or 2 tokens"),
+        ("model.window", 1, "model.window: expected 0 or at least 2"),
         ("model.mlp-ratio", 0.01, "model.mlp-ratio"),
         ("model.head-stages", "5", "stages from 1 to 4"),
         ("model.dfe-rates", "6", "model.dfe-rates: expected 3"),
@@ -78,12 +78,12 @@ def test_every_preset_is_valid(preset: Path) -> None:
         ("run.name", "..", "run.name"),
     ],
 )
-def test_a_setting_that_does_not_fit_is_refused_by_name(key: str, value, said: str) -> None:
+def test_invalid_setting_is_refused_by_name(key: str, value, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RunConfig.from_flat({key: value})
 
 
-def test_a_deepest_map_of_one_pixel_is_refused() -> None:
+def test_image_too_small_for_the_stride_is_refused() -> None:
     small = {"data.image-height": 64, "data.image-width": 32}
     assert RunConfig.from_flat(small).data.image_width == 32
     with pytest.raises(
@@ -95,7 +95,7 @@ def test_a_deepest_map_of_one_pixel_is_refused() -> None:
 MULTI_LABEL = {"data.label-kind": "multi-label", "loss.classification": "soft-margin"}
 
 
-def test_an_image_of_several_labels_may_be_asked_for_one_class_alone() -> None:
+def test_multi_label_run_accepts_a_single_class() -> None:
     one = {**MULTI_LABEL, "data.classes": "benign", "data.positive": "benign"}
     assert RunConfig.from_flat({**one, "loss.class-weights": 2}).loss.class_weights == "2"
     with pytest.raises(ConfigError, match=r"data.classes: expected at least one name"):
@@ -103,25 +103,25 @@ def test_an_image_of_several_labels_may_be_asked_for_one_class_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "cyst;scar"])
-def test_names_that_a_cell_of_several_labels_could_not_hold_are_refused(name: str) -> None:
+def test_class_names_reserved_in_multi_label_cells_are_refused(name: str) -> None:
     classes = {"data.classes": f"malignant,{name}"}
     assert RunConfig.from_flat(classes).data.classes[1] == name
     with pytest.raises(ConfigError, match=rf"data.classes: .*got '{name}'"):
         RunConfig.from_flat({**MULTI_LABEL, **classes})
 
 
-def test_learned_weights_cannot_start_at_nothing() -> None:
+def test_learned_task_weight_of_zero_is_refused() -> None:
     changes = {"loss.weighting": "uncertainty", "loss.classification-weight": 0.0}
     with pytest.raises(ConfigError, match=r"loss.classification-weight: expected more than 0"):
         RunConfig.from_flat(changes)
 
 
-def test_all_mistakes_are_named_at_once() -> None:
+def test_all_invalid_settings_are_reported_together() -> None:
     with pytest.raises(ConfigError, match=r"(?s)train.batch.*rounds.count"):
         RunConfig.from_flat({"train.batch": 1, "rounds.count": 0})
 
 
-def test_a_whole_number_serves_where_a_fraction_is_wanted() -> None:
+def test_integer_is_accepted_for_a_float_setting() -> None:
     assert RunConfig.from_flat({"train.learning-rate": 1}).train.learning_rate == 1.0
 
 
@@ -144,13 +144,13 @@ def test_a_whole_number_serves_where_a_fraction_is_wanted() -> None:
         },
     )
 )
-def test_settings_survive_flat_table_and_toml(flat) -> None:
+def test_settings_round_trip_through_flat_dict_and_toml(flat) -> None:
     config = RunConfig.from_flat(flat)
     assert RunConfig.from_flat(config.to_flat()) == config
     assert RunConfig.from_flat(flatten_dict(tomllib.loads(to_toml(config)))) == config
 
 
-def test_a_text_that_looks_like_a_number_may_be_given_as_one() -> None:
+def test_numeric_override_is_accepted_for_a_text_setting() -> None:
     overrides = ["rounds.min-sites=2", "model.head-stages=4", "run.name=2024-05-01"]
     config = load_run_config(None, overrides)
     assert config.rounds.min_sites == "2"
@@ -159,7 +159,7 @@ def test_a_text_that_looks_like_a_number_may_be_given_as_one() -> None:
     assert load_run_config(None, ["run.name=20240501"]).run.name == "20240501"
 
 
-def test_an_override_reads_toml_values_and_plain_text() -> None:
+def test_override_parses_toml_values_and_plain_text() -> None:
     assert read_override("train.batch-size=4") == ("train.batch-size", 4)
     assert read_override("train.augment=false") == ("train.augment", False)
     assert read_override("data.root='/x y'") == ("data.root", "/x y")
@@ -169,7 +169,7 @@ def test_an_override_reads_toml_values_and_plain_text() -> None:
         read_override("train.batch-size")
 
 
-def test_a_missing_or_broken_preset_is_named(tmp_path: Path) -> None:
+def test_missing_or_invalid_preset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such preset"):
         load_run_config(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("[train\n")
@@ -177,7 +177,7 @@ def test_a_missing_or_broken_preset_is_named(tmp_path: Path) -> None:
         load_run_config(tmp_path / "broken.toml")
 
 
-def test_a_preset_changes_what_is_at_its_default_and_nothing_else() -> None:
+def test_model_preset_changes_only_default_settings() -> None:
     light = RunConfig.from_flat({"model.preset": "light"}).model
     assert (light.backbone, light.stride, light.dfe) == ("resnet18", 4, "none")
     assert light.swin_depth == RunConfig().model.swin_depth
@@ -186,16 +186,18 @@ def test_a_preset_changes_what_is_at_its_default_and_nothing_else() -> None:
     assert ModelConfig(preset="light", mlp_ratio=3.0).mlp_ratio == 3.0
 
 
-def test_a_preset_does_not_overrule_what_was_asked_for_in_silence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.stride, model.dfe: model.preset=light sets it"):
+def test_model_preset_conflicting_with_override_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model.stride, model.dfe: model.preset=light sets another"
+    ):
         load_run_config(None, ["model.preset=light", "model.dfe=concat", "model.stride=2"])
     mine = load_run_config(None, ["model.preset=light", "model.dfe=sum", "model.stride=4"])
     assert (mine.model.dfe, mine.model.stride) == ("sum", 4)
 
 
-def test_a_preset_written_out_reads_back_the_same() -> None:
+def test_expanded_preset_round_trips() -> None:
     light = RunConfig.from_flat({"model.preset": "light", "model.stride": 2, "model.dfe": "sum"})
-    assert light.model.stride == 4  # 2 is the default, and a default cannot be told from none
+    assert light.model.stride == 4  # 2 is the default, which counts as not given
     assert RunConfig.from_flat(light.to_flat()) == light
     named = {f"model.{key}": value for key, value in MODEL_PRESETS["light"].items()}
     assert RunConfig.from_flat({**named, "model.stride": 2}).model.stride == 2

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from polyclinic.configs import VERSION
+from polyclinic.configs.ports import free_port
 from polyclinic.configs.run import RunConfig
 from polyclinic.server.deployment.provision import provision
 from polyclinic.server.runs.folder import RunFolder, to_toml
 from polyclinic.server.runs.history import read_history
 from polyclinic.simulation.phantom.writer import write_phantoms
 from tests import ROOT
-from tests.conftest import TINY, free_port
+from tests.conftest import TINY
 from tests.containers.podman import PODMAN, build, podman_run_arguments, why_no_containers
 from tests.factories import federation
 from tests.faults.deployment import events
@@ -98,40 +99,40 @@ def inside(
     return json.loads(run(kits[request.param], "python", "-", stdin=probe))
 
 
-def test_nobody_is_root_and_no_privilege_can_be_had(inside: dict[str, Any]) -> None:
+def test_container_runs_unprivileged(inside: dict[str, Any]) -> None:
     assert (inside["uid"], inside["gid"]) == (USER, USER)
     assert set(inside["capabilities"]) == {"0" * 16}
     assert inside["no new privileges"] == "1"
 
 
-def test_only_the_state_and_memory_can_be_written(inside: dict[str, Any]) -> None:
+def test_container_can_write_only_state_and_memory(inside: dict[str, Any]) -> None:
     assert inside["writable"] == ["/tmp", "/dev/shm", "/var/lib/polyclinic"]
     assert inside["tmp"][2] == "tmpfs"
     assert {"noexec", "nosuid", "nodev"} < set(inside["tmp"][3].split(","))
     assert inside["shm bytes"] >= 256 << 20
 
 
-def test_everything_imports_compiled_and_from_one_place(inside: dict[str, Any]) -> None:
+def test_container_modules_are_compiled_and_in_one_folder(inside: dict[str, Any]) -> None:
     ours, packages = inside["imported"][:2], inside["imported"][2:]
     assert all(path.startswith("/opt/polyclinic/") for path in ours)
     assert all(path.startswith("/opt/venv/") for path in packages)
     assert inside["compiled"] > 50
 
 
-def test_nothing_of_the_build_is_left(inside: dict[str, Any]) -> None:
+def test_image_contains_no_build_leftovers(inside: dict[str, Any]) -> None:
     assert inside["builders"] == []
     assert inside["test packages"] == []
     assert inside["leftovers"] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_build_left_no_cache_in_the_home_of_root(
+def test_image_has_no_cache_in_root_home(
     target: str, kits: dict[str, tuple[Path, dict[str, str]]]
 ) -> None:
     assert set(run(kits[target], "ls", "-A", "/root", root=True).split()) <= {".bashrc", ".profile"}
 
 
-def test_nothing_asks_the_internet(inside: dict[str, Any]) -> None:
+def test_image_environment_disables_internet_access(inside: dict[str, Any]) -> None:
     environment = inside["environment"]
     for name in (
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION",
@@ -143,7 +144,7 @@ def test_nothing_asks_the_internet(inside: dict[str, Any]) -> None:
     assert environment["FLWR_HOME"] == "/var/lib/polyclinic/flwr"
 
 
-def test_the_bill_of_materials_lists_what_constraints_pin(inside: dict[str, Any]) -> None:
+def test_sbom_matches_constraints(inside: dict[str, Any]) -> None:
     listed = {each["name"].lower(): each["version"] for each in inside["sbom"]["components"]}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.lower().split("==") for line in lines)
@@ -156,14 +157,16 @@ def test_the_bill_of_materials_lists_what_constraints_pin(inside: dict[str, Any]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_command_line_answers(
+def test_image_command_line_prints_version(
     target: str, kits: dict[str, tuple[Path, dict[str, str]]]
 ) -> None:
     assert run(kits[target], "polyclinic", "--version").strip() == VERSION
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_image_says_what_it_is_and_starts_as_nobody(target: str, images: dict[str, str]) -> None:
+def test_image_labels_version_and_sets_unprivileged_user(
+    target: str, images: dict[str, str]
+) -> None:
     told = subprocess.run(
         [*PODMAN, "image", "inspect", images[target]], capture_output=True, text=True, check=True
     )
@@ -175,7 +178,7 @@ def test_an_image_says_what_it_is_and_starts_as_nobody(target: str, images: dict
     assert image["Config"]["Cmd"][:2] == started[target]
 
 
-def test_the_coordinator_packs_the_release_that_is_in_it(
+def test_coordinator_image_builds_its_own_release(
     kits: dict[str, tuple[Path, dict[str, str]]],
 ) -> None:
     compose, variables = kits["coordinator"]
@@ -277,7 +280,7 @@ def containers(
         made.stop()
 
 
-def test_a_federation_runs_from_its_kits_and_a_site_goes_and_comes_back(
+def test_federation_from_kits_survives_a_site_restart(
     containers: Containers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the kits' README says; podman for docker compose."""
@@ -339,7 +342,10 @@ def test_a_federation_runs_from_its_kits_and_a_site_goes_and_comes_back(
         )
         assert refused.returncode != 0
         assert "Read-only file system" in refused.stderr
-    told = json.loads(place.inside("coordinator", "polyclinic", "server", "status", "--json"))
-    assert {site["name"]: site["status"] for site in told} == {"north": "online", "south": "online"}
+    said = json.loads(place.inside("coordinator", "polyclinic", "server", "status", "--json"))
+    assert {site["name"]: site["status"] for site in said["sites"]} == {
+        "north": "online",
+        "south": "online",
+    }
     with capsys.disabled():
         print(f"\nfrom provision to the first round: {first:.0f} s")

@@ -35,7 +35,7 @@ from polyclinic.configs.schema.federation import FederationConfig
 from polyclinic.configs.security.credentials import read_certificate, read_private_key
 from polyclinic.server.deployment.authority import Authority, new_key, pem, private_openssh
 from polyclinic.server.deployment.provision import provision
-from polyclinic.server.deployment.superlink import MOST_BODY, MOST_CONNECTIONS, PATIENCE_S
+from polyclinic.server.deployment.site_auth import MOST_BODY, MOST_CONNECTIONS, PATIENCE_S
 from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.history import read_history
 from tests.consortium import Consortium
@@ -87,7 +87,7 @@ def node_of(place: Consortium, key) -> tuple[FleetHttpClient, bytes]:
     return client, public_key_to_bytes(key.public_key())
 
 
-def test_a_run_ends_well_whoever_knocks_at_the_door(consortium: Consortium) -> None:
+def test_run_completes_despite_unauthorised_access_attempts(consortium: Consortium) -> None:
     """The first run from kits; in its first round, held there, everybody tries to come in."""
     place = consortium
     place.fault("site-1.train.1.received", "wait")
@@ -234,7 +234,7 @@ def a_copied_kit_with_another_name(place: Consortium) -> None:
     site_file.write_text(site_file.read_text().replace("name: site-2", "name: site-1"))
     found = {check.name: check for check in preflight(site_file, DataConfig(), probe_registration)}
     assert found["kit"].level == "fail"
-    assert found["kit"].seen == "the kit is of site site-2, site.yaml says site-1"
+    assert found["kit"].seen == "the kit belongs to site site-2, site.yaml says site-1"
 
 
 def connections_that_never_say_anything(place: Consortium) -> None:
@@ -257,7 +257,7 @@ def flowers_starter_of_server_apps_ends(place: Consortium) -> None:
     (first,) = place.starters()
     first.kill()
     place.wait_for(lambda: place.starters() not in ([], [first]), 60, "another one is there")
-    assert "flower-superexec ended (signal 9); no run begins until" in place.log("superlink")
+    assert "flower-superexec ended (signal 9); no run can start until" in place.log("superlink")
 
 
 def test_coordinator_under_endless_heads_and_upgrades_serves_its_sites(
@@ -302,7 +302,7 @@ def test_coordinator_under_endless_heads_and_upgrades_serves_its_sites(
     assert place.online() == set(place.names)
 
 
-def test_a_release_without_the_sites_gate_is_not_run(consortium: Consortium) -> None:
+def test_release_with_a_modified_policy_check_is_not_run(consortium: Consortium) -> None:
     """The coordinator ships code that asks nobody; no line of it runs, until a site says so."""
     place = consortium
     evil = place.folder / "evil"
@@ -337,7 +337,7 @@ def test_a_release_without_the_sites_gate_is_not_run(consortium: Consortium) -> 
 
 
 @pytest.mark.long  # tests/server/deployment/test_front_door.py has a revoked key in CI
-def test_a_revoked_site_is_cut_off_in_the_middle_and_comes_back_with_a_new_kit(
+def test_revoked_site_is_disconnected_and_returns_with_a_new_kit(
     consortium: Consortium,
 ) -> None:
     place = consortium
@@ -347,7 +347,7 @@ def test_a_revoked_site_is_cut_off_in_the_middle_and_comes_back_with_a_new_kit(
     assert "site-2: removed" in place.provision(["site-1"])
     place.wait_for(lambda: place.online() == {"site-1"}, 60, "site-2 is cut off")
     place.wait_for(
-        lambda: "the coordinator does not take this site's key" in place.log("site-2"),
+        lambda: "the coordinator does not accept this site's key" in place.log("site-2"),
         *(90, "site-2 says why"),
     )
     place.kill(place.nodes["site-2"])
@@ -360,7 +360,7 @@ def test_a_revoked_site_is_cut_off_in_the_middle_and_comes_back_with_a_new_kit(
     place.wait_for(lambda: place.online() == {"site-1", "site-2"}, 90, "site-2 is back")
 
 
-def test_the_coordinators_state_can_be_saved_while_it_runs_and_laid_down_elsewhere(
+def test_backup_of_a_running_coordinator_can_be_restored(
     consortium: Consortium, tmp_path: Path
 ) -> None:
     place = consortium
@@ -378,7 +378,7 @@ def test_the_coordinators_state_can_be_saved_while_it_runs_and_laid_down_elsewhe
     assert place.polyclinic("server", "backup", archive, "--state", place.state)[0] == 2
 
 
-def test_within_a_minor_version_sides_are_upgraded_alone_and_no_further(
+def test_newer_patch_release_runs_and_newer_minor_is_refused(
     consortium: Consortium,
 ) -> None:
     """Newer releases at sites that stay as they are, which approve them.
@@ -417,7 +417,7 @@ def test_within_a_minor_version_sides_are_upgraded_alone_and_no_further(
     finally:
         place.app = app
     assert outcomes[further]["status"] == "refused", outcomes[further]
-    told = f"it is of version {further}, what is installed here of {VERSION}; the coordinator and"
+    told = f"its version is {further}, this site has {VERSION}; major and minor versions of"
     assert told in outcomes[further]["reason"]
     assert outcomes[newer]["status"] == "completed", outcomes[newer]
     lines = {x.site: x for x in read_history(folder.history) if x.split == "val"}

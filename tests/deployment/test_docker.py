@@ -58,23 +58,23 @@ def mounts(name: str, **variables: str) -> dict[str, tuple[str, str]]:
         ("restart", "unless-stopped"),
     ],
 )
-def test_every_service_is_hardened(name: str, key: str, value: object) -> None:
+def test_compose_service_sets_hardening_option(name: str, key: str, value: object) -> None:
     assert service(name)[key] == value
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_nothing_gives_back_what_was_taken(name: str) -> None:
+def test_compose_service_grants_no_extra_privilege(name: str) -> None:
     taken = {"privileged", "cap_add", "devices", "network_mode", "pid", "ipc", "userns_mode"}
     assert not taken & set(service(name))
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_user_is_settable(name: str) -> None:
+def test_compose_user_is_configurable(name: str) -> None:
     assert service(name, POLYCLINIC_UID="7", POLYCLINIC_GID="8")["user"] == "7:8"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_logs_end_somewhere_and_shared_memory_has_a_size(name: str) -> None:
+def test_compose_bounds_logs_and_sets_shared_memory_size(name: str) -> None:
     logging = service(name)["logging"]
     assert logging["driver"] == "json-file"
     assert set(logging["options"]) == {"max-size", "max-file"}
@@ -82,20 +82,20 @@ def test_logs_end_somewhere_and_shared_memory_has_a_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_health_is_asked_for(name: str) -> None:
+def test_compose_defines_a_health_check(name: str) -> None:
     check = service(name)["healthcheck"]
     assert check["test"][:2] == ["CMD", "polyclinic"]
     assert "health" in check["test"]
     assert {"interval", "timeout", "start_period"} < set(check)
 
 
-def test_only_the_coordinator_has_a_port_and_only_one() -> None:
+def test_only_the_coordinator_publishes_one_port() -> None:
     assert service("coordinator")["ports"] == ["8443:8443"]
     assert "ports" not in service("site")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_kit_is_read_only_and_the_state_is_kept(name: str) -> None:
+def test_compose_mounts_kit_read_only_and_state_writable(name: str) -> None:
     found = mounts(name)
     assert found.pop("/etc/polyclinic") == (".", "ro")
     assert found.pop("/var/lib/polyclinic") == ("state", "rw")
@@ -104,13 +104,13 @@ def test_the_kit_is_read_only_and_the_state_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_variable_that_is_not_given_is_named(name: str) -> None:
+def test_missing_compose_variable_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match="POLYCLINIC_VERSION"):
         filled_in(FILES[name].read_text(encoding="utf-8"), {})
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_podman_is_told_what_the_file_says(name: str) -> None:
+def test_podman_arguments_follow_the_compose_file(name: str) -> None:
     said = podman_run_arguments(FILES[name], VARIABLES, "--rm", network="bridge")
     assert said[-1] == f"localhost/polyclinic-{name}:1.2.3"
     assert {
@@ -124,7 +124,7 @@ def test_podman_is_told_what_the_file_says(name: str) -> None:
     assert ("--publish=8443:8443" in said) == (name == "coordinator")
 
 
-def test_what_the_tests_do_not_know_of_compose_is_refused(tmp_path: Path) -> None:
+def test_unknown_compose_key_is_refused(tmp_path: Path) -> None:
     compose = tmp_path / "compose.yml"
     compose.write_text("services: {site: {image: site, privileged: true}}")
     with pytest.raises(ValueError, match="privileged"):
@@ -134,7 +134,7 @@ def test_what_the_tests_do_not_know_of_compose_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "files", [["coordinator"], ["site"], ["site", "gpu"]], ids=lambda files: "-".join(files)
 )
-def test_compose_reads_the_files(files: list[str], tmp_path: Path) -> None:
+def test_podman_compose_parses_the_files(files: list[str], tmp_path: Path) -> None:
     podman = tmp_path / "podman"  # reading asks it for nothing else, and it may be absent here
     podman.write_text("#!/bin/sh\necho podman version 4.3.1\n")
     podman.chmod(0o755)
@@ -158,7 +158,7 @@ def test_compose_reads_the_files(files: list[str], tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_a_build_sees_nothing_but_what_an_image_holds() -> None:
+def test_dockerignore_allows_only_shipped_files() -> None:
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     first, *rest = [line for line in lines if line and not line.startswith("#")]
     assert first == "*"
@@ -169,7 +169,7 @@ def test_a_build_sees_nothing_but_what_an_image_holds() -> None:
     assert {f"!{room}/**/*.py" for room in rooms} < set(rest)
 
 
-def test_the_images_start_as_nobody_and_install_nothing_at_run_time() -> None:
+def test_runtime_stage_is_unprivileged_and_installs_nothing() -> None:
     result = DOCKERFILE[DOCKERFILE.index("AS runtime") :]
     assert "\nRUN" not in result
     assert "USER ${UID}:${GID}" in result
@@ -187,7 +187,7 @@ def test_the_images_start_as_nobody_and_install_nothing_at_run_time() -> None:
         assert setting in result, setting
 
 
-def test_every_package_that_stays_is_pinned_and_no_cache_does() -> None:
+def test_dockerfile_pins_packages_and_keeps_no_cache() -> None:
     installs = re.findall(r"pip [^#\n]*?install ([^&\n]*)", DOCKERFILE.replace("\\\n", " "))
     assert len(installs) == 4
     for install in installs:

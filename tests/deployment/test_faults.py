@@ -134,7 +134,7 @@ def no_longer_than(deadlines: int, since: float) -> None:
 
 
 @pytest.mark.slow
-def test_one_run_through_many_faults(there: Deployment, table: list[Row]) -> None:
+def test_run_with_many_faults_completes(there: Deployment, table: list[Row]) -> None:
     """Several in each round, each at a site of its own: all are named, none ends the run, and who
     was hurt takes part again."""
     late = f"sleep:{BUSY_DEADLINE_S + 8}"
@@ -144,7 +144,14 @@ def test_one_run_through_many_faults(there: Deployment, table: list[Row]) -> Non
         ("site-3", 1, "evaluate", "garbage", "refused", "expected records"),
         ("site-1", 1, "evaluate", "shapes", "refused", "evaluation: "),
         ("site-1", 2, "train", "kill", "gone", "failed: ClientApp stopped responding"),
-        ("site-3", 2, "train", "kill-node", "gone", "failed: Flower has not heard of its node"),
+        (
+            "site-3",
+            2,
+            "train",
+            "kill-node",
+            "gone",
+            "failed: the SuperLink has had no contact with its node",
+        ),
         ("site-2", 2, "evaluate", "nan", "refused", "evaluation: "),
         ("site-2", 3, "train", late, "late", NO_ANSWER),
         ("site-1", 4, "train", "huge:30", "refused", "expected only"),
@@ -154,7 +161,7 @@ def test_one_run_through_many_faults(there: Deployment, table: list[Row]) -> Non
         there.fault(f"{site}.{phase}.{number}.{'received' if before else 'reply'}", action)
     second = there.start_second("site-1")
     busy = {"rounds__deadline_s": BUSY_DEADLINE_S}
-    folder = submit(there, "many", rounds__count=4, rounds__set_aside_after=0, **busy)
+    folder = submit(there, "many", rounds__count=4, rounds__suspend_after=0, **busy)
     there.outcome(folder, 10 * BUSY_DEADLINE_S)
     there.kill(second)
     completed(folder, 4)
@@ -179,7 +186,7 @@ def test_one_run_through_many_faults(there: Deployment, table: list[Row]) -> Non
 
 
 # by our clock or by Flower's, whichever is over first
-NO_ANSWER = r"no answer in \d+ s|Flower gave the question up before an answer came"
+NO_ANSWER = r"no answer in \d+ s|the request expired at the SuperLink before an answer came"
 NAMES = {
     "kill": "kill -9 a site's app",
     "kill-node": "kill -9 a SuperNode, restart",
@@ -238,7 +245,7 @@ def killed(
 @pytest.mark.long  # tests/end_to_end/test_simulate.py has one killed in CI
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("phases", ["checkpointing", "all others"])
-def test_the_server_app_is_killed(there: Deployment, table: list[Row], phases: str) -> None:
+def test_killed_server_app_is_resumed(there: Deployment, table: list[Row], phases: str) -> None:
     def kill() -> None:
         there.kill(there.server_app())
 
@@ -247,7 +254,7 @@ def test_the_server_app_is_killed(there: Deployment, table: list[Row], phases: s
 
 
 @pytest.mark.long
-def test_flower_notices_that_a_server_app_was_killed(there: Deployment, table: list[Row]) -> None:
+def test_flower_reports_a_killed_server_app_as_failed(there: Deployment, table: list[Row]) -> None:
     point = "server.waiting.2"
     there.fault(point, "wait")
     folder = submit(there, "noticed")
@@ -264,7 +271,7 @@ def test_flower_notices_that_a_server_app_was_killed(there: Deployment, table: l
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("phases", ["training", "all others"])
-def test_the_superlink_is_killed(there: Deployment, table: list[Row], phases: str) -> None:
+def test_killed_superlink_is_resumed(there: Deployment, table: list[Row], phases: str) -> None:
     def kill() -> None:
         assert there.superlink is not None
         there.kill(there.superlink)
@@ -295,7 +302,7 @@ def hurt_site(
         if back is not None:
             place.fault(POINTS["waiting"].format(number + 2), "wait")
     last = faults[-1][0] + 2
-    folder = submit(place, name, rounds__count=last, rounds__set_aside_after=0)
+    folder = submit(place, name, rounds__count=last, rounds__suspend_after=0)
     for number, phase in faults:
         point = POINTS[phase].format(number)
         place.reached(point, 8 * DEADLINE_S)
@@ -327,7 +334,7 @@ def hurt_site(
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_a_supernode_is_killed_at_every_phase(there: Deployment, table: list[Row]) -> None:
+def test_supernode_killed_in_every_phase_rejoins(there: Deployment, table: list[Row]) -> None:
     def kill() -> None:
         there.kill(there.nodes["site-1"])
 
@@ -339,7 +346,7 @@ def test_a_supernode_is_killed_at_every_phase(there: Deployment, table: list[Row
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_a_site_is_cut_off_at_every_phase(
+def test_site_disconnected_in_every_phase_rejoins(
     tmp_path_factory: pytest.TempPathFactory, table: list[Row]
 ) -> None:
     """With `polyclinic site start`, which ends where the connection cannot be made; Flower's own
@@ -364,7 +371,9 @@ def test_a_site_is_cut_off_at_every_phase(
 
 @pytest.mark.long
 @pytest.mark.parametrize("phase", ["training", "evaluating"])
-def test_a_site_is_far_too_slow(there: Deployment, table: list[Row], phase: str) -> None:
+def test_site_slower_than_the_deadline_is_late_and_rejoins(
+    there: Deployment, table: list[Row], phase: str
+) -> None:
     there.fault(POINTS[phase].format(2), f"sleep:{2.2 * DEADLINE_S}")
     folder = submit(there, f"slow-{phase}", rounds__count=4)
     there.outcome(folder, 10 * DEADLINE_S)
@@ -387,7 +396,9 @@ def test_a_site_is_far_too_slow(there: Deployment, table: list[Row], phase: str)
 
 @pytest.mark.long
 @pytest.mark.parametrize("phase", ["train", "evaluate"])
-def test_a_reply_is_huge(there: Deployment, table: list[Row], phase: str) -> None:
+def test_huge_reply_is_lost_and_run_completes(
+    there: Deployment, table: list[Row], phase: str
+) -> None:
     """A tenth of the ten gigabytes that a machine of this size could not hold at both ends."""
     there.fault(f"site-2.{phase}.1.reply", "huge:500")
     folder = submit(there, f"huge-{phase}", rounds__count=2)
@@ -408,7 +419,9 @@ def test_a_reply_is_huge(there: Deployment, table: list[Row], phase: str) -> Non
 
 
 @pytest.mark.long
-def test_two_runs_at_once(there: Deployment, table: list[Row]) -> None:
+def test_two_concurrent_runs_complete_with_equal_weights(
+    there: Deployment, table: list[Row]
+) -> None:
     since = time.time()
     changes = {"rounds__deadline_s": 4 * DEADLINE_S, "rounds__min_sites": "3"}
     one, other = (submit(there, name, **changes) for name in ("one", "other"))
@@ -426,7 +439,7 @@ def test_two_runs_at_once(there: Deployment, table: list[Row]) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("hours", [1, -1])
-def test_a_sites_clock_is_an_hour_wrong(
+def test_run_completes_with_a_site_clock_off_by_an_hour(
     there: Deployment, table: list[Row], tmp_path: Path, hours: int
 ) -> None:
     if shutil.which("gcc") is None:
@@ -483,7 +496,7 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.long
-def test_the_disk_of_the_run_folder_is_full(there: Deployment, table: list[Row]) -> None:
+def test_full_disk_of_the_run_folder_is_resumed(there: Deployment, table: list[Row]) -> None:
     disk = there.folder / "small"
     unmount = small_disk(disk, 60)
     try:
@@ -509,7 +522,7 @@ def test_the_disk_of_the_run_folder_is_full(there: Deployment, table: list[Row])
 
 
 @pytest.mark.long
-def test_the_disk_of_a_site_is_full(there: Deployment, table: list[Row]) -> None:
+def test_full_disk_of_a_site_loses_one_round(there: Deployment, table: list[Row]) -> None:
     """A site that cannot write down what leaves does not answer; it is back once it can."""
     unmount = small_disk(there.folder / "state" / "site-1", 1)
     try:

@@ -40,15 +40,15 @@ from polyclinic.configs.diagnostics.network import (
     connect,
     resolve,
 )
+from polyclinic.configs.ports import free_port
 from polyclinic.configs.schema.data import DataConfig
 from polyclinic.configs.schema.federation import read_federation
 from polyclinic.configs.schema.site import read_site_config
 from polyclinic.configs.security.credentials import now_utc
+from polyclinic.server.deployment.preflight import preflight as server_preflight
 from polyclinic.server.deployment.provision import provision
-from polyclinic.server.deployment.startup import preflight as server_preflight
 from polyclinic.server.deployment.startup import server_health
 from polyclinic.simulation.phantom.writer import write_phantoms
-from tests.conftest import free_port
 from tests.factories import app, federation, packed
 
 
@@ -122,7 +122,7 @@ def look(site_file: Path) -> Look:
     return call
 
 
-def test_a_site_that_is_well_passes_everything(site_file, look, coordinator, tmp_path) -> None:
+def test_healthy_site_passes_all_checks(site_file, look, coordinator, tmp_path) -> None:
     Approvals(tmp_path / "state").approve(packed(app()))
     checks = look(health=f"127.0.0.1:{free_port()}")
     assert list(checks) == [
@@ -139,7 +139,7 @@ def test_a_site_that_is_well_passes_everything(site_file, look, coordinator, tmp
     assert as_json(list(checks.values()))["ok"] is True
 
 
-def test_the_command_says_the_same_and_its_status_tells(cli, site_file) -> None:
+def test_preflight_command_prints_checks_and_exits_1_on_failure(cli, site_file) -> None:
     status, out, _ = cli("site", "preflight", site_file, "--json")
     told = {check["name"]: check for check in json.loads(out)["checks"]}
     assert status == 1
@@ -151,12 +151,12 @@ def test_the_command_says_the_same_and_its_status_tells(cli, site_file) -> None:
     assert "-> " in out
 
 
-def test_a_site_file_that_is_wrong_ends_it(tmp_path: Path) -> None:
+def test_missing_site_file_fails_preflight(tmp_path: Path) -> None:
     (check,) = preflight(tmp_path / "missing.yaml", DataConfig(), lambda server_: "")
     assert (check.name, check.level) == ("site.yaml", "fail")
 
 
-def test_images_are_read_as_training_reads_them(look, site_file, tmp_path) -> None:
+def test_unreadable_images_warn_or_fail_preflight(look, site_file, tmp_path) -> None:
     data = tmp_path / "data" / "site-1"
     images = sorted((data / "images").iterdir())
     images[0].write_bytes(b"no image")
@@ -173,9 +173,7 @@ def test_images_are_read_as_training_reads_them(look, site_file, tmp_path) -> No
     assert look()["manifest"].level == "fail"
 
 
-def test_a_ledger_that_was_changed_and_one_that_is_spent_are_told(
-    look, site_file, tmp_path
-) -> None:
+def test_preflight_reports_split_key_and_ledger_state(look, site_file, tmp_path) -> None:
     text = "cohort: {examples: 100, patients: 50}\n"
     budget = "budget: {epsilon: 1.0, delta: 1.0e-4, unit: patient}\n"
     own = "data: {classes: [benign, malignant], mask-classes: [lesion], val-fraction: 0.15, "
@@ -198,7 +196,7 @@ def test_a_ledger_that_was_changed_and_one_that_is_spent_are_told(
     assert look()["ledger"].seen == "1 left of epsilon 1"
 
 
-def test_releases_that_nobody_approved_are_told(look, tmp_path) -> None:
+def test_preflight_reports_approved_releases(look, tmp_path) -> None:
     assert look()["releases"].level == "warn"
     approvals = Approvals(tmp_path / "state")
     digest = approvals.approve(packed(app())).digest
@@ -207,22 +205,22 @@ def test_releases_that_nobody_approved_are_told(look, tmp_path) -> None:
     assert look()["releases"].level == "fail"
 
 
-def test_kits_that_do_not_fit_or_hold_no_longer_are_told(
+def test_preflight_reports_mismatched_and_expired_kits(
     look, kits, site_file, coordinator, monkeypatch
 ) -> None:
     site, other = site_file.parent, kits / "sites" / "site-b"
     key = (site / "site.key").read_bytes()
     (site / "site.key").write_bytes((other / "site.key").read_bytes())
     checks = look()
-    assert checks["kit"].seen.endswith(f"is not of the key {site / 'site.key'}")
+    assert checks["kit"].seen.endswith(f"does not belong to the key {site / 'site.key'}")
     assert "key" not in checks  # the coordinator is not asked with it
     (site / "site.key").write_bytes(key)
     (site / "site.key").chmod(0o644)
-    assert "others than its owner may read this private key" in look()["kit"].seen
+    assert "expected a private key that only its owner can read" in look()["kit"].seen
     (site / "site.key").chmod(0o600)
     text = site_file.read_text()
     site_file.write_text(text.replace("name: site-a", "name: site-c"))
-    assert look()["kit"].seen == "the kit is of site site-a, site.yaml says site-c"
+    assert look()["kit"].seen == "the kit belongs to site site-a, site.yaml says site-c"
     site_file.write_text(text)
     for days, level, said in (
         (340, "warn", "in 24 days"),
@@ -238,14 +236,16 @@ def test_kits_that_do_not_fit_or_hold_no_longer_are_told(
         assert said in found.seen
 
 
-def test_another_authority_is_not_gone_on_with(look, kits, site_file, coordinator) -> None:
+def test_preflight_stops_at_a_certificate_of_another_authority(
+    look, kits, site_file, coordinator
+) -> None:
     others = kits.parent / "others"
     provision(federation(name="others"), others)
     (site_file.parent / "ca.crt").write_bytes((others / "authority" / "ca.crt").read_bytes())
     checks = look()
     assert checks["kit"].seen.endswith(f"is not signed by {site_file.parent / 'ca.crt'}")
     assert checks["TLS"].level == "fail"
-    assert "never go on without" in checks["TLS"].advice
+    assert "never connect without" in checks["TLS"].advice
     ends = time.monotonic() + 10
     while not any("alert unknown ca" in str(error) for error in coordinator.cut_short):
         assert time.monotonic() < ends, coordinator.cut_short  # the server's end of it
@@ -253,10 +253,10 @@ def test_another_authority_is_not_gone_on_with(look, kits, site_file, coordinato
     assert "versions" not in checks
 
 
-def test_a_key_that_is_refused_says_by_whom_and_why(look, coordinator) -> None:
+def test_preflight_reports_a_rejected_site_key(look, coordinator) -> None:
     found = look(probe_registration="key 1234 is not registered")["key"]
     assert found.level == "fail"
-    assert "does not take this site's key: key 1234 is not registered" in found.seen
+    assert "does not accept this site's key: key 1234 is not registered" in found.seen
 
 
 @pytest.mark.parametrize(
@@ -271,27 +271,27 @@ def test_a_key_that_is_refused_says_by_whom_and_why(look, coordinator) -> None:
         ({"time": "noon"}, "versions", "fail"),
     ],
 )
-def test_clocks_and_versions_must_agree(look, coordinator, about, name, level) -> None:
+def test_preflight_checks_clock_and_versions(look, coordinator, about, name, level) -> None:
     if isinstance(ahead := about.get("time"), timedelta):
         about = {"time": (now_utc() + ahead).isoformat()}
     coordinator.about |= about
     assert look()[name].level == level
 
 
-def test_a_clock_a_little_off_is_warned_of() -> None:
+def test_clock_off_by_30_seconds_gives_a_warning() -> None:
     about = About((now_utc() - timedelta(seconds=30)).isoformat(), "", "")
     found = compare_clocks(about)
     assert found.level == "warn"
     assert "ahead of the coordinator's" in found.seen
 
 
-def test_names_routes_and_what_speaks_no_tls(kits: Path) -> None:
+def test_failed_dns_route_and_tls_are_reported(kits: Path) -> None:
     assert resolve("no-such-host.invalid", 1).level == "fail"
     assert connect("127.0.0.1", free_port()).level == "fail"
     with plain_server() as port:
         found = check_tls("127.0.0.1", port, kits / "authority" / "ca.crt")
         assert found.level == "fail"
-        assert "speaks no TLS" in found.advice
+        assert "blocks or intercepts TLS" in found.advice
 
 
 @contextmanager
@@ -307,7 +307,7 @@ def plain_server() -> Iterator[int]:
         yield door.getsockname()[1]
 
 
-def test_a_proxy_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_proxy_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     assert check_proxy("fl.example.org").level == "OK"
@@ -317,7 +317,7 @@ def test_a_proxy_in_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_proxy("fl.example.org").level == "OK"
 
 
-def test_disk_memory_and_shared_memory_are_measured(tmp_path: Path, monkeypatch) -> None:
+def test_disk_memory_and_shared_memory_thresholds(tmp_path: Path, monkeypatch) -> None:
     class Usage:
         def __init__(self, total: float, free: float) -> None:
             self.total, self.free = total, free
@@ -341,7 +341,7 @@ def test_disk_memory_and_shared_memory_are_measured(tmp_path: Path, monkeypatch)
     assert check_memory().level == "warn"
 
 
-def test_ports_and_folders_are_tried(tmp_path: Path) -> None:
+def test_occupied_ports_and_unwritable_folders_fail(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
         found = check_port("public port", "127.0.0.1", port)
@@ -349,7 +349,7 @@ def test_ports_and_folders_are_tried(tmp_path: Path) -> None:
         assert f"127.0.0.1:{port}: Address already in use" in found.seen
     for wrong in ("9098", "localhost:", "localhost:port", "127.0.0.1:99999"):
         found = check_address("health port", wrong)
-        assert found.seen == f"{wrong!r} is no address"
+        assert found.seen == f"{wrong!r} is not an address"
         assert found.level == "fail"
     assert check_address("health port", f"127.0.0.1:{free_port()}").level == "OK"
     assert check_writable("state", tmp_path / "new").level == "OK"
@@ -364,11 +364,11 @@ def test_ports_and_folders_are_tried(tmp_path: Path) -> None:
     ("computes", "level", "said"),
     [
         (lambda: torch.full((8, 8), 8.0), "OK", "a card, CUDA"),
-        (lambda: torch.zeros(8, 8), "fail", "computes wrongly"),
-        (None, "fail", "is there, but does not compute: CUDA error: unknown"),
+        (lambda: torch.zeros(8, 8), "fail", "computes wrong results"),
+        (None, "fail", "is visible, but a computation failed: CUDA error: unknown"),
     ],
 )
-def test_a_gpu_is_computed_on(look, monkeypatch, computes, level, said) -> None:
+def test_gpu_check_verifies_a_computation(look, monkeypatch, computes, level, said) -> None:
     class Card:
         def __matmul__(self, other: Card) -> torch.Tensor:
             if computes is None:
@@ -390,7 +390,7 @@ def server_checks(kits: Path, state: Path, **changes: object) -> dict[str, Check
     return {check.name: check for check in found}
 
 
-def test_a_coordinator_that_is_well_passes_everything(kits: Path, tmp_path: Path) -> None:
+def test_healthy_coordinator_passes_all_checks(kits: Path, tmp_path: Path) -> None:
     checks = server_checks(kits, tmp_path / "state")
     assert list(checks) == [
         *("kit", "versions", "certificate", "sites", "state", "disk", "memory", "shm"),
@@ -400,20 +400,20 @@ def test_a_coordinator_that_is_well_passes_everything(kits: Path, tmp_path: Path
     assert "public port" not in server_checks(kits, tmp_path / "state", running=True)
 
 
-def test_no_port_is_given_twice(kits: Path, tmp_path: Path) -> None:
+def test_duplicate_port_numbers_fail(kits: Path, tmp_path: Path) -> None:
     public, control = read_federation(kits / "server" / "federation.yaml").server.port, free_port()
     found = server_checks(kits, tmp_path, control=public)["control port"]
-    assert (found.level, found.seen) == ("fail", f"{public} is the public port too")
+    assert (found.level, found.seen) == ("fail", f"{public} is also the public port")
     for port, of in ((public, "public"), (control, "control")):
         address = f"127.0.0.1:{port}"
         found = server_checks(kits, tmp_path, control=control, health=address)["health port"]
         assert (found.level, found.seen) == (
             "fail",
-            f"{address}: the number is the {of} port's too",
+            f"{address}: its number is also the {of} port",
         )
 
 
-def test_what_keeps_a_coordinator_from_working_is_told(
+def test_server_preflight_reports_database_and_certificate_faults(
     kits: Path, tmp_path: Path, monkeypatch, cli
 ) -> None:
     state = tmp_path / "state"
@@ -421,21 +421,21 @@ def test_what_keeps_a_coordinator_from_working_is_told(
     (state / "state.db").write_bytes(b"SQLite format 3\0" + b"rubbish" * 1000)
     found = server_checks(kits, state)["database"]
     assert found.level == "fail"
-    assert "restore it from a backup" in found.advice
+    assert "restore a backup" in found.advice
     monkeypatch.setattr(
-        "polyclinic.server.deployment.startup.now_utc", lambda: now_utc() + timedelta(days=340)
+        "polyclinic.server.deployment.preflight.now_utc", lambda: now_utc() + timedelta(days=340)
     )
     checks = server_checks(kits, state)
     assert checks["certificate"].level == checks["sites"].level == "warn"
     assert "--renew site-a --renew site-b" in checks["sites"].advice
     monkeypatch.setattr(
-        "polyclinic.server.deployment.startup.now_utc", lambda: now_utc() + timedelta(days=400)
+        "polyclinic.server.deployment.preflight.now_utc", lambda: now_utc() + timedelta(days=400)
     )
     assert server_checks(kits, state)["certificate"].level == "fail"
     other = tmp_path / "other"
     provision(federation(), other)
     (kits / "server" / "server.key").write_bytes((other / "server" / "server.key").read_bytes())
-    assert "two kits are mixed" in server_checks(kits, state)["certificate"].seen
+    assert "files of two different kits" in server_checks(kits, state)["certificate"].seen
     (kits / "server" / "sites" / "site-b.crt").unlink()
     status, out, _ = cli(
         *("server", "preflight", "--kit", kits / "server", "--state", state, "--json", "--running")
@@ -446,5 +446,5 @@ def test_what_keeps_a_coordinator_from_working_is_told(
     assert list(server_checks(kits, state)) == ["kit"]
 
 
-def test_a_coordinator_that_does_not_answer_is_not_well(kits: Path) -> None:
+def test_unreachable_coordinator_is_unhealthy(kits: Path) -> None:
     assert "does not answer" in server_health(kits / "server", f"127.0.0.1:{free_port()}")

@@ -30,7 +30,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_bundle_holds_every_module_and_preset_and_nothing_else(bundle: Path) -> None:
+def test_bundle_contains_exactly_modules_and_presets(bundle: Path) -> None:
     names = {name for name in zipfile.ZipFile(bundle).namelist() if not name.startswith(".info")}
     rooms = ("client", "configs", "mtl_model", "server", "simulation")
     wanted = {"apps.py", "polyclinic.py", "pyproject.toml", "LICENSE"}
@@ -40,21 +40,19 @@ def test_the_bundle_holds_every_module_and_preset_and_nothing_else(bundle: Path)
     assert bundle.stat().st_size < 1_000_000  # Flower stores without compressing
 
 
-def test_its_digest_is_that_of_the_code_it_was_made_from_packed_and_unpacked(
-    bundle: Path, tmp_path: Path
-) -> None:
+def test_bundle_digest_matches_source_packed_and_unpacked(bundle: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(bundle).extractall(tmp_path)
     packed = open_release(bundle.read_bytes()).digest
     assert packed == release_of_folder(tmp_path) == release_of_folder(ROOT)
 
 
-def test_it_is_a_release_that_a_site_can_read_and_approve(bundle: Path) -> None:
+def test_bundle_opens_as_a_release(bundle: Path) -> None:
     release = open_release(bundle.read_bytes())
     assert release.version == VERSION
     assert {"apps.py", "client/policy/site_policy.py", "pyproject.toml"} <= set(release.files)
 
 
-def test_the_bundle_runs_where_nothing_else_of_ours_is(bundle: Path, tmp_path: Path) -> None:
+def test_bundle_imports_without_the_checkout(bundle: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(bundle).extractall(tmp_path)
     code = (
         f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]; "

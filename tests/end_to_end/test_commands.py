@@ -35,7 +35,7 @@ from tests.conftest import rows_of, write_manifest
         (["--bogus"], "No such option"),
     ],
 )
-def test_a_mistake_ends_with_2_one_message_and_nothing_written(
+def test_simulate_user_errors_exit_2_and_write_nothing(
     cli, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     status, out, err = cli("simulate", *arguments)
@@ -83,7 +83,7 @@ def with_empty_folder(folder: Path) -> None:
         (with_lost_image, "row 2: image"),
     ],
 )
-def test_data_that_cannot_be_used_end_with_2_and_say_what_to_mend(
+def test_unusable_data_exit_2_and_say_what_to_fix(
     cli, site_folder, tmp_path: Path, harm, said: str
 ) -> None:
     folder = site_folder(twelve(), "data/north")
@@ -96,29 +96,29 @@ def test_data_that_cannot_be_used_end_with_2_and_say_what_to_mend(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_name_that_is_taken_ends_with_2(cli, tmp_path: Path) -> None:
+def test_existing_run_name_exits_2(cli, tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.toml").write_text("")
     status, _, err = cli("simulate", "--set", "run.name=mine", "--out", "runs")
     assert status == 2
-    assert "holds a run already" in err
+    assert "already contains a run" in err
 
 
-def test_phantoms_are_written_anywhere(cli, tmp_path: Path) -> None:
+def test_phantom_command_writes_to_the_given_folder(cli, tmp_path: Path) -> None:
     status, out, _ = cli("phantom", "--out", tmp_path / "p", "--sites", 2, "--examples", 10)
     assert status == 0
     assert [path.name for path in sorted((tmp_path / "p").iterdir())] == ["site-1", "site-2"]
     assert f"{tmp_path / 'p' / 'site-1'}: 10 images" in out.replace("\n", "")
 
 
-def test_phantoms_are_not_written_over(cli, tmp_path: Path) -> None:
+def test_phantom_command_does_not_overwrite(cli, tmp_path: Path) -> None:
     assert cli("phantom", "--out", "p", "--sites", 1, "--examples", 10)[0] == 0
     status, _, err = cli("phantom", "--out", "p", "--sites", 2, "--examples", 20)
     assert status == 2
     assert "site-1 is there already" in err
 
 
-def test_a_run_folder_that_cannot_be_made_ends_with_1_and_no_traceback(cli, tmp_path) -> None:
+def test_unwritable_run_folder_exits_1_without_traceback(cli, tmp_path) -> None:
     (tmp_path / "runs").write_text("a file")
     status, _, err = cli("simulate", "--out", "runs", "--set", "phantom.examples=10")
     assert status == 1
@@ -126,29 +126,29 @@ def test_a_run_folder_that_cannot_be_made_ends_with_1_and_no_traceback(cli, tmp_
     assert "Traceback" not in err
 
 
-def test_runs_are_listed_and_shown_again(cli, tiny, grid, tmp_path: Path) -> None:
+def test_runs_commands_list_and_show_runs(cli, tiny, grid, tmp_path: Path) -> None:
     config = tiny(rounds__count=1)
     run(grid(config), config)
-    status, out, _ = cli("runs", "--out", tmp_path / "runs")
+    status, out, _ = cli("runs", "--runs", tmp_path / "runs")
     assert status == 0
     assert "a-run" in out
     assert "completed" in out
-    status, out, _ = cli("runs", "--out", tmp_path / "runs", "--json")
-    assert json.loads(out)[0]["rounds"] == 1
-    status, out, _ = cli("runs", "show", "a-run", "--out", tmp_path / "runs")
+    status, out, _ = cli("runs", "--runs", tmp_path / "runs", "--json")
+    assert json.loads(out)["runs"][0]["rounds"] == 1
+    status, out, _ = cli("runs", "show", "a-run", "--runs", tmp_path / "runs")
     assert status == 0
     for text in ("Round 1 on the validation images", "Round 1 on the held-out test", "site-2"):
         assert text in out
     status, out, _ = cli("runs", "show", tmp_path / "runs" / "a-run", "--json")
     assert len(json.loads(out)["history"]) == 8
-    status, _, err = cli("runs", "show", "nothing", "--out", tmp_path / "runs")
+    status, _, err = cli("runs", "show", "nothing", "--runs", tmp_path / "runs")
     assert status == 2
-    assert "nothing: no such run under" in err
-    status, _, err = cli("runs", "--out", tmp_path / "empty")
+    assert "nothing: no such run in" in err
+    status, _, err = cli("runs", "--runs", tmp_path / "empty")
     assert status == 2
 
 
-def test_a_run_is_compared_with_training_alone_and_pooled(
+def test_compare_tests_local_pooled_and_federated_models(
     tiny, grid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from polyclinic.simulation.local.sites import simulated_sites
@@ -216,14 +216,14 @@ def test_comparison_of_a_site_that_never_trained_has_no_values(
     assert compare_run(folder.path, as_json=True) == 0
     row = json.loads(capsys.readouterr().out)["site-2 alone"]
     assert {values["dice"] for values in row.values()} == {None}
-    assert "site-2 alone: no values, because the site trained in no round" in caplog.text
+    assert "site-2, local training: no values, because the site trained in no round" in caplog.text
 
 
 def test_version_is_printed(cli) -> None:
     assert cli("--version")[1].strip() == "0.1.0"
 
 
-def test_model_info_counts_parts_that_add_up_to_the_whole(cli) -> None:
+def test_model_info_parts_sum_to_the_totals(cli) -> None:
     wanted = ["--size", "64x96", "--set", "model.preset=light", "--set", "data.channels=3"]
     status, out, _ = cli("model", "info", *wanted, "--json")
     assert status == 0
@@ -248,13 +248,13 @@ def test_model_info_counts_parts_that_add_up_to_the_whole(cli) -> None:
         (["--set", "model.preset=heavy"], "model.preset: expected 'full' or 'light'"),
     ],
 )
-def test_model_info_of_what_cannot_be_built_ends_with_2(cli, arguments, said) -> None:
+def test_model_info_with_invalid_settings_exits_2(cli, arguments, said) -> None:
     status, out, err = cli("model", "info", *arguments)
     assert (status, out) == (2, "")
     assert said in err
 
 
-def test_a_comparison_trains_as_often_as_the_sites_did() -> None:
+def test_rounds_trained_counts_rounds_per_site() -> None:
     from polyclinic.server.runs.history import Line
     from polyclinic.server.runs.reports import TrainReport
     from polyclinic.simulation.experiments.compare import rounds_trained
@@ -269,7 +269,7 @@ def test_a_comparison_trains_as_often_as_the_sites_did() -> None:
     assert rounds_trained(history) == {"a": [1, 2], "b": [2]}
 
 
-def test_what_a_coordinator_looks_at_does_not_wait_for_torch() -> None:
+def test_status_commands_do_not_import_torch() -> None:
     """Seconds, each time that ``polyclinic server status`` or ``runs show`` is called."""
     code = (
         "import sys; import polyclinic as p; p.command_line(); "

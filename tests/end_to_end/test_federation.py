@@ -21,7 +21,8 @@ from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.presets import read_run_config
 from polyclinic.mtl_model.packing import Layout
 from polyclinic.server.app import run
-from polyclinic.server.rounds.federation import RunFailed, RunRefused, sites_needed
+from polyclinic.server.rounds.errors import RunFailed, RunRefused
+from polyclinic.server.rounds.federation import sites_needed
 from polyclinic.server.runs.checkpoint import load_weights
 from polyclinic.server.runs.history import POOLED, read_history
 from polyclinic.simulation.local.sites import simulated_sites
@@ -36,7 +37,7 @@ def metrics_of(folder, split: str, number: int) -> dict[str, object]:
     }
 
 
-def test_a_run_leaves_everything_that_it_promises(tiny, grid) -> None:
+def test_run_writes_all_files_of_the_run_folder(tiny, grid) -> None:
     config = tiny()
     folder = run(grid(config), config)
     sites = ["site-1", "site-2", "site-3", POOLED]
@@ -59,7 +60,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny, grid) -> None:
     assert outcome["status"] == "completed"
     assert list(folder.path.glob("events.*"))
     results = json.loads(folder.results.read_text())
-    assert results["round"] == outcome["best-round"]
+    assert results["round"] == outcome["best_round"]
     assert set(results["sites"]) == set(sites) - {POOLED}
     events = [json.loads(text)["event"] for text in folder.progress.read_text().splitlines()]
     assert events[0] == "phase"
@@ -67,7 +68,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny, grid) -> None:
     assert not list(folder.path.glob("**/.*"))  # no temporary file is left
 
 
-def test_pooled_values_are_those_of_all_sites_images_together(tiny, grid) -> None:
+def test_pooled_metrics_combine_all_images(tiny, grid) -> None:
     config = tiny(rounds__count=1)
     folder = run(grid(config), config)
     metrics = metrics_of(folder, "val", 1)
@@ -82,7 +83,7 @@ def test_pooled_values_are_those_of_all_sites_images_together(tiny, grid) -> Non
     )
 
 
-def test_the_best_rounds_weights_are_kept_and_tested(tiny, grid) -> None:
+def test_best_round_weights_are_kept_and_tested(tiny, grid) -> None:
     config = tiny(rounds__count=3, rounds__keep_checkpoints=3, evaluate__select_by="dice")
     federation = grid(config)
     evaluated = 0
@@ -105,7 +106,7 @@ def test_the_best_rounds_weights_are_kept_and_tested(tiny, grid) -> None:
         if line.site == POOLED and line.split == "val"
     }
     assert scores[1] > scores[2] == scores[3] == 0
-    assert outcome["best-round"] == 1
+    assert outcome["best_round"] == 1
     kept, of_round = load_file(folder.best), load_file(folder.checkpoint(1))
     assert all(torch.equal(kept[name], of_round[name]) for name in of_round)
     sent = federation.sent[-1].content.array_records[wire.WEIGHTS]
@@ -126,7 +127,7 @@ def test_only_the_last_checkpoints_are_kept(tiny, grid) -> None:
     assert run(grid(config), config).checkpoints() == [2, 3]
 
 
-def test_the_same_seed_gives_the_same_run_twice_and_another_seed_another(tiny, grid) -> None:
+def test_run_weights_are_reproducible_by_seed(tiny, grid) -> None:
     def weights(name: str, seed: int) -> dict[str, torch.Tensor]:
         config = tiny(run__name=name, run__seed=seed)
         return load_file(run(grid(config), config).checkpoint(2))
@@ -136,7 +137,7 @@ def test_the_same_seed_gives_the_same_run_twice_and_another_seed_another(tiny, g
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_sites_without_masks_or_without_labels_take_part_with_what_they_have(tiny, grid) -> None:
+def test_partially_annotated_sites_take_part(tiny, grid) -> None:
     config = tiny(phantom__without_masks="site-1", phantom__without_labels="site-2")
     folder = run(grid(config), config)
     metrics = metrics_of(folder, "val", 2)
@@ -152,7 +153,7 @@ def test_sites_without_masks_or_without_labels_take_part_with_what_they_have(tin
     assert train["site-2"].loss_classification is None
 
 
-def test_a_head_is_averaged_only_over_sites_that_trained_it(tiny, grid) -> None:
+def test_head_is_averaged_only_over_sites_that_trained_it(tiny, grid) -> None:
     """With masks at one site alone, the decoder is that site's, bit by bit."""
     replies: dict[int, dict[str, np.ndarray]] = {}
 
@@ -173,7 +174,7 @@ def test_a_head_is_averaged_only_over_sites_that_trained_it(tiny, grid) -> None:
     assert not np.array_equal(averaged["encoder/float32"], replies[2]["encoder/float32"])
 
 
-def test_a_round_sends_few_arrays_and_every_site_the_same(tiny, grid) -> None:
+def test_round_sends_three_weight_arrays_per_message(tiny, grid) -> None:
     config = tiny(rounds__count=1)
     federation = grid(config)
     run(federation, config)
@@ -274,7 +275,11 @@ def empty(partition: int, reply: Message) -> Message:
         (other_shape, "refused", r"float32: expected \d+ values of float32, got shape \(3,\)"),
         (foreign_bytes, "refused", "weights: "),
         (cut_bytes, "refused", "weights: "),
-        (no_counts, "refused", "examples: expected a count, got -4"),
+        (
+            no_counts,
+            "refused",
+            "examples: expected an integer of at least 0 and below 2^40, got -4",
+        ),
         (too_many, "refused", r"about the \d+ training images .* described, got 1000000"),
         (too_long, "refused", r"expected about \d steps from \d+ images, got 4000"),
         (far_away, "refused", r"update: expected a norm of at most .*10 times .*, got"),
@@ -284,7 +289,7 @@ def empty(partition: int, reply: Message) -> Message:
         (of_another_site, "refused", "name: expected 'site-2', got 'site-1'"),
     ],
 )
-def test_a_reply_that_cannot_be_used_is_named_and_does_not_hurt_the_others(
+def test_invalid_reply_is_reported_and_others_are_averaged(
     tiny, grid, harm, outcome: str, said: str
 ) -> None:
     config = tiny(rounds__count=1, rounds__min_sites="2", rounds__deadline_s=2)
@@ -307,7 +312,7 @@ def test_a_reply_that_cannot_be_used_is_named_and_does_not_hurt_the_others(
         run(federation, strict)
 
 
-def test_a_run_that_fails_says_why_in_its_folder_and_keeps_what_was_saved(tiny, grid) -> None:
+def test_failed_run_records_reason_and_keeps_checkpoints(tiny, grid) -> None:
     config = tiny(rounds__count=3, rounds__deadline_s=2)
     federation = grid(config)
     rounds = 0
@@ -327,7 +332,7 @@ def test_a_run_that_fails_says_why_in_its_folder_and_keeps_what_was_saved(tiny, 
     assert (folder / "checkpoints" / "round-0001.safetensors").exists()
 
 
-def test_a_site_with_another_network_is_refused_by_name(tiny, grid) -> None:
+def test_site_with_another_network_is_refused(tiny, grid) -> None:
     config = tiny(rounds__count=1)
     federation = grid(config)
     federation.run_config = {**config.to_flat(), "model.dfe": "none"}
@@ -335,7 +340,7 @@ def test_a_site_with_another_network_is_refused_by_name(tiny, grid) -> None:
         run(federation, config)
 
 
-def test_a_fault_in_a_site_is_told_as_a_failure_of_that_site(tiny, grid, monkeypatch) -> None:
+def test_exception_at_a_site_is_reported_as_its_failure(tiny, grid, monkeypatch) -> None:
     config = tiny(rounds__count=1)
 
     def broken(*_args: object, **_kwargs: object) -> None:
@@ -346,9 +351,7 @@ def test_a_fault_in_a_site_is_told_as_a_failure_of_that_site(tiny, grid, monkeyp
         run(grid(config), config)
 
 
-def test_data_that_cannot_be_used_refuse_the_run_before_any_training(
-    tiny, grid, tmp_path: Path
-) -> None:
+def test_unusable_data_refuse_the_run_before_training(tiny, grid, tmp_path: Path) -> None:
     config = tiny(data__root=str(tmp_path / "nowhere"))
     federation = grid(config)
     with pytest.raises(RunRefused, match=r"nowhere: expected a folder, found none"):
@@ -356,7 +359,7 @@ def test_data_that_cannot_be_used_refuse_the_run_before_any_training(
     assert {m.metadata.message_type for m in federation.sent} == {wire.DESCRIBE}
 
 
-def test_a_site_that_cannot_take_part_is_told_where_the_others_go_on(tiny, grid) -> None:
+def test_unavailable_site_is_reported_and_others_continue(tiny, grid) -> None:
     config = tiny(rounds__count=1, rounds__min_sites="50%")
     federation = grid(config)
 
@@ -375,7 +378,7 @@ def test_a_site_that_cannot_take_part_is_told_where_the_others_go_on(tiny, grid)
     assert {line.site for line in read_history(folder.history)} == {"site-1", "site-3", POOLED}
 
 
-def test_more_sites_in_the_data_than_simulated_are_refused_with_what_to_add(
+def test_more_data_sites_than_supernodes_are_refused(
     tiny, grid, site_folder, tmp_path: Path
 ) -> None:
     from tests.conftest import rows_of
@@ -387,20 +390,20 @@ def test_more_sites_in_the_data_than_simulated_are_refused_with_what_to_add(
         run(grid(config, sites=2), config)
 
 
-def test_a_class_that_no_site_has_refuses_the_run(tiny, grid) -> None:
+def test_class_without_training_images_refuses_the_run(tiny, grid) -> None:
     config = tiny(data__classes="benign,malignant,cyst")
     with pytest.raises(RunRefused, match="no site has a training image of class 'cyst'"):
         run(grid(config), config)
 
 
-def test_a_run_does_not_write_over_another(tiny, grid) -> None:
+def test_existing_run_is_not_overwritten(tiny, grid) -> None:
     config = tiny(rounds__count=1)
     run(grid(config), config)
-    with pytest.raises(ConfigError, match=r"run.name: .*a-run holds a run already"):
+    with pytest.raises(ConfigError, match=r"run.name: .*a-run already contains a run"):
         run(grid(config), config)
 
 
-def test_a_federation_without_sites_ends_within_its_bound(tiny, grid) -> None:
+def test_federation_without_sites_ends_after_the_wait(tiny, grid) -> None:
     config = tiny(rounds__wait_for_sites_s=0.5)
     with pytest.raises(RunRefused, match=r"0 sites are connected, 1 are needed.*after 0.5 s"):
         run(grid(config, sites=0), config)
@@ -409,7 +412,9 @@ def test_a_federation_without_sites_ends_within_its_bound(tiny, grid) -> None:
 @pytest.mark.parametrize(
     ("min_sites", "sites", "needed"), [("all", 5, 5), ("2", 5, 2), ("50%", 5, 3), ("1%", 3, 1)]
 )
-def test_min_sites_is_all_a_number_or_a_share(min_sites: str, sites: int, needed: int) -> None:
+def test_min_sites_accepts_all_a_number_or_a_percentage(
+    min_sites: str, sites: int, needed: int
+) -> None:
     assert sites_needed(min_sites, sites) == needed
 
 

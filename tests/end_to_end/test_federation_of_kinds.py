@@ -53,9 +53,7 @@ def tables_of(folder) -> str:
     return shown.get()
 
 
-def test_masks_and_classes_that_exclude_each_other_in_colour(
-    tiny, grid, tmp_path: Path, capsys
-) -> None:
+def test_exclusive_masks_and_labels_in_colour_run(tiny, grid, tmp_path: Path, capsys) -> None:
     for number, images in enumerate((16, 24)):
         write_exclusive_site(tmp_path / f"sites/site-{number + 1}", images)
     config = tiny(
@@ -91,9 +89,7 @@ def test_masks_and_classes_that_exclude_each_other_in_colour(
         assert text in shown_again
 
 
-def test_overlapping_masks_and_several_labels_with_a_class_unannotated_at_one_site(
-    tiny, grid, tmp_path: Path
-) -> None:
+def test_overlapping_multi_label_run_with_an_unannotated_class(tiny, grid, tmp_path: Path) -> None:
     write_overlapping_site(tmp_path / "sites/site-1", 16)
     write_overlapping_site(tmp_path / "sites/site-2", 24, annotated=("fluid",))
     config = tiny(data__root=str(tmp_path / "sites"), **SEVERAL)
@@ -116,7 +112,7 @@ def test_overlapping_masks_and_several_labels_with_a_class_unannotated_at_one_si
     assert "-" in tables_of(folder)
 
 
-def test_the_tasks_weights_are_learned_and_averaged_by_task(tiny, grid) -> None:
+def test_learned_task_weights_are_averaged_per_task(tiny, grid) -> None:
     """With masks at sites 2 and 3 alone, s of segmentation is their mean by masks."""
     config = tiny(
         loss__weighting="uncertainty",
@@ -155,7 +151,7 @@ def test_the_tasks_weights_are_learned_and_averaged_by_task(tiny, grid) -> None:
     assert last[0][1] == 0
 
 
-def test_one_mask_class_and_two_image_classes_have_the_one_table(tiny, grid) -> None:
+def test_single_class_run_shows_only_the_main_table(tiny, grid) -> None:
     config = tiny(rounds__count=2)
     folder = run(grid(config), config)
     assert tables_of(folder) == ""
@@ -165,11 +161,9 @@ def test_one_mask_class_and_two_image_classes_have_the_one_table(tiny, grid) -> 
     assert "HD95" not in columns
 
 
-def test_a_site_that_lacks_what_measures_distances_refuses_before_training(
-    tiny, grid, monkeypatch
-) -> None:
+def test_missing_distance_package_refuses_before_training(tiny, grid, monkeypatch) -> None:
     from polyclinic.mtl_model.distance import DistanceError
-    from polyclinic.server.rounds.federation import RunRefused
+    from polyclinic.server.rounds.errors import RunRefused
 
     def missing() -> None:
         raise DistanceError("pip install 'polyclinic[metrics]'")
@@ -192,9 +186,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option_of_the_network_trains_and_is_evaluated_from_settings(
-    tiny, grid, options: dict[str, object]
-) -> None:
+def test_every_network_option_trains_and_evaluates(tiny, grid, options: dict[str, object]) -> None:
     """On images that are neither square nor multiples of 16, of four channels."""
     config = tiny(
         **{f"model__{name}": value for name, value in options.items()},
@@ -216,9 +208,9 @@ def test_every_option_of_the_network_trains_and_is_evaluated_from_settings(
     assert not still
 
 
-def test_a_site_whose_timm_lacks_the_backbone_says_so_by_name(tiny, grid, monkeypatch) -> None:
+def test_missing_timm_backbone_at_a_site_fails_with_its_name(tiny, grid, monkeypatch) -> None:
     from polyclinic.mtl_model.backbone import BackboneError
-    from polyclinic.server.rounds.federation import RunFailed
+    from polyclinic.server.rounds.errors import RunFailed
 
     def missing(*_: object, **__: object) -> None:
         raise BackboneError("model.backbone: timm 0.9 has no resnet18")

@@ -25,7 +25,7 @@ def network(config):
     return network_of(config.model, config.data, config.loss, seed=config.run.seed)
 
 
-def test_the_personal_layers_are_the_ones_they_are_called(tiny) -> None:
+def test_personal_names_selects_norms_and_heads(tiny) -> None:
     model = network(tiny(model__norm="batch", loss__weighting="uncertainty"))
     state = set(model.state_dict())
     norms = personal_names(model, "norms")
@@ -104,7 +104,7 @@ def arrays(value: float) -> Packed:
     return {"encoder/float32": np.full(3, value, np.float32)}
 
 
-def test_a_site_recalls_the_latest_of_its_rounds_and_forgets_old_ones(tmp_path: Path) -> None:
+def test_site_memory_recalls_latest_round_and_prunes_old_ones(tmp_path: Path) -> None:
     memory = SiteMemory(tmp_path / "run" / "site", LAYOUT)
     assert memory.recall(9) is None
     for number in range(1, 8):
@@ -119,7 +119,7 @@ def test_a_site_recalls_the_latest_of_its_rounds_and_forgets_old_ones(tmp_path: 
     assert memory.recall(9)["encoder/float32"][0] == 60
 
 
-def test_what_is_damaged_or_of_another_network_is_passed_over(tmp_path: Path, caplog) -> None:
+def test_damaged_or_foreign_site_memory_is_skipped(tmp_path: Path, caplog) -> None:
     memory = SiteMemory(tmp_path, LAYOUT)
     for number in (1, 2, 3):
         memory.keep(number, arrays(number), best=0)
@@ -136,20 +136,20 @@ def test_what_is_damaged_or_of_another_network_is_passed_over(tmp_path: Path, ca
     assert other.recall(3) is None
 
 
-def test_a_site_that_cannot_keep_its_layers_says_so(tiny, grid, monkeypatch) -> None:
+def test_site_that_cannot_save_personal_layers_fails_with_reason(tiny, grid, monkeypatch) -> None:
     config = tiny(strategy__personal="norms", rounds__count=1, rounds__min_sites="1")
 
     def full(self, number: int, arrays: Packed, best: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SiteMemory, "keep", full)
-    from polyclinic.server.rounds.federation import RunFailed
+    from polyclinic.server.rounds.errors import RunFailed
 
     with pytest.raises(RunFailed, match=r"site-1: .*No space left on device"):
         run(grid(config), config)
 
 
-def test_a_model_whose_layers_stayed_at_the_sites_is_neither_exported_nor_used(
+def test_model_with_personal_layers_cannot_be_exported_or_used(
     tiny, grid, cli, tmp_path: Path
 ) -> None:
     config = tiny(strategy__personal="norms", rounds__count=1)

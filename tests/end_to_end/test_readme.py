@@ -26,10 +26,12 @@ PAGES = (
     "docs/reliability.md",
     "docs/strategies.md",
     "docs/deploy.md",
+    "SECURITY.md",
+    *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").glob("*/*.md")),
 )
 # where the command is run for real
 RUN_ELSEWHERE = {
-    "make demo": "tests/end_to_end/test_readme.py::test_the_demo_begins_as_the_readme_says",
+    "make demo": "tests/end_to_end/test_readme.py::test_demo_completes_its_first_round",
     "make test": ".ci/run",
     "make quick": ".ci/run",  # the same tests and more
     "make containers": "",  # by hand: too long for CI
@@ -70,7 +72,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
-        for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        for block in re.findall(r"^ *```\w*\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
                 command = line.partition(" #")[0].strip()
                 if re.match(r"(make|polyclinic|flwr|tensorboard|export|git) ", command):
@@ -78,7 +80,7 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-def test_every_command_of_the_papers_is_run_somewhere() -> None:
+def test_every_documented_command_has_a_test() -> None:
     assert len(commands()) > 8
     for page, command in commands():
         assert any(command.startswith(known) for known in RUN_ELSEWHERE), f"{page}: {command}"
@@ -92,7 +94,7 @@ def test_every_command_of_the_papers_is_run_somewhere() -> None:
 @pytest.mark.parametrize(
     "command", sorted({c for _, c in commands() if c.startswith("polyclinic")})
 )
-def test_options_that_the_papers_use_exist(command: str) -> None:
+def test_documented_options_exist(command: str) -> None:
     words = shlex.split(command)
     group = (
         words[1:3]
@@ -108,7 +110,7 @@ def test_options_that_the_papers_use_exist(command: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_that_the_papers_name_exist(page: str) -> None:
+def test_documented_files_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / page).parent / link).exists(), link
@@ -137,7 +139,7 @@ def demo(out: Path, *more: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)  # it takes 150 s on a quiet machine
-def test_the_demo_is_as_good_as_the_readme_says(tmp_path: Path) -> None:
+def test_demo_reaches_the_documented_accuracy(tmp_path: Path) -> None:
     """Every site at Dice 0.75 and accuracy 0.85."""
     for name, site in demo(tmp_path)["sites"].items():
         assert site["dice"] >= 0.75, name
@@ -145,6 +147,6 @@ def test_the_demo_is_as_good_as_the_readme_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_begins_as_the_readme_says(tmp_path: Path) -> None:
+def test_demo_completes_its_first_round(tmp_path: Path) -> None:
     """Its first round; all fifteen, and how good they are, are a long test."""
     assert demo(tmp_path, "--rounds", "1")["round"] == 1

@@ -16,7 +16,7 @@ from polyclinic.server.runs.history import POOLED, read_history
 DATA = DataConfig(image_height=64, image_width=64, drop_labels=("normal",))
 
 
-def test_every_real_image_is_read_and_split_by_patient(real_images: Path) -> None:
+def test_real_images_are_read_and_split_by_patient(real_images: Path) -> None:
     sites = read_sites(real_images)
     assert {name: len(m.rows) for name, m in sites.items()} == {
         "breast": 100,

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file
 
 from polyclinic.configs import wire
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.files import write_json
 from polyclinic.configs.presets import read_run_config
 from polyclinic.configs.run import RunConfig
 from polyclinic.server.app import run
-from polyclinic.server.rounds.federation import RunFailed, RunRefused
-from polyclinic.server.runs.folder import RunFolder, write_json
+from polyclinic.server.rounds.errors import RunFailed, RunRefused
+from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.history import POOLED, read_history
 
 
@@ -83,7 +84,7 @@ IN_CI = {
         for number, kind in ((2, wire.TRAIN), (3, wire.EVALUATE))
     ],
 )
-def test_a_resumed_run_has_the_weights_of_one_that_was_not_interrupted(
+def test_resumed_run_matches_an_uninterrupted_run(
     tiny, grid, mode: str, number: int, kind: str
 ) -> None:
     changes = {key.replace(".", "__").replace("-", "_"): v for key, v in MODES[mode].items()}
@@ -115,17 +116,17 @@ def resume(tiny, grid, **changes: object) -> RunFolder:
     return run(grid(RunConfig.from_flat(given)), RunConfig.from_flat(given))
 
 
-def test_a_run_that_was_killed_before_its_first_round_was_saved_begins_anew(tiny, grid) -> None:
+def test_run_killed_before_first_checkpoint_restarts(tiny, grid) -> None:
     config = tiny(run__name="whole", rounds__count=1)
     whole = run(grid(config), config)
     interrupted(tiny, grid, 1, wire.EVALUATE, rounds__count=1)
     assert same(whole, resume(tiny, grid), 1)
 
 
-def test_rounds_can_be_raised_and_a_completed_run_needs_it(tiny, grid) -> None:
+def test_completed_run_resumes_only_with_more_rounds(tiny, grid) -> None:
     config = tiny(rounds__count=1)
     run(grid(config), config)
-    with pytest.raises(ConfigError, match=r"completed its 1 rounds; give a larger rounds.count"):
+    with pytest.raises(ConfigError, match=r"completed its 1 rounds; set a larger rounds.count"):
         resume(tiny, grid)
     folder = resume(tiny, grid, **{"rounds.count": 2})
     assert folder.checkpoints() == [1, 2]
@@ -145,7 +146,7 @@ def test_rounds_can_be_raised_and_a_completed_run_needs_it(tiny, grid) -> None:
         ),
     ],
 )
-def test_a_checkpoint_that_is_no_good_is_named_and_the_one_before_is_used(
+def test_damaged_checkpoint_is_reported_and_previous_one_is_used(
     tiny, grid, caplog, harm: str
 ) -> None:
     config = interrupted(tiny, grid, 3, wire.TRAIN, rounds__count=3)
@@ -171,22 +172,22 @@ def test_a_checkpoint_that_is_no_good_is_named_and_the_one_before_is_used(
         saved.write_bytes(foreign.checkpoint(2).read_bytes())
     resume(tiny, grid)
     assert "checkpoint of round 2 cannot be used" in caplog.text
-    assert "going on after round 1 of 3" in caplog.text
+    assert "resuming after round 1 of 3" in caplog.text
     assert folder.checkpoints() == [2, 3]
     again = weights(folder, 2)
     assert all(np.array_equal(again[name], before[name]) for name in before)
 
 
-def test_a_run_without_one_good_checkpoint_is_refused_with_what_is_wrong(tiny, grid) -> None:
+def test_run_without_valid_checkpoint_is_refused(tiny, grid) -> None:
     interrupted(tiny, grid, 2, wire.TRAIN, rounds__count=2)
     folder = RunFolder.of("a-run", tiny().run.output_dir)
     folder.checkpoint(1).write_bytes(b"")
-    with pytest.raises(RunRefused, match=r"none of its checkpoints .*state-0001.json: round-0001"):
+    with pytest.raises(RunRefused, match=r"none of the checkpoints .*state-0001.json: round-0001"):
         resume(tiny, grid)
     assert json.loads(folder.outcome.read_text())["status"] == "refused"
 
 
-def test_the_best_rounds_weights_survive_being_old(tiny, grid) -> None:
+def test_best_round_weights_outlive_checkpoint_pruning(tiny, grid) -> None:
     """Its file is kept while a kept state names it, and best.safetensors is made of it again."""
     config = tiny(rounds__count=4, rounds__keep_checkpoints=1, evaluate__select_by="dice")
     federation = grid(config)
@@ -213,36 +214,37 @@ def test_the_best_rounds_weights_survive_being_old(tiny, grid) -> None:
     folder.best.write_bytes(folder.checkpoint(3).read_bytes())  # as a crash may leave it
     resume(tiny, grid)
     outcome = json.loads(folder.outcome.read_text())
-    if outcome["best-round"] == 1:
+    if outcome["best_round"] == 1:
         assert folder.best.read_bytes() == best
-    assert outcome["best-round"] in (1, 4)
+    assert outcome["best_round"] in (1, 4)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model.dfe": "none"}, r"model.dfe: expected 'sum', as the run began, got 'none'"),
+        (
+            {"model.dfe": "none"},
+            r"model.dfe: expected 'sum', the value of the stored run, got 'none'",
+        ),
         ({"strategy.name": "krum"}, "strategy.name: expected 'fedavg'"),
         ({"run.resume": "nowhere"}, "nowhere: no such run under"),
     ],
 )
-def test_a_run_does_not_become_another_on_its_way(tiny, grid, changes: dict, said: str) -> None:
+def test_resume_with_conflicting_settings_is_refused(tiny, grid, changes: dict, said: str) -> None:
     interrupted(tiny, grid, 2, wire.TRAIN)
     with pytest.raises(ConfigError, match=said):
         resume(tiny, grid, **changes)
 
 
-def test_two_processes_cannot_run_the_same_run(tiny, grid) -> None:
+def test_locked_run_cannot_be_resumed_by_another_process(tiny, grid) -> None:
     interrupted(tiny, grid, 2, wire.TRAIN)
     folder = RunFolder.of("a-run", tiny().run.output_dir)
-    with folder.locked(), pytest.raises(ConfigError, match="another process runs this run"):
+    with folder.locked(), pytest.raises(ConfigError, match="another process is executing this run"):
         resume(tiny, grid)
     resume(tiny, grid)
 
 
-def test_a_full_disk_stops_the_run_with_what_was_saved_and_it_goes_on(
-    tiny, grid, monkeypatch
-) -> None:
+def test_run_stopped_by_a_full_disk_can_be_resumed(tiny, grid, monkeypatch) -> None:
     import polyclinic.server.runs.checkpoint as checkpoint
 
     config = tiny(run__name="whole", rounds__count=2)
@@ -264,7 +266,7 @@ def test_a_full_disk_stops_the_run_with_what_was_saved_and_it_goes_on(
     assert same(whole, resume(tiny, grid), 2)
 
 
-def test_a_run_stops_when_no_round_is_better_for_long(tiny, grid) -> None:
+def test_patience_stops_the_run(tiny, grid) -> None:
     config = tiny(rounds__count=9, rounds__patience=2, evaluate__select_by="dice")
     federation = grid(config)
 
@@ -276,12 +278,12 @@ def test_a_run_stops_when_no_round_is_better_for_long(tiny, grid) -> None:
     federation.tamper = without_dice
     folder = run(federation, config)
     outcome = json.loads(folder.outcome.read_text())
-    assert (outcome["status"], outcome["rounds"], outcome["best-round"]) == ("completed", 3, 1)
+    assert (outcome["status"], outcome["rounds"], outcome["best_round"]) == ("completed", 3, 1)
     assert "rounds.patience" in outcome["reason"]
     assert {x.round for x in read_history(folder.history) if x.site == POOLED} == {1, 2, 3}
 
 
-def test_a_line_that_a_crash_cut_short_is_gone_after_resuming(tiny, grid) -> None:
+def test_truncated_history_line_is_removed_on_resume(tiny, grid) -> None:
     interrupted(tiny, grid, 2, wire.TRAIN)
     folder = RunFolder.of("a-run", tiny().run.output_dir)
     for path in (folder.history, folder.progress):
@@ -294,9 +296,7 @@ def test_a_line_that_a_crash_cut_short_is_gone_after_resuming(tiny, grid) -> Non
     assert json.loads(folder.progress.read_text().splitlines()[-1])["event"] == "end"
 
 
-def test_what_ran_before_stays_beside_what_runs_now_and_other_data_are_told(
-    tiny, grid, caplog
-) -> None:
+def test_resume_keeps_old_environment_and_reports_changed_data(tiny, grid, caplog) -> None:
     interrupted(tiny, grid, 2, wire.TRAIN)
     folder = RunFolder.of("a-run", tiny().run.output_dir)
     before = json.loads(folder.environment.read_text())
@@ -306,12 +306,12 @@ def test_what_ran_before_stays_beside_what_runs_now_and_other_data_are_told(
     after = json.loads(folder.environment.read_text())
     assert after["before"] == [before]
     assert set(after["sites"]) == {"site-1", "site-2", "site-3"}
-    assert "site site-2: its data are not those that the run began with" in caplog.text
+    assert "site site-2: its data have changed since the run started" in caplog.text
     assert "site site-1: its data are not" not in caplog.text
 
 
-def test_a_folder_of_an_earlier_version_says_so(tiny, grid) -> None:
+def test_run_folder_of_an_earlier_version_is_refused(tiny, grid) -> None:
     config = tiny(rounds__count=1)
     run(grid(config), config).identity_file.unlink()
-    with pytest.raises(ConfigError, match=r"is of an earlier version, which had no run.json"):
+    with pytest.raises(ConfigError, match=r"was written by an earlier version, without a run.json"):
         resume(tiny, grid)

@@ -48,9 +48,7 @@ def running(processes: set[psutil.Process]) -> list[psutil.Process]:
         pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
     ],
 )
-def test_a_stopped_simulation_leaves_no_process_behind(
-    tmp_path: Path, sign: signal.Signals
-) -> None:
+def test_stopped_simulation_leaves_no_process(tmp_path: Path, sign: signal.Signals) -> None:
     out = tmp_path / "runs"
     process = subprocess.Popen(
         command(out, "--rounds", "1000"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -64,7 +62,7 @@ def test_a_stopped_simulation_leaves_no_process_behind(
     finally:
         end(process)
     assert process.returncode == 130
-    assert "stopped; what was saved is in" in words
+    assert "stopped; saved results are in" in words
     assert not running(before | flower_processes(tmp_path))
     (outcome,) = out.glob("*/outcome.json")
     assert json.loads(outcome.read_text()) == {
@@ -75,7 +73,7 @@ def test_a_stopped_simulation_leaves_no_process_behind(
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path: Path) -> None:
+def test_failed_run_exits_1_with_reason(tmp_path: Path) -> None:
     done = subprocess.run(
         command(tmp_path, "--set", "train.learning-rate=1e30", "--set", "train.clip-norm=0"),
         capture_output=True,
@@ -91,7 +89,7 @@ def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_simulation_ends_with_1_and_goes_on_to_its_results_as_json(tmp_path: Path) -> None:
+def test_killed_simulation_exits_1_and_can_be_resumed(tmp_path: Path) -> None:
     """On the README's data of one's own: written with `polyclinic phantom`, given as --data."""
     data, out = tmp_path / "my-phantoms", tmp_path / "runs"
     elsewhere = plant_foreign_packages(tmp_path / "elsewhere")
@@ -113,7 +111,7 @@ def test_a_killed_simulation_ends_with_1_and_goes_on_to_its_results_as_json(tmp_
     finally:
         end(process)
     assert process.returncode == 1
-    assert "error: the run's server process ended" in words
+    assert "error: the run's server process exited" in words
     assert not running(before | flower_processes(out))
     (folder,) = (path.parent for path in out.glob("*/run.json"))
     done = max(int(path.stem[-4:]) for path in folder.glob("checkpoints/state-*.json"))
@@ -129,7 +127,7 @@ def test_a_killed_simulation_ends_with_1_and_goes_on_to_its_results_as_json(tmp_
         check=False,
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on after round {done}" in resumed.stderr
+    assert f"resuming after round {done}" in resumed.stderr
     assert f"round {done + 1}/{done + 1}" in resumed.stderr
     outcome = json.loads((folder / "outcome.json").read_text())
     assert (outcome["status"], outcome["rounds"]) == ("completed", done + 1)
@@ -158,7 +156,7 @@ def wait_for(happened, process: subprocess.Popen[str], seconds: float = 300.0) -
 
 
 @pytest.mark.slow
-def test_flwr_run_as_flowers_users_know_it(tmp_path: Path) -> None:
+def test_flwr_run_streams_a_local_run(tmp_path: Path) -> None:
     """The README's `flwr run . --stream`, on a local SuperLink of its own FLWR_HOME."""
     folder = Path(sys.executable).parent
     environment = {

@@ -27,11 +27,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from polyclinic.configs.ports import free_port
 from polyclinic.configs.run import RunConfig
 from polyclinic.server.runs.folder import RunFolder, to_toml
 from polyclinic.simulation.phantom.writer import write_phantoms
 from tests import ROOT
-from tests.conftest import TINY, free_port
+from tests.conftest import TINY
 
 PROGRAMS = Path(sys.executable).parent
 LEFT_OUT = (

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 import polyclinic.mtl_model.attention as attention_module
-from polyclinic.mtl_model.attention import SwinLayer, WindowAttention, offset_index, window_bands
+import polyclinic.mtl_model.attention_kernel as kernel_module
+from polyclinic.mtl_model.attention import WindowAttention, offset_index, window_bands
 from polyclinic.mtl_model.encoder import heads_of
+from polyclinic.mtl_model.swin import SwinLayer
 
 
 def plain(attention: WindowAttention, x: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def plain(attention: WindowAttention, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("size", [(8, 8), (8, 12), (6, 9), (3, 8)])
-def test_windows_equal_the_definition(size: tuple[int, int], shift: int) -> None:
+def test_window_attention_matches_the_definition(size: tuple[int, int], shift: int) -> None:
     torch.manual_seed(0)
     attention = WindowAttention(channels=8, heads=2, window=4, shift=shift)
     torch.nn.init.normal_(attention.bias.table)
@@ -47,7 +49,7 @@ def test_windows_equal_the_definition(size: tuple[int, int], shift: int) -> None
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 9)])
-def test_gradients_computed_again_in_chunks_equal_those_of_kept_scores(
+def test_recomputed_chunked_gradients_match_kept_scores(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -57,9 +59,9 @@ def test_gradients_computed_again_in_chunks_equal_those_of_kept_scores(
 
     def gradients(chunk: int | None) -> list[Tensor]:
         if chunk:
-            monkeypatch.setattr(attention_module, "CHUNK", chunk)
+            monkeypatch.setattr(kernel_module, "CHUNK", chunk)
         else:
-            monkeypatch.setattr(attention_module, "windowed_attention", attention_module._fused)
+            monkeypatch.setattr(attention_module, "windowed_attention", kernel_module._fused)
         loss = attention(x).square().sum()
         return list(torch.autograd.grad(loss, [x, *attention.parameters()]))
 
@@ -82,13 +84,13 @@ def test_gradients_computed_again_in_chunks_equal_those_of_kept_scores(
         (1, 4, 2, [(0, 1, 1)]),
     ],
 )
-def test_an_axis_is_cut_at_the_shift_and_then_every_window(
+def test_window_bands_cut_at_the_shift_and_at_every_window(
     length: int, window: int, shift: int, cut: list[tuple[int, int, int]]
 ) -> None:
     assert [(s.start, s.size, s.count) for s in window_bands(length, window, shift)] == cut
 
 
-def test_a_map_of_one_window_is_not_shifted() -> None:
+def test_map_of_one_window_is_not_shifted() -> None:
     def layer(side: int) -> SwinLayer:
         return SwinLayer(
             8, 2, window=4, side=side, mlp_ratio=2.0, drop_paths=[0.0, 0.0], token_mixing="proper"
@@ -100,11 +102,11 @@ def test_a_map_of_one_window_is_not_shifted() -> None:
 
 
 @pytest.mark.parametrize(("channels", "heads"), [(64, 2), (24, 1), (112, 2), (320, 10), (16, 1)])
-def test_heads_divide_the_channels_and_are_no_smaller_than_asked(channels: int, heads: int) -> None:
+def test_heads_divide_channels_and_respect_the_minimum_size(channels: int, heads: int) -> None:
     assert heads_of(channels, least=32) == heads
 
 
-def test_an_attention_that_predicted_first_can_be_trained() -> None:
+def test_attention_trains_after_inference_mode() -> None:
     attention = WindowAttention(channels=8, heads=2, window=5, shift=0)
     with torch.inference_mode():
         attention(torch.randn(1, 5, 5, 8))
@@ -112,7 +114,7 @@ def test_an_attention_that_predicted_first_can_be_trained() -> None:
     assert attention.bias.table.grad is not None
 
 
-def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding() -> None:
+def test_bf16_gradients_match_fp32_up_to_rounding() -> None:
     torch.manual_seed(0)
     attention = WindowAttention(channels=8, heads=2, window=4, shift=2)
     torch.nn.init.normal_(attention.bias.table)
@@ -130,7 +132,7 @@ def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding() -> None:
         assert not torch.equal(rounded, exact)
 
 
-def test_the_bias_is_written_once_and_not_for_each_example_whatever_its_type() -> None:
+def test_bias_is_expanded_without_a_copy_per_example() -> None:
     attention = WindowAttention(channels=8, heads=2, window=4, shift=0)
     index = offset_index(4, 4, 4, torch.device("cpu"))
     for dtype in (torch.float32, torch.bfloat16):

@@ -30,7 +30,7 @@ def maps_of(path: ConvPath, image: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cut_into_stages_a_model_gives_the_maps_that_timm_gives(name: str) -> None:
+def test_staged_backbone_matches_timm_features(name: str) -> None:
     torch.manual_seed(0)
     weights = timm.create_model(name).state_dict()
     path = build_conv_path(name, 3, 4, None, weights=weights).eval()
@@ -48,7 +48,7 @@ def test_cut_into_stages_a_model_gives_the_maps_that_timm_gives(name: str) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stem_of_half_the_stride_gives_maps_of_twice_the_side(name: str) -> None:
+def test_stem_with_stride_2_doubles_map_sides(name: str) -> None:
     path = build_conv_path(name, 1, 2, group_norm).eval()
     with torch.no_grad():
         sides = [m.shape[-2:] for m in maps_of(path, torch.randn(1, 1, 32, 64))]
@@ -56,7 +56,7 @@ def test_a_stem_of_half_the_stride_gives_maps_of_twice_the_side(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "regnety_004"])
-def test_group_norms_take_the_place_of_batch_norms_with_their_scale_and_shift(name: str) -> None:
+def test_group_norms_inherit_scale_and_shift_of_batch_norms(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name)
     for module in model.modules():
@@ -77,13 +77,13 @@ def test_group_norms_take_the_place_of_batch_norms_with_their_scale_and_shift(na
     assert activations == [type(m) for m in group.modules() if "activation" in type(m).__module__]
 
 
-def test_the_first_stages_of_a_resnet_may_be_narrower_and_shorter() -> None:
+def test_resnet_width_and_depths_are_configurable() -> None:
     path = build_conv_path("resnet18", 1, 2, group_norm, width=16, depths=(1, 2, 1, 1))
     assert path.channels == (16, 32, 64, 128)
     assert [len(stage[0]) for stage in path.stages] == [1, 2, 1, 1]
 
 
-def test_no_module_writes_into_the_output_of_another() -> None:
+def test_backbone_has_no_inplace_modules() -> None:
     for name in NAMES:
         path = build_conv_path(name, 1, 2, group_norm)
         assert not [m for m in path.modules() if getattr(m, "inplace", False)], name
@@ -93,36 +93,36 @@ def test_no_module_writes_into_the_output_of_another() -> None:
     ("name", "stride", "said"),
     [
         ("resnet35", 2, "timm has no model 'resnet35'; did you mean resnet"),
-        ("vit_tiny_patch16_224", 2, "found maps at 1/16"),
-        ("xception41", 2, "found stages that are not modules in a row"),
+        ("vit_tiny_patch16_224", 2, "got maps at 1/16"),
+        ("xception41", 2, "got stages that are not consecutive modules"),
         ("inception_v3", 4, "image of 64 pixels"),
         ("swin_tiny_patch4_window7_224", 4, "image of 64 pixels"),
-        ("vgg11", 2, "no convolution with a stride in its stem"),
-        ("selecsls42", 4, "a stage that gives a list of maps"),
+        ("vgg11", 2, "a stem without a strided convolution"),
+        ("selecsls42", 4, "a stage that returns a list of maps"),
     ],
 )
-def test_a_model_without_such_stages_is_refused(name: str, stride: int, said: str) -> None:
+def test_model_without_suitable_stages_is_refused(name: str, stride: int, said: str) -> None:
     with pytest.raises(BackboneError, match=said):
         build_conv_path(name, 3, stride, None)
 
 
-def test_a_batch_norm_that_cannot_be_replaced_is_refused() -> None:
-    with pytest.raises(BackboneError, match=r"found BatchNorm1d .* one image act on others"):
+def test_irreplaceable_batch_norm_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"got BatchNorm1d .* mix the images of a batch"):
         build_conv_path("nextvit_small", 3, 4, group_norm)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50_gn", "nfnet_l0"])
-def test_no_branch_starts_at_nothing(name: str) -> None:
+def test_every_parameter_has_a_gradient_at_initialisation(name: str) -> None:
     path = build_conv_path(name, 1, 4, group_norm)
     maps_of(path, torch.randn(1, 1, 64, 64))[-1].square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in path.parameters())
 
 
-def test_only_a_plain_stem_is_made_narrower() -> None:
-    with pytest.raises(BackboneError, match=r"stem is one convolution.*resnet34d"):
+def test_width_change_with_a_deep_stem_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"single convolution as its stem.*resnet34d"):
         build_conv_path("resnet34d", 3, 2, None, width=32)
 
 
-def test_only_resnets_come_in_other_sizes() -> None:
-    with pytest.raises(BackboneError, match=r"only ResNets .* convnext_atto does not"):
+def test_width_change_of_a_non_resnet_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"expected a ResNet.*got convnext_atto"):
         build_conv_path("convnext_atto", 3, 2, None, width=32)

@@ -79,7 +79,7 @@ def equal_gradients(ours: MultiTaskUNet, plain: MultiTaskUNet, images: Tensor) -
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_the_network_equals_itself_written_plainly(changes: dict[str, object]) -> None:
+def test_network_matches_the_reference_implementation(changes: dict[str, object]) -> None:
     ours = livened(small(**changes)).double()
     plain = reference_implementation(ours)
     equal_outputs(ours, plain, some_images().double())
@@ -87,7 +87,7 @@ def test_the_network_equals_itself_written_plainly(changes: dict[str, object]) -
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_in_fp32_the_full_network_equals_itself_written_plainly(norm: str) -> None:
+def test_full_network_in_fp32_matches_the_reference(norm: str) -> None:
     config = ModelConfig(norm=norm)
     ours = build_model(config, size=(224, 224), in_channels=3, image_classes=3, seed=0)
     ours, plain = ours.eval(), reference_implementation(ours).eval()
@@ -99,7 +99,7 @@ def test_in_fp32_the_full_network_equals_itself_written_plainly(norm: str) -> No
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * largest)
 
 
-def test_a_changed_bias_would_be_seen() -> None:
+def test_comparison_detects_a_changed_bias() -> None:
     """The negative control of the comparison above."""
     ours = livened(small(window=4))
     plain = reference_implementation(ours)
@@ -110,7 +110,7 @@ def test_a_changed_bias_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_channels_last_equals_the_default_layout(changes: dict[str, object]) -> None:
+def test_channels_last_matches_the_default_layout(changes: dict[str, object]) -> None:
     plain = livened(small(**changes)).double()
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     images = some_images().double()
@@ -119,7 +119,7 @@ def test_channels_last_equals_the_default_layout(changes: dict[str, object]) -> 
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_activations_computed_again_give_the_gradients_of_kept_ones(norm: str) -> None:
+def test_gradient_checkpointing_gives_equal_gradients(norm: str) -> None:
     kept = livened(small(window=4, drop_path=0.3, norm=norm)).double()
     again = copy.deepcopy(kept)
     again.set_grad_checkpointing(True)
@@ -134,7 +134,7 @@ def test_activations_computed_again_give_the_gradients_of_kept_ones(norm: str) -
 
 
 @pytest.mark.parametrize("changes", VARIANTS[:2], ids=str)
-def test_bf16_says_nearly_the_same(changes: dict[str, object]) -> None:
+def test_bf16_outputs_are_close_to_fp32(changes: dict[str, object]) -> None:
     model = livened(small(**changes)).eval()
     with torch.no_grad():
         plain = model(some_images())
@@ -169,7 +169,7 @@ FOLDED = [
 
 
 @pytest.mark.parametrize("changes", FOLDED, ids=str)
-def test_a_form_for_inference_says_what_the_network_says(changes: dict[str, object]) -> None:
+def test_inference_form_matches_the_network(changes: dict[str, object]) -> None:
     plain = livened(small(**changes)).double()
     plain.train()(some_images(4).double())  # running statistics of some images
     ready = InferenceForm(plain, torch.float64)
@@ -183,7 +183,7 @@ def test_a_form_for_inference_says_what_the_network_says(changes: dict[str, obje
     )
 
 
-def test_a_form_for_inference_leaves_its_network_as_it_was() -> None:
+def test_inference_form_leaves_the_network_unchanged() -> None:
     model = small(norm="batch").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     InferenceForm(model, torch.bfloat16)(some_images())
@@ -195,7 +195,7 @@ def test_a_form_for_inference_leaves_its_network_as_it_was() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)  # two minutes of a C++ compiler on two cores
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo asks a view for it
-def test_compiled_it_gives_the_same_numbers_in_training_and_evaluation() -> None:
+def test_compiled_network_matches_in_training_and_evaluation() -> None:
     plain = livened(small(window=4, swin_depth=1, dfe="none")).double()
     ours = copy.deepcopy(plain)
     equal_outputs(compiled(ours), plain, some_images().double())
@@ -220,7 +220,7 @@ def test_compiled_it_gives_the_same_numbers_in_training_and_evaluation() -> None
     ],
     ids=str,
 )
-def test_it_is_one_graph_to_torch_compile_and_counts_a_batch_once(
+def test_torch_compile_builds_one_graph_and_counts_a_batch_once(
     changes: dict[str, object],
 ) -> None:
     """With all but the C++ compiler, which takes minutes; activations are computed again."""

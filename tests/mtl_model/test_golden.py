@@ -10,13 +10,13 @@ from tests.make_golden import GOLDEN, MEMBERS, answers
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_a_tiny_network_answers_as_before(name: str) -> None:
+def test_tiny_network_matches_golden_outputs(name: str) -> None:
     expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
     for part, found in answers(MEMBERS[name]).items():
         assert found == pytest.approx(expected[part], rel=1e-6, abs=1e-6), part
 
 
-def test_the_members_answer_differently() -> None:
+def test_golden_outputs_differ_between_networks() -> None:
     """A golden answer that did not depend on the network would hold nothing."""
     first, *others = [json.loads(GOLDEN.read_text())[name]["class"] for name in MEMBERS]
     assert all(other != pytest.approx(first, rel=1e-3) for other in others)

@@ -47,7 +47,7 @@ def test_soft_dice_by_hand() -> None:
     assert soft_dice_loss(logits, masks).item() == pytest.approx(1 - (2 + 1) / (4 + 1 + 1))
 
 
-def test_an_empty_mask_met_with_an_empty_prediction_costs_nothing() -> None:
+def test_loss_of_empty_mask_and_empty_prediction_is_zero() -> None:
     loss = soft_dice_loss(torch.full((1, 1, 4, 4), -100.0), torch.zeros(1, 1, 4, 4))
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
     background = torch.tensor([100.0, 0.0, 0.0])[None, :, None, None].expand(1, 3, 4, 4)
@@ -96,7 +96,7 @@ def test_dice_plus_focal_agrees_with_monai() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_segmentation_loss_is_dice_plus_cross_entropy(kind: str) -> None:
+def test_segmentation_loss_is_dice_plus_cross_entropy(kind: str) -> None:
     logits, masks = some_masks(kind)
     known = torch.ones(masks.shape[:2], dtype=torch.bool)
     both = segmentation_loss(logits, masks, known, LossConfig(segmentation="dice+ce"))
@@ -112,9 +112,7 @@ def test_the_segmentation_loss_is_dice_plus_cross_entropy(kind: str) -> None:
 
 @pytest.mark.parametrize("segmentation", ["dice", "dice+ce", "dice+focal"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_stay_finite_for_logits_of_any_size(
-    kind: str, segmentation: str
-) -> None:
+def test_losses_and_gradients_of_large_logits_are_finite(kind: str, segmentation: str) -> None:
     logits, masks = some_masks(kind)
     logits = (200 * logits).requires_grad_()
     known = torch.ones(masks.shape[:2], dtype=torch.bool)
@@ -125,7 +123,7 @@ def test_losses_and_gradients_stay_finite_for_logits_of_any_size(
     assert logits.grad.isfinite().all()
 
 
-def test_the_segmentation_loss_is_the_mean_over_annotated_mask_classes() -> None:
+def test_segmentation_loss_averages_annotated_mask_classes() -> None:
     logits, masks = some_masks("overlapping")
     known = torch.tensor(
         [[True, True, True], [True, False, True], [False, False, True], [False, False, False]]
@@ -141,7 +139,7 @@ def test_the_segmentation_loss_is_the_mean_over_annotated_mask_classes() -> None
     assert torch.equal(reached, known)
 
 
-def test_losses_are_zero_where_the_annotation_is_absent_and_so_is_their_gradient() -> None:
+def test_missing_annotation_gives_zero_loss_and_gradient() -> None:
     prediction, targets = batch()
     prediction = Prediction(
         prediction.mask_logits.requires_grad_(), prediction.class_logits.requires_grad_()
@@ -158,7 +156,7 @@ def test_losses_are_zero_where_the_annotation_is_absent_and_so_is_their_gradient
 @pytest.mark.parametrize("segmentation", ["dice", "dice+ce", "dice+focal"])
 @pytest.mark.parametrize("classification", ["cross-entropy", "soft-margin"])
 @pytest.mark.parametrize("maps", [1, 2])
-def test_what_is_not_annotated_may_hold_anything(
+def test_values_of_missing_annotations_are_ignored(
     segmentation: str, classification: str, maps: int
 ) -> None:
     prediction, targets = batch()
@@ -177,7 +175,7 @@ def test_what_is_not_annotated_may_hold_anything(
         assert torch.equal(found, expected)
 
 
-def test_shapes_that_do_not_belong_together_are_refused() -> None:
+def test_mismatched_shapes_are_refused() -> None:
     prediction, targets = batch()
     five = prediction._replace(mask_logits=torch.zeros(4, 5, 8, 8))
     with pytest.raises(ValueError, match=r"mask logits: expected .*got \(4, 5, 8, 8\)"):
@@ -186,7 +184,7 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
         multi_task_loss(prediction, targets._replace(has_mask=torch.ones(4) > 0), LossConfig())
 
 
-def test_the_total_weighs_the_two_tasks() -> None:
+def test_total_loss_weights_the_two_tasks() -> None:
     prediction, targets = batch()
     losses = multi_task_loss(prediction, targets, LossConfig(classification_weight=0.25))
     expected = losses.segmentation + 0.25 * losses.classification
@@ -203,7 +201,7 @@ def test_class_weights_scale_the_examples_of_their_class() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-def test_cross_entropy_with_weights_and_smoothing_by_its_definition(smoothing: float) -> None:
+def test_cross_entropy_with_weights_and_smoothing_by_definition(smoothing: float) -> None:
     generator = torch.Generator().manual_seed(2)
     logits, index = torch.randn(6, 3, generator=generator), torch.tensor([0, 1, 2, 0, 1, 2])
     weights = torch.tensor([0.5, 1.0, 3.0])
@@ -218,7 +216,7 @@ def test_cross_entropy_with_weights_and_smoothing_by_its_definition(smoothing: f
 
 
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 3.0])], ids=["none", "weights"])
-def test_soft_margin_agrees_with_torch_on_one_label_and_on_several(weights: Tensor | None) -> None:
+def test_soft_margin_agrees_with_torch(weights: Tensor | None) -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
     labels = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]])
     config = LossConfig(classification="soft-margin")
@@ -228,7 +226,7 @@ def test_soft_margin_agrees_with_torch_on_one_label_and_on_several(weights: Tens
         assert ours[i].item() == pytest.approx(theirs.item())
 
 
-def test_smoothing_draws_the_answers_of_soft_margin_toward_one_half() -> None:
+def test_soft_margin_smoothing_moves_targets_towards_one_half() -> None:
     logits, labels = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.0]])
     config = LossConfig(classification="soft-margin", label_smoothing=0.2)
     ours = classification_loss(logits, labels, config, None)
@@ -236,14 +234,14 @@ def test_smoothing_draws_the_answers_of_soft_margin_toward_one_half() -> None:
     assert ours.item() == pytest.approx(expected.item())
 
 
-def test_a_task_that_was_not_computed_costs_nothing() -> None:
+def test_task_without_logits_has_zero_loss() -> None:
     prediction, targets = batch()
     losses = multi_task_loss(Prediction(None, prediction.class_logits), targets, LossConfig())
     assert losses.segmentation.sum() == 0
     assert losses.total.shape == (4,)
 
 
-def test_balanced_weights_make_classes_count_alike_and_examples_one_on_average() -> None:
+def test_balanced_weights_equalise_classes_with_mean_one() -> None:
     counts = torch.tensor([30, 10, 0])
     weights = balanced_class_weights(counts)
     assert (counts * weights)[:2].tolist() == pytest.approx([20.0, 20.0])

@@ -104,7 +104,7 @@ def test_classification_agrees_with_scikit_learn(confidence: float, lean: float)
     )
 
 
-def test_several_labels_agree_with_scikit_learn() -> None:
+def test_multi_label_metrics_agree_with_scikit_learn() -> None:
     prediction, targets = random_batch(0, n=400, classes=SEVERAL)
     ours = compute(batch_sums(prediction, targets, SEVERAL), SEVERAL)
     known = targets.has_label
@@ -171,7 +171,7 @@ def circles(seed: int, n: int, masks: int) -> Tensor:
     return ((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2).float()
 
 
-def test_distances_agree_with_monais_metric_over_images_that_have_both_outlines() -> None:
+def test_hd95_agrees_with_monai() -> None:
     masks, guess = circles(0, 20, 3), circles(1, 20, 3)
     has_mask = torch.rand(20, 3, generator=torch.Generator().manual_seed(2)) > 0.2
     targets = Targets(masks, has_mask, torch.zeros(20, 3), torch.zeros(20, dtype=torch.bool))
@@ -188,7 +188,7 @@ def test_distances_agree_with_monais_metric_over_images_that_have_both_outlines(
     assert ours.hd95 == pytest.approx(np.mean([c.hd95 for c in ours.mask_classes.values()]))
 
 
-def test_distances_by_hand() -> None:
+def test_hd95_by_hand() -> None:
     actual, predicted = torch.zeros(2, 1, 12, 12), torch.zeros(2, 1, 12, 12)
     actual[0, 0, 2:5, 2:5] = 1
     predicted[0, 0, 2:5, 5:8] = 1  # three pixels to the right
@@ -200,7 +200,7 @@ def test_distances_by_hand() -> None:
     assert compute(nothing, TWO).hd95 is None
 
 
-def test_distances_without_monai_say_what_to_install(monkeypatch) -> None:
+def test_hd95_without_monai_names_the_extra(monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "monai" else find(name)
@@ -210,14 +210,14 @@ def test_distances_without_monai_say_what_to_install(monkeypatch) -> None:
         hausdorff_95(one, one)
 
 
-def test_nothing_imports_monai_before_distances_are_measured() -> None:
+def test_app_import_does_not_load_monai() -> None:
     code = "import sys, apps, polyclinic.simulation.local.run; sys.exit('monai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @given(cut=st.integers(1, 59), kind=st.sampled_from(list(KINDS)))
 @settings(max_examples=25, deadline=None)
-def test_sums_of_parts_are_the_sums_of_the_whole(cut: int, kind: str) -> None:
+def test_metric_sums_are_additive(cut: int, kind: str) -> None:
     classes = KINDS[kind]
     everything = random_batch(2, classes=classes)
 
@@ -230,7 +230,7 @@ def test_sums_of_parts_are_the_sums_of_the_whole(cut: int, kind: str) -> None:
         assert added[name] == pytest.approx(values), name
 
 
-def test_distances_of_parts_add_up_too() -> None:
+def test_hd95_sums_are_additive() -> None:
     targets = Targets(circles(0, 8, 3), torch.ones(8, 3) > 0, torch.zeros(8, 3), torch.ones(8) < 0)
     everything = Prediction(circles(1, 8, 3) - 0.5, torch.zeros(8, 3)), targets
     first, second, whole = (
@@ -242,7 +242,7 @@ def test_distances_of_parts_add_up_too() -> None:
 
 
 @pytest.mark.parametrize("classes", KINDS.values(), ids=KINDS)
-def test_sums_survive_the_wire_and_values_a_file(classes: Classes) -> None:
+def test_metric_sums_and_values_round_trip(classes: Classes) -> None:
     sums = batch_sums(*random_batch(3, classes=classes), classes, hd95=True)
     again = MetricSums.from_lists(sums.to_lists(), classes, SIZE)
     values = compute(sums, classes)
@@ -250,7 +250,7 @@ def test_sums_survive_the_wire_and_values_a_file(classes: Classes) -> None:
     assert Metrics.from_json(json.loads(json.dumps(asdict(values)))) == values
 
 
-def test_values_that_were_written_before_there_were_classes_are_read() -> None:
+def test_metrics_file_without_classes_is_read() -> None:
     values = compute(batch_sums(*random_batch(3), THREE), THREE)
     later = ("hd95", "mask_classes", "image_classes")
     old = {name: value for name, value in asdict(values).items() if name not in later}
@@ -259,7 +259,7 @@ def test_values_that_were_written_before_there_were_classes_are_read() -> None:
     assert again.mask_classes == {}
 
 
-def test_what_is_undefined_is_none_and_never_a_number() -> None:
+def test_undefined_metrics_are_none() -> None:
     for classes in (TWO, SEVERAL):
         nothing = compute(empty_sums(classes), classes)
         counts = ("images", "lesions", "labelled", "mask_classes", "image_classes")
@@ -272,7 +272,7 @@ def test_what_is_undefined_is_none_and_never_a_number() -> None:
         assert nothing.brief() == "Dice -, balanced accuracy -, AUC - (n 0)"
 
 
-def test_one_class_alone_has_an_accuracy_and_no_balanced_one() -> None:
+def test_single_class_has_accuracy_but_no_balanced_accuracy() -> None:
     known = torch.ones(2, dtype=torch.bool)
     labels = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     targets = Targets(torch.zeros(2, 1, 4, 4), ~known[:, None], labels, known)
@@ -285,7 +285,7 @@ def test_one_class_alone_has_an_accuracy_and_no_balanced_one() -> None:
     assert one_class.auc is None
 
 
-def test_a_class_that_no_image_shows_leaves_the_means_to_the_others() -> None:
+def test_means_skip_classes_absent_from_all_images() -> None:
     masks = torch.zeros(2, 3, 4, 4)
     masks[:, 0, :2] = 1
     logits = torch.full((2, 3, 4, 4), -1.0)
@@ -309,7 +309,7 @@ def test_a_class_that_no_image_shows_leaves_the_means_to_the_others() -> None:
 
 
 @pytest.mark.parametrize("logit", [0.0, 1e-30, -1e-30, 1e-6, -1e-6, 30.0, -30.0])
-def test_the_histograms_middle_is_the_threshold(logit: float) -> None:
+def test_score_histogram_splits_at_the_decision_threshold(logit: float) -> None:
     one = Classes(("lesion",), ("a",), "a", multi_label=True)
     known = torch.tensor([True])
     targets = Targets(torch.zeros(1, 1, 4, 4), ~known[:, None], torch.ones(1, 1), known)
@@ -320,7 +320,7 @@ def test_the_histograms_middle_is_the_threshold(logit: float) -> None:
     assert compute(sums, one).sensitivity == float(logit > 0)
 
 
-def test_what_does_not_belong_together_is_refused() -> None:
+def test_mismatched_or_non_finite_predictions_are_refused() -> None:
     prediction, targets = random_batch(0, n=4, classes=EXCLUSIVE)
     masks, classes = prediction.mask_logits, prediction.class_logits
     wrong = [
@@ -338,7 +338,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         batch_sums(prediction, targets, THREE)
 
 
-def test_the_score_is_the_mean_of_what_is_defined() -> None:
+def test_score_averages_the_defined_metrics() -> None:
     prediction, targets = random_batch(4)
     both = compute(batch_sums(prediction, targets, THREE), THREE)
     assert both.value("score") == pytest.approx((both.dice + both.balanced_accuracy) / 2)
@@ -364,14 +364,14 @@ def test_area_under_curve_by_hand() -> None:
         ({"dice": [float("nan")]}, "dice: expected finite"),
         ({"dice": [-1.0]}, "dice: expected finite sums of 0 or more"),
         ({"dice": [1e9]}, "dice: expected at most"),
-        ({"images": [1.0]}, "masked: expected at most"),
+        ({"images": [1.0]}, "annotated: expected at most"),
         ({"lesions": [60.0]}, "lesions: expected at most"),
         ({"predicted": [1e9]}, "predicted: expected at most"),
         ({"actual": [1e9]}, "actual: expected at most"),
         ({"hd95_images": [60.0]}, "hd95_images: expected at most"),
         ({"hd95": [2.0 * math.hypot(*SIZE)], "hd95_images": [1.0]}, "hd95: expected at most"),
         ({"labelled": [61.0]}, "labelled: expected at most"),
-        ({"right": [60.0]}, "exact_matches: expected at most"),
+        ({"exact_matches": [60.0]}, "exact_matches: expected at most"),
         ({"confusion": [1e3] * 9}, "confusion: expected at most"),
         ({"scores": [1.0] * (3 * 2 * BINS)}, "scores: expected at most"),
     ],
@@ -384,7 +384,7 @@ def test_impossible_sums_are_refused_by_name(change: dict, said: str) -> None:
         MetricSums.from_lists(lists, THREE, SIZE)
 
 
-def test_a_confusion_among_several_labels_is_refused() -> None:
+def test_confusion_with_multi_label_classes_is_refused() -> None:
     lists = batch_sums(*random_batch(5, classes=SEVERAL), SEVERAL).to_lists()
     lists["confusion"][0] = 1.0
     with pytest.raises(ValueError, match="confusion: expected at most 0"):

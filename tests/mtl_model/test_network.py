@@ -31,7 +31,9 @@ def published(dfe: str, side: int, masks: int, device: str) -> MultiTaskUNet:
         ("concat", 512, 4, 56.54),
     ],
 )
-def test_the_published_sizes_are_hit(dfe: str, side: int, masks: int, millions: float) -> None:
+def test_parameter_count_matches_the_publication(
+    dfe: str, side: int, masks: int, millions: float
+) -> None:
     count = sum(p.numel() for p in published(dfe, side, masks, "cpu").parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.01)
 
@@ -45,7 +47,9 @@ def test_the_published_sizes_are_hit(dfe: str, side: int, masks: int, millions: 
         ("concat", 512, 4, 225.0),
     ],
 )
-def test_the_published_operations_are_hit(dfe: str, side: int, masks: int, gmacs: float) -> None:
+def test_operation_count_matches_the_publication(
+    dfe: str, side: int, masks: int, gmacs: float
+) -> None:
     model = published(dfe, side, masks, "meta").eval()
     with torch.device("meta"):
         image = torch.empty(1, 3, side, side)
@@ -73,7 +77,7 @@ def test_every_parameter_gets_a_gradient(changes: dict[str, object]) -> None:
     assert not dead
 
 
-def test_no_weight_of_a_dilated_branch_is_dead_on_a_small_map() -> None:
+def test_dilated_branches_get_gradients_on_small_maps() -> None:
     model = small().train()
     generator = torch.Generator().manual_seed(0)
     losses_of(
@@ -85,7 +89,7 @@ def test_no_weight_of_a_dilated_branch_is_dead_on_a_small_map() -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_examples_of_a_batch_do_not_see_each_other(changes: dict[str, object]) -> None:
+def test_examples_of_a_batch_are_independent(changes: dict[str, object]) -> None:
     model = small(**changes).eval()
     images = torch.randn(
         3, 1, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True
@@ -97,7 +101,7 @@ def test_examples_of_a_batch_do_not_see_each_other(changes: dict[str, object]) -
     assert seen[0] == seen[2] == 0
 
 
-def test_batch_norm_makes_examples_see_each_other() -> None:
+def test_batch_norm_makes_examples_dependent() -> None:
     """The negative control: the check above can fail."""
     model = small(norm="batch").train()
     images = torch.randn(3, 1, 64, 64, requires_grad=True)
@@ -107,7 +111,9 @@ def test_batch_norm_makes_examples_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_every_layer_with_parameters_sees_examples_first(changes: dict[str, object]) -> None:
+def test_every_parameterised_layer_has_the_batch_dimension_first(
+    changes: dict[str, object],
+) -> None:
     model = small(**changes).eval()
     batch, wrong, seen = 5, [], set()
 
@@ -133,7 +139,7 @@ def test_every_layer_with_parameters_sees_examples_first(changes: dict[str, obje
 
 @pytest.mark.parametrize("changes", [{}, {"stride": 4}, {"token_mixing": "published"}], ids=str)
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (50, 77), (33, 129)])
-def test_any_size_comes_back_as_it_went_in(
+def test_outputs_have_the_input_size_for_any_size(
     size: tuple[int, int], changes: dict[str, object]
 ) -> None:
     model = small(**changes).eval()
@@ -149,7 +155,7 @@ def test_any_size_comes_back_as_it_went_in(
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_input_channels_and_classes_follow_the_call(channels: int) -> None:
+def test_build_model_sets_input_channels_and_classes(channels: int) -> None:
     model = build_model(
         ModelConfig(**SMALL), size=(32, 32), in_channels=channels, image_classes=5, mask_channels=3
     )
@@ -158,7 +164,7 @@ def test_input_channels_and_classes_follow_the_call(channels: int) -> None:
     assert prediction.class_logits.shape == (2, 5)
 
 
-def test_a_task_that_is_not_asked_for_is_not_computed() -> None:
+def test_unrequested_task_is_not_computed() -> None:
     model = small().eval()
     images = torch.randn(2, 1, 64, 64)
     both = model(images)
@@ -170,7 +176,7 @@ def test_a_task_that_is_not_asked_for_is_not_computed() -> None:
     torch.testing.assert_close(masks.mask_logits, both.mask_logits)
 
 
-def test_a_seed_gives_the_same_weights_and_leaves_the_random_state_alone() -> None:
+def test_seeded_build_is_deterministic_and_keeps_global_random_state() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
     first, second = small().state_dict(), small().state_dict()
@@ -178,13 +184,13 @@ def test_a_seed_gives_the_same_weights_and_leaves_the_random_state_alone() -> No
     assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
 
 
-def test_constants_stay_out_of_the_state_dict() -> None:
+def test_state_dict_contains_only_parameters() -> None:
     model = small()
     assert set(model.state_dict()) == set(dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_it_learns_a_handful_of_examples_by_heart(norm: str) -> None:
+def test_network_overfits_four_examples(norm: str) -> None:
     torch.manual_seed(0)
     model = small(norm=norm, size=(32, 32)).train()
     masks = torch.zeros(4, 1, 32, 32)
@@ -205,7 +211,7 @@ def test_it_learns_a_handful_of_examples_by_heart(norm: str) -> None:
     assert model(images).class_logits.argmax(1).tolist() == [0, 1, 1, 0]
 
 
-def test_a_state_dict_makes_another_network_the_same() -> None:
+def test_load_state_dict_makes_networks_equal() -> None:
     ours, other = small().eval(), small(dfe="concat").eval()
     torch.nn.init.normal_(other.head.out.weight)
     images = torch.randn(2, 1, 64, 64)
@@ -215,7 +221,7 @@ def test_a_state_dict_makes_another_network_the_same() -> None:
     assert torch.equal(ours(images).mask_logits, other(images).mask_logits)
 
 
-def test_the_published_token_mixing_is_another_network_of_the_same_parameters() -> None:
+def test_published_token_mixing_shares_parameters_but_differs() -> None:
     proper, published = small().eval(), small(token_mixing="published").eval()
     published.load_state_dict(proper.state_dict())
     images = torch.randn(2, 1, 64, 64)
@@ -226,7 +232,7 @@ def test_the_published_token_mixing_is_another_network_of_the_same_parameters() 
     ("channels", "groups"),
     [(8, 1), (16, 1), (32, 2), (48, 1), (112, 1), (320, 4), (512, 32), (2048, 32)],
 )
-def test_groups_of_a_norm_have_sixteen_channels_or_more(channels: int, groups: int) -> None:
+def test_group_norm_has_at_least_sixteen_channels_per_group(channels: int, groups: int) -> None:
     norm = group_norm(channels)
     assert norm.num_groups == groups
     norm(torch.randn(2, channels, 3, 3))

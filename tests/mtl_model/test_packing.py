@@ -13,7 +13,7 @@ from polyclinic.mtl_model.tasks import group_of
 from tests.factories import small
 
 
-def test_weights_come_back_bit_by_bit_from_three_arrays() -> None:
+def test_pack_and_unpack_round_trip_bitwise() -> None:
     model = small(norm="group")
     layout = Layout.of(model)
     packed = layout.pack(model.state_dict())
@@ -22,12 +22,12 @@ def test_weights_come_back_bit_by_bit_from_three_arrays() -> None:
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_batch_norms_counters_travel_apart_from_weights() -> None:
+def test_batch_norm_counters_are_packed_separately() -> None:
     layout = Layout.of(small(norm="batch"))
     assert "encoder/int64" in layout.by_key
 
 
-def test_every_part_of_the_network_belongs_to_a_task() -> None:
+def test_group_of_assigns_every_part_to_a_task() -> None:
     groups = {name.partition(".")[0]: group_of(name) for name in small().state_dict()}
     assert groups == {
         "encoder": "encoder",
@@ -42,7 +42,7 @@ def test_every_part_of_the_network_belongs_to_a_task() -> None:
         group_of_key("other/float32")
 
 
-def test_another_network_has_another_digest() -> None:
+def test_layout_digest_differs_between_networks() -> None:
     digests = {Layout.of(small(**c)).digest for c in ({}, {"dfe": "sum"}, {"norm": "batch"})}
     assert len(digests) == 3
     assert Layout.of(small()).digest == Layout.of(small()).digest
@@ -67,7 +67,7 @@ def test_another_network_has_another_digest() -> None:
         ),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused_by_name(change, said: str) -> None:
+def test_mismatched_arrays_are_refused_by_name(change, said: str) -> None:
     model = small()
     layout = Layout.of(model)
     packed = layout.pack(model.state_dict())
@@ -82,7 +82,7 @@ def bytes_of(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_arrays_are_read_as_they_were_written() -> None:
+def test_layout_reads_saved_arrays_unchanged() -> None:
     layout = Layout.of(small())
     packed = layout.pack(small().state_dict())
     read = layout.read({key: bytes_of(array) for key, array in packed.items()})
@@ -111,13 +111,13 @@ HEADER = b"\x93NUMPY\x01\x00"
         + b"\n",
     ],
 )
-def test_bytes_that_are_no_array_are_refused_whatever_they_are(content: bytes) -> None:
+def test_invalid_array_bytes_are_refused(content: bytes) -> None:
     layout = Layout.of(small())
     with pytest.raises(ValueError, match=r"encoder/float32: expected an array in NumPy's format"):
         layout.read({"encoder/float32": content})
 
 
-def test_more_bytes_than_there_may_be_are_not_even_read() -> None:
+def test_oversized_array_bytes_are_refused_unread() -> None:
     layout = Layout.of(small())
     with pytest.raises(ValueError, match=r"expected \d+ values of float32, got 90000128 bytes"):
         layout.read({"encoder/float32": bytes_of(np.zeros(22_500_000, np.float32))})

@@ -25,7 +25,7 @@ def attention(window: int, shift: int) -> WindowAttention:
     ("window", "shift"), [(1, 0), (2, 0), (2, 1), (3, 1), (4, 0), (4, 2), (5, 2), (7, 3)]
 )
 @torch.no_grad()
-def test_windows_on_a_padded_map_see_what_rectangles_see(window: int, shift: int) -> None:
+def test_portable_attention_matches_window_attention(window: int, shift: int) -> None:
     fast = attention(window, shift)
     portable = PortableAttention(fast)
     for size in SIZES:
@@ -34,7 +34,7 @@ def test_windows_on_a_padded_map_see_what_rectangles_see(window: int, shift: int
 
 
 @torch.no_grad()
-def test_a_shift_is_told_from_none() -> None:
+def test_portable_attention_with_and_without_shift_differ() -> None:
     """Negative control: windows elsewhere give other numbers, also with the same weights."""
     shifted, straight = attention(4, 2), attention(4, 0)
     straight.load_state_dict(shifted.state_dict())
@@ -44,7 +44,7 @@ def test_a_shift_is_told_from_none() -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 50), (16, 90), (5, 7)])
 @torch.no_grad()
-def test_the_portable_network_agrees_and_leaves_the_network_as_it_was(tiny, size) -> None:
+def test_portable_form_matches_and_leaves_the_network_unchanged(tiny, size) -> None:
     config = tiny(model__swin_depth=2)
     network = network_of(config.model, config.data, config.loss, seed=0)
     portable = portable_form(network)

@@ -23,7 +23,7 @@ from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.pretrained import PretrainedError
 from polyclinic.server.aggregation.initial import initial_network, read_weights
 from polyclinic.server.app import run
-from polyclinic.server.rounds.federation import RunRefused
+from polyclinic.server.rounds.errors import RunRefused
 from tests.memory_grid import MemoryGrid
 
 DAISY = 985  # of ImageNet's classes
@@ -62,7 +62,7 @@ def file(tmp_path: Path) -> Callable[[dict[str, Tensor]], str]:
 
 
 @torch.no_grad()
-def test_real_weights_recognise_a_daisy_through_our_path(imagenet: Path) -> None:
+def test_imagenet_weights_classify_a_daisy(imagenet: Path) -> None:
     from sklearn.datasets import load_sample_image
 
     photo = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1).float()
@@ -83,7 +83,7 @@ def test_real_weights_recognise_a_daisy_through_our_path(imagenet: Path) -> None
 
 @torch.no_grad()
 @pytest.mark.parametrize("norm", [pytest.param("batch", marks=pytest.mark.long), "group"])
-def test_real_weights_tell_real_lesions_apart_better_than_random_ones(
+def test_imagenet_features_separate_lesions_better_than_random_ones(
     imagenet: Path, real_images: Path, norm: str
 ) -> None:
     from sklearn.linear_model import LogisticRegression
@@ -118,7 +118,7 @@ def test_real_weights_tell_real_lesions_apart_better_than_random_ones(
     assert separation(str(imagenet)) > separation("none") + 0.05
 
 
-def test_a_runs_first_round_starts_from_them(
+def test_run_starts_from_pretrained_weights(
     imagenet: Path, tiny: Callable[..., RunConfig], grid: Callable[..., MemoryGrid]
 ) -> None:
     config = tiny(
@@ -136,7 +136,7 @@ def test_a_runs_first_round_starts_from_them(
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize(("channels", "scale"), [(1, 3.0), (3, 1.0), (4, 0.75)])
-def test_weights_load_into_either_norm_and_any_channels(
+def test_pretrained_weights_load_for_any_norm_and_channels(
     file: Callable[..., str], norm: str, channels: int, scale: float
 ) -> None:
     state = resnet()
@@ -155,27 +155,27 @@ def test_weights_load_into_either_norm_and_any_channels(
         torch.testing.assert_close(first[:, :3], state["conv1.weight"] * scale)
 
 
-def test_weights_of_as_many_channels_need_no_adapting(file: Callable[..., str]) -> None:
+def test_pretrained_weights_of_equal_channels_load_unchanged(file: Callable[..., str]) -> None:
     state = resnet(in_chans=1)
     network = built(DataConfig(channels=1), backbone="resnet18", pretrained=file(state))
     assert torch.equal(network.encoder.cnn.stem.conv1.weight, state["conv1.weight"])
 
 
-def test_a_training_checkpoint_without_its_classifier_will_do(tmp_path: Path) -> None:
+def test_checkpoint_without_classifier_is_accepted(tmp_path: Path) -> None:
     state = {f"module.{k}": v for k, v in resnet().items() if not k.startswith("fc.")}
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "weights.pth")
     network = built(backbone="resnet18", pretrained=str(tmp_path / "weights.pth"))
     assert torch.equal(network.encoder.cnn.stem.conv1.weight, state["module.conv1.weight"])
 
 
-def test_a_mismatch_says_which_names_and_shapes(file: Callable[..., str]) -> None:
+def test_mismatch_lists_names_and_shapes(file: Callable[..., str]) -> None:
     state = resnet()
     state["layer1.0.conv1.weight"] = torch.zeros(64, 32, 3, 3)
     state["layer9.weight"] = state.pop("layer1.0.bn1.weight")
     with pytest.raises(PretrainedError) as refused:
         built(backbone="resnet18", pretrained=file(state))
     said = str(refused.value)
-    assert "weights.safetensors: model.pretrained: 2 tensors do not fit the 60 of resnet18" in said
+    assert "safetensors: model.pretrained: 2 tensors do not match the 60 of resnet18" in said
     assert "layer1.0.conv1.weight: expected (64, 64, 3, 3), got (64, 32, 3, 3)" in said
     assert "layer1.0.bn1.weight: expected (64,), got nothing" in said
     assert "layer9.weight (64,)" in said
@@ -187,16 +187,16 @@ def test_weights_of_a_deeper_network_are_refused(file: Callable[..., str]) -> No
         built(backbone="resnet18", pretrained=file(state))
 
 
-def test_weights_that_are_no_numbers_are_refused(file: Callable[..., str]) -> None:
+def test_non_finite_weights_are_refused(file: Callable[..., str]) -> None:
     state = resnet()
     state["layer2.0.bn1.weight"][3] = torch.nan
-    with pytest.raises(PretrainedError, match=r"layer2.0.bn1.weight: expected finite numbers"):
+    with pytest.raises(PretrainedError, match=r"layer2.0.bn1.weight: expected finite values"):
         built(backbone="resnet18", pretrained=file(state))
 
 
-def test_weights_made_for_another_padding_are_refused(imagenet: Path) -> None:
+def test_weights_for_another_padding_are_refused(imagenet: Path) -> None:
     """They would be taken by their shapes, and say nothing of any image."""
-    with pytest.raises(PretrainedError, match=r"model.backbone tf_efficientnet_lite0"):
+    with pytest.raises(PretrainedError, match=r"model.backbone to tf_efficientnet_lite0"):
         built(backbone="efficientnet_lite0", pretrained=str(imagenet))
 
 
@@ -204,7 +204,7 @@ class Surprise:
     """What a pickle could bring along."""
 
 
-def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     def refused(name: str, said: str) -> None:
         with pytest.raises(PretrainedError, match=said):
             read_weights(tmp_path / name)
@@ -223,7 +223,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_was_hurt_is_refused_or_read_whatever_was_hurt(
+def test_corrupted_file_is_read_or_refused_with_pretrained_error(
     tmp_path: Path, zipped: bool
 ) -> None:
     torch.save(
@@ -251,7 +251,7 @@ def test_a_file_that_was_hurt_is_refused_or_read_whatever_was_hurt(
     assert all("hurt.pth: expected" in text for text in said)
 
 
-def test_a_run_is_refused_before_any_site_is_asked(
+def test_missing_weights_refuse_the_run_before_any_message(
     tiny: Callable[..., RunConfig], grid: Callable[..., MemoryGrid]
 ) -> None:
     config = tiny(model__pretrained="missing.pth")
@@ -259,7 +259,7 @@ def test_a_run_is_refused_before_any_site_is_asked(
         run(grid(config), config)
 
 
-def test_timms_own_weights_are_asked_for_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_timm_downloads_and_loads_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     create, state = timm.create_model, resnet()
 
     def hub(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
@@ -278,7 +278,7 @@ class NoRoute(Exception):
     """As an HTTP client's errors, which are of no common kind."""
 
 
-def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(monkeypatch) -> None:
+def test_unreachable_hub_error_says_what_to_do(monkeypatch) -> None:
     create = timm.create_model
 
     def hub(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
@@ -287,11 +287,11 @@ def test_a_hub_that_cannot_be_reached_is_told_with_what_to_do(monkeypatch) -> No
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", hub)
-    with pytest.raises(PretrainedError, match=r"resnet18 cannot be had \(403 of the proxy\).*give"):
+    with pytest.raises(PretrainedError, match=r"of resnet18 \(403 of the proxy\).*give"):
         built(backbone="resnet18", pretrained="timm")
 
 
-def test_names_of_another_implementation_are_taken_in_order_but_not_out_of_it(
+def test_foreign_tensor_names_match_only_in_order(
     tmp_path: Path,
 ) -> None:
     def file(state: dict[str, Tensor]) -> str:
@@ -311,5 +311,5 @@ def test_names_of_another_implementation_are_taken_in_order_but_not_out_of_it(
         for kind in [name.rpartition(".")[2]]
     }
     assert list(swapped) != list(others)
-    with pytest.raises(PretrainedError, match="do not fit"):
+    with pytest.raises(PretrainedError, match="do not match"):
         built(backbone="resnet18", pretrained=file(swapped))

@@ -48,7 +48,7 @@ def trained(*, masks: bool = True, labels: bool = True) -> tuple[float, float]:
     )
 
 
-def test_it_starts_at_the_fixed_weights() -> None:
+def test_uncertainty_starts_at_the_fixed_weights() -> None:
     prediction, targets = batch()
     fixed = multi_task_loss(prediction, targets, LossConfig(classification_weight=0.25))
     start = Uncertainty(1.0, 0.25)(prediction.class_logits)
@@ -59,7 +59,7 @@ def test_it_starts_at_the_fixed_weights() -> None:
     torch.testing.assert_close(learned.total, fixed.total + rest)
 
 
-def test_only_tasks_that_an_example_shows_count_and_move_their_variance() -> None:
+def test_only_annotated_tasks_count_and_train_their_variance() -> None:
     prediction, targets = batch()  # masks at examples 0 and 2, labels at 0 and 1
     s = torch.tensor([[0.7, -0.3]]).repeat(4, 1).requires_grad_()
     losses = multi_task_loss(prediction._replace(log_variances=s), targets, LEARNED)
@@ -73,7 +73,7 @@ def test_only_tasks_that_an_example_shows_count_and_move_their_variance() -> Non
     assert (s.grad != 0).tolist() == [[True, True], [False, True], [True, False], [False, False]]
 
 
-def test_a_task_that_was_not_computed_leaves_its_variance_alone() -> None:
+def test_uncomputed_task_leaves_its_variance_unchanged() -> None:
     prediction, targets = batch()
     s = torch.ones(4, 2, requires_grad=True)
     alone = Prediction(None, prediction.class_logits, s)
@@ -82,7 +82,7 @@ def test_a_task_that_was_not_computed_leaves_its_variance_alone() -> None:
     assert s.grad[:2, 1].all()
 
 
-def test_the_best_variance_of_a_loss_is_twice_the_loss() -> None:
+def test_optimal_variance_is_twice_the_loss() -> None:
     """exp(-s) L + s / 2 is least where exp(s) = 2 L."""
     prediction, targets = batch()
     uncertainty = Uncertainty(1.0, 1.0)
@@ -107,12 +107,12 @@ def test_the_best_variance_of_a_loss_is_twice_the_loss() -> None:
         )
 
 
-def test_a_network_without_variances_is_refused() -> None:
+def test_network_without_variances_is_refused() -> None:
     with pytest.raises(ValueError, match=r"loss.weighting uncertainty: expected a network"):
         multi_task_loss(*batch(), LEARNED)
 
 
-def test_variances_are_there_only_when_asked_for_and_told_only_in_training() -> None:
+def test_variances_exist_on_request_and_are_returned_in_training() -> None:
     assert network_of(ModelConfig(**SMALL), DATA, LossConfig(), seed=0).uncertainty is None
     model = network_of(ModelConfig(**SMALL), DATA, LEARNED, seed=0)
     images = torch.randn(2, 1, 32, 32)
@@ -120,7 +120,7 @@ def test_variances_are_there_only_when_asked_for_and_told_only_in_training() -> 
     assert model.eval()(images).log_variances is None
 
 
-def test_a_round_moves_the_variance_of_each_task_that_is_trained_and_no_other() -> None:
+def test_round_updates_variances_of_trained_tasks_only() -> None:
     start = (0.0, math.log(4))
     both = trained()
     assert both[0] != start[0]

@@ -150,7 +150,9 @@ def main() -> None:
     table, prose = read_table(), list(all_prose())
     if "--count" in sys.argv:
         for category, (hits, total) in rates(prose, table.words).items():
-            print(f"{category:24} {hits:4} in {total:6} words: {1e4 * hits / total:5.1f} per 10,000")
+            print(
+                f"{category:24} {hits:4} in {total:6} words: {1e4 * hits / total:5.1f} per 10,000"
+            )
         return
     lines = [line for piece in prose for line in findings(piece, table)]
     print("\n".join(lines) if lines else f"{len(prose)} pieces of prose, no finding")

@@ -1,4 +1,4 @@
-"""From files to tensors: resizing, masks, unreadable rows, augmentation."""
+"""Loading a site's data: resizing, masks, unreadable rows, normalisation, augmentation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ten(label: str = "benign") -> list[dict[str, str]]:
     return rows_of(6) + rows_of(6, "malignant")
 
 
-def test_a_site_is_split_resized_and_counted(site_folder) -> None:
+def test_load_site_splits_resizes_and_counts(site_folder) -> None:
     site = load(site_folder(ten()))
     assert sum(map(len, site.splits.values())) == 12
     train = site.splits["train"]
@@ -38,7 +38,7 @@ def test_a_site_is_split_resized_and_counted(site_folder) -> None:
     assert train.tasks == ("segmentation", "classification")
 
 
-def test_the_aspect_ratio_is_kept_or_not_as_told(site_folder) -> None:
+def test_resize_pad_keeps_aspect_ratio_and_stretch_fills(site_folder) -> None:
     folder = site_folder(ten(), size=(20, 40))
     padded = load(folder).splits["train"].images[0, ..., 0]
     assert not padded[:8].any()
@@ -48,7 +48,7 @@ def test_the_aspect_ratio_is_kept_or_not_as_told(site_folder) -> None:
     assert stretched.any(axis=1).all()
 
 
-def test_colour_and_depth_are_converted(tmp_path: Path) -> None:
+def test_colour_and_16_bit_images_are_converted_to_grey(tmp_path: Path) -> None:
     rows = rows_of(8)
     (tmp_path / "images").mkdir()
     for i, row in enumerate(rows):
@@ -62,7 +62,7 @@ def test_colour_and_depth_are_converted(tmp_path: Path) -> None:
     assert load(tmp_path, channels=3).splits["train"].images.shape[-1] == 3
 
 
-def test_masks_of_one_and_of_255_mean_the_same(site_folder) -> None:
+def test_mask_values_1_and_255_load_equally(site_folder) -> None:
     folder = site_folder(ten())
     before = load(folder)
     for path in (folder / "masks").iterdir():
@@ -71,7 +71,7 @@ def test_masks_of_one_and_of_255_mean_the_same(site_folder) -> None:
 
 
 @pytest.mark.parametrize("mode", ["16 bit", "palette", "rgba", "1 bit"])
-def test_a_mask_of_any_depth_means_the_same(site_folder, mode: str) -> None:
+def test_mask_of_any_pixel_mode_loads_equally(site_folder, mode: str) -> None:
     folder = site_folder(ten())
     before = load(folder)
     for path in (folder / "masks").iterdir():
@@ -89,7 +89,7 @@ def test_a_mask_of_any_depth_means_the_same(site_folder, mode: str) -> None:
     assert load(folder).fingerprint == before.fingerprint
 
 
-def test_rows_without_a_mask_or_a_label_are_kept_for_the_other_task(site_folder) -> None:
+def test_partially_annotated_rows_keep_the_other_task(site_folder) -> None:
     rows = ten()
     for row in rows:
         row["mask"] = ""
@@ -133,7 +133,7 @@ def other_size(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (too_deep, r"image .*benign0.png: 32 bits a pixel: expected 8 or 16"),
+        (too_deep, r"image .*benign0.png: 32 bits per pixel: expected 8 or 16"),
         (break_image, r"image .*benign0.png: cannot be decoded"),
         (no_image, r"image .*benign0.png: cannot be decoded"),
         (lose_image, r"image .*benign0.png: no such file"),
@@ -141,9 +141,7 @@ def other_size(folder: Path) -> None:
         (other_size, r"mask .*: expected the image's size, 48 x 40, got 9 x 7"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_left_out_and_told_or_refused(
-    site_folder, harm, said: str
-) -> None:
+def test_unreadable_row_is_skipped_and_reported_or_refused(site_folder, harm, said: str) -> None:
     folder = site_folder(ten())
     harm(folder)
     site = load(folder)
@@ -154,7 +152,7 @@ def test_a_row_that_cannot_be_read_is_left_out_and_told_or_refused(
     assert sentence.startswith(f"{folder / 'labels.csv'}: row 2: ")
 
 
-def test_a_truncated_jpeg_is_not_taken_for_a_grey_image(site_folder, tmp_path: Path) -> None:
+def test_truncated_jpeg_is_skipped(site_folder, tmp_path: Path) -> None:
     rows = [{**row, "image": row["image"].replace("png", "jpg")} for row in ten()]
     folder = site_folder(rows)
     path = folder / "images/benign0.jpg"
@@ -162,7 +160,7 @@ def test_a_truncated_jpeg_is_not_taken_for_a_grey_image(site_folder, tmp_path: P
     assert len(load(folder).skipped) == 1
 
 
-def test_a_site_of_unreadable_images_alone_is_refused(site_folder) -> None:
+def test_site_with_only_unreadable_images_is_refused(site_folder) -> None:
     folder = site_folder(ten())
     for path in (folder / "images").iterdir():
         path.write_text("x")
@@ -170,7 +168,7 @@ def test_a_site_of_unreadable_images_alone_is_refused(site_folder) -> None:
         load(folder)
 
 
-def test_an_unknown_label_is_refused_with_the_known_ones(site_folder) -> None:
+def test_unknown_label_is_refused_and_lists_known_labels(site_folder) -> None:
     rows = ten()
     rows[3]["label"] = "benine"
     folder = site_folder(rows)
@@ -179,7 +177,7 @@ def test_an_unknown_label_is_refused_with_the_known_ones(site_folder) -> None:
     assert sum(map(len, load(folder, drop_labels=("benine",)).splits.values())) == 11
 
 
-def test_the_fingerprint_follows_the_pixels(site_folder) -> None:
+def test_fingerprint_changes_with_pixels(site_folder) -> None:
     folder = site_folder(ten())
     before = load(folder).fingerprint
     assert load(folder).fingerprint == before
@@ -187,7 +185,7 @@ def test_the_fingerprint_follows_the_pixels(site_folder) -> None:
     assert load(folder).fingerprint != before
 
 
-def test_each_image_is_brought_to_one_brightness_or_a_fixed_scale() -> None:
+def test_normalisation_per_image_and_with_fixed_scale() -> None:
     images = torch.randint(50, 90, (2, 8, 8, 1), dtype=torch.uint8)
     images[1] += 100
     known = torch.ones(2, dtype=torch.bool)
@@ -204,7 +202,7 @@ def test_each_image_is_brought_to_one_brightness_or_a_fixed_scale() -> None:
     assert not blank.any()
 
 
-def test_augmentation_is_the_same_for_the_same_seed_and_moves_image_and_mask_alike() -> None:
+def test_augmentation_is_seeded_and_moves_image_with_mask() -> None:
     mask = np.zeros((32, 32, 1), np.uint8)
     mask[4:16, 8:20] = 1
     image = mask * np.uint8(200)
@@ -219,7 +217,7 @@ def test_augmentation_is_the_same_for_the_same_seed_and_moves_image_and_mask_ali
     assert not np.array_equal(first[0][1], Augmentation(4)(image, mask, 0)[1])
 
 
-def test_a_dataset_gives_examples_in_order(site_folder) -> None:
+def test_dataset_index_returns_matching_example(site_folder) -> None:
     examples = load(site_folder(ten())).splits["train"]
     example = ExampleDataset(examples)[2]
     assert torch.equal(example.image, torch.from_numpy(examples.images[2]))

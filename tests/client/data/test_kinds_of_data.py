@@ -1,4 +1,4 @@
-"""Masks of several classes, images of several labels: from files to arrays, and what is refused."""
+"""Loading masks of several classes and images with several labels."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def everything(site: SiteData) -> dict[str, np.ndarray]:
 
 
 def only(folder: Path, data: DataConfig, **changes: object) -> Examples:
-    """The examples of a site whose rows all say train."""
+    """Load the training examples of a site without validation and test splits."""
     changes = {"val_fraction": 0.0, "test_fraction": 0.0, **changes}
     return load(folder, data, **changes).splits["train"]
 
@@ -52,7 +52,7 @@ def manifest_rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_index_masks_become_a_plane_a_class(tmp_path: Path) -> None:
+def test_index_mask_becomes_one_plane_per_class(tmp_path: Path) -> None:
     write_exclusive_site(tmp_path / "a", 16)
     examples = only(tmp_path / "a", EXCLUSIVE, image_height=SIDE, image_width=SIDE)
     assert examples.masks.shape == (16, SIDE, SIDE, 3)
@@ -65,7 +65,7 @@ def test_index_masks_become_a_plane_a_class(tmp_path: Path) -> None:
     assert DataConfig().mask_channels == 1
 
 
-def test_a_resized_index_mask_holds_no_class_that_was_not_there(tmp_path: Path) -> None:
+def test_resized_index_mask_adds_no_class(tmp_path: Path) -> None:
     write_exclusive_site(tmp_path / "a", 16)
     examples = only(tmp_path / "a", EXCLUSIVE, image_height=32, image_width=48, resize="stretch")
     assert examples.masks.sum(axis=3).max() == 1
@@ -75,7 +75,7 @@ def test_a_resized_index_mask_holds_no_class_that_was_not_there(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mode", ["palette", "16 bit", "grey as colour", "alpha"])
-def test_an_index_mask_of_any_depth_means_the_same(tmp_path: Path, mode: str) -> None:
+def test_index_mask_of_any_pixel_mode_loads_equally(tmp_path: Path, mode: str) -> None:
     write_exclusive_site(tmp_path / "a", 16)
     before = load(tmp_path / "a", EXCLUSIVE).fingerprint
     for path in (tmp_path / "a/masks").iterdir():
@@ -108,12 +108,10 @@ def in_colours(path: Path) -> None:
     ("harm", "said"),
     [
         (too_high, r"mask .*3.png: expected 0 background, 1 fluid, 2 scar, 3 cyst .*, got 7"),
-        (in_colours, r"mask .*3.png: expected an index a pixel, got colours"),
+        (in_colours, r"mask .*3.png: expected one class index per pixel, got colours"),
     ],
 )
-def test_an_index_that_is_no_class_leaves_its_row_out_or_refuses_the_run(
-    tmp_path: Path, harm, said: str
-) -> None:
+def test_invalid_index_mask_is_skipped_or_refused(tmp_path: Path, harm, said: str) -> None:
     write_exclusive_site(tmp_path / "a", 16)
     harm(tmp_path / "a/masks/3.png")
     site = load(tmp_path / "a", EXCLUSIVE)
@@ -122,7 +120,7 @@ def test_an_index_that_is_no_class_leaves_its_row_out_or_refuses_the_run(
         load(tmp_path / "a", EXCLUSIVE, on_error="refuse")
 
 
-def test_overlapping_masks_have_a_column_a_class_and_any_may_be_empty(tmp_path: Path) -> None:
+def test_overlapping_masks_load_per_class_with_missing_ones(tmp_path: Path) -> None:
     write_overlapping_site(tmp_path / "a", 16, annotated=("fluid", "cyst"))
     examples = only(tmp_path / "a", OVERLAPPING, image_height=SIDE, image_width=SIDE)
     assert (examples.has_mask == [True, False, True]).all()
@@ -133,7 +131,7 @@ def test_overlapping_masks_have_a_column_a_class_and_any_may_be_empty(tmp_path: 
     assert examples.tasks == ("segmentation", "classification")
 
 
-def test_an_overlapping_mask_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_unusable_overlapping_mask_is_reported_by_file(tmp_path: Path) -> None:
     write_overlapping_site(tmp_path / "a", 16)
     Image.new("L", (9, 7)).save(tmp_path / "a/masks/2-scar.png")
     (tmp_path / "a/masks/4-fluid.png").unlink()
@@ -143,10 +141,10 @@ def test_an_overlapping_mask_that_cannot_be_used_is_named(tmp_path: Path) -> Non
     assert "4-fluid.png: no such file" in skipped[1]
 
 
-def test_masks_in_columns_that_the_run_does_not_read_are_refused(tmp_path: Path) -> None:
+def test_mask_columns_not_matching_the_run_are_refused(tmp_path: Path) -> None:
     write_overlapping_site(tmp_path / "a", 16)
     one_mask = {"mask_kind": "exclusive"}
-    with pytest.raises(DataError, match=r"expected masks in a column mask .* got mask-cyst"):
+    with pytest.raises(DataError, match=r"expected masks in a column mask .* got only mask-cyst"):
         load(tmp_path / "a", OVERLAPPING, **one_mask)
     with pytest.raises(DataError, match=r"expected masks in columns mask-drusen .*mask-cyst"):
         load(tmp_path / "a", OVERLAPPING, mask_classes=("drusen",))
@@ -155,7 +153,7 @@ def test_masks_in_columns_that_the_run_does_not_read_are_refused(tmp_path: Path)
         load(tmp_path / "b", EXCLUSIVE, mask_kind="overlapping")
 
 
-def test_a_cell_of_several_labels_names_them_or_none(tmp_path: Path) -> None:
+def test_multi_label_cell_parses_names_none_and_empty(tmp_path: Path) -> None:
     write_overlapping_site(tmp_path / "a", 16)
     rows = manifest_rows(tmp_path / "a")
     rows[5]["label"] = ""
@@ -180,7 +178,7 @@ def test_a_cell_of_several_labels_names_them_or_none(tmp_path: Path) -> None:
         ("scar;", r"several joined by ';', none or nothing, got ''"),
     ],
 )
-def test_a_cell_of_several_labels_with_an_unknown_one_is_refused(
+def test_multi_label_cell_with_unknown_name_is_refused(
     tmp_path: Path, cell: str, said: str
 ) -> None:
     write_overlapping_site(tmp_path / "a", 16)
@@ -191,7 +189,7 @@ def test_a_cell_of_several_labels_with_an_unknown_one_is_refused(
         load(tmp_path / "a", OVERLAPPING)
 
 
-def test_a_row_is_dropped_if_any_of_its_labels_is(tmp_path: Path) -> None:
+def test_multi_label_row_with_a_dropped_label_is_dropped(tmp_path: Path) -> None:
     write_overlapping_site(tmp_path / "a", 16)
     fewer = {"classes": ("fluid", "scar"), "drop_labels": ("cyst",)}
     examples = only(tmp_path / "a", OVERLAPPING, **fewer)
@@ -199,13 +197,13 @@ def test_a_row_is_dropped_if_any_of_its_labels_is(tmp_path: Path) -> None:
     assert examples.labels.shape == (8, 2)
 
 
-def test_two_labels_are_no_label_where_an_image_has_one(tmp_path: Path) -> None:
+def test_exclusive_labels_refuse_multi_label_cells(tmp_path: Path) -> None:
     write_overlapping_site(tmp_path / "a", 16)
     with pytest.raises(DataError, match=r"row 2: label: expected .* got 'none'"):
         load(tmp_path / "a", OVERLAPPING, label_kind="exclusive")
 
 
-def test_sets_of_labels_are_divided_alike() -> None:
+def test_stratified_split_treats_label_sets_as_strata() -> None:
     cells = ["fluid;scar", "scar; fluid", "cyst", "none", None] * 20
     rows = tuple(
         Row(line, Path(f"{line}.png"), None, cell, f"g{line}", None)
@@ -225,7 +223,7 @@ def test_sets_of_labels_are_divided_alike() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 6])
-def test_augmentation_moves_every_mask_as_it_moves_the_image(classes: int) -> None:
+def test_augmentation_moves_all_mask_planes_together(classes: int) -> None:
     rng = np.random.default_rng(0)
     index = rng.integers(0, classes + 1, (32, 40))
     masks = (index[..., None] == np.arange(1, classes + 1)).astype(np.uint8)
@@ -234,7 +232,7 @@ def test_augmentation_moves_every_mask_as_it_moves_the_image(classes: int) -> No
     for i in range(12):
         _, together = Augmentation(3)(image, masks, i)
         assert together.shape == masks.shape
-        assert together.sum(axis=2).max() <= 1  # classes go on excluding each other
+        assert together.sum(axis=2).max() <= 1  # classes stay mutually exclusive
         for k in range(classes):
             _, alone = Augmentation(3)(image, masks[..., k : k + 1], i)
             assert np.array_equal(together[..., k], alone[..., 0])
@@ -242,12 +240,12 @@ def test_augmentation_moves_every_mask_as_it_moves_the_image(classes: int) -> No
     assert changes > 6
 
 
-def test_a_fourth_channel_is_kept_and_hides_nothing(tmp_path: Path) -> None:
+def test_fourth_channel_is_kept_and_not_applied_as_alpha(tmp_path: Path) -> None:
     rows = rows_of(8)
     (tmp_path / "images").mkdir()
     for row in rows:
         row["mask"] = ""
-        pixels = np.full((40, 40, 4), (200, 90, 30, 0), np.uint8)  # wholly transparent
+        pixels = np.full((40, 40, 4), (200, 90, 30, 0), np.uint8)  # fully transparent
         Image.fromarray(pixels).save(tmp_path / row["image"])
     write_manifest(tmp_path, rows)
     examples = only(tmp_path, DataConfig(**SIZE), channels=4)

@@ -1,4 +1,4 @@
-"""Splits: whole patients, the same everywhere, stratified, and never silently empty."""
+"""Train, validation and test splits: by patient, deterministic, stratified and never empty."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyclinic.configs.schema.data import DataConfig
 
 
 def manifest(labels_by_group: list[list[str | None]], site: str = "a") -> Manifest:
-    """One row for each label of each group."""
+    """Build a manifest with one row for each label of each group."""
     rows = [
         Row(line, Path(f"{line}.png"), None, label, f"g{group}", None)
         for line, (group, label) in enumerate(
@@ -36,7 +36,7 @@ def split(m: Manifest, **changes: object) -> dict[str, list[Row]]:
         max_size=80,
     )
 )
-def test_every_row_lands_once_and_no_group_is_divided(groups) -> None:
+def test_split_assigns_every_row_once_and_keeps_groups_whole(groups) -> None:
     m = manifest(groups)
     splits = split(m)
     assert sorted(r.line for rows in splits.values() for r in rows) == [r.line for r in m.rows]
@@ -51,12 +51,12 @@ def test_fractions_and_label_shares_are_kept() -> None:
     assert counts["val"] == {"benign": 9, "malignant": 6}
 
 
-def test_rare_labels_leave_their_share_to_others() -> None:
+def test_split_with_rare_labels_keeps_total_fractions() -> None:
     splits = split(manifest([["benign"]] * 3 + [["malignant"]] * 3 + [[None]] * 14))
     assert [len(splits[name]) for name in ("train", "val", "test")] == [13, 3, 4]
 
 
-def test_the_split_is_the_same_again_and_another_with_another_seed_or_site() -> None:
+def test_split_is_deterministic_and_depends_on_seed_and_site() -> None:
     groups = [["benign"]] * 40
     first = split(manifest(groups))
     assert first == split(manifest(groups))
@@ -64,19 +64,19 @@ def test_the_split_is_the_same_again_and_another_with_another_seed_or_site() -> 
     assert first["test"] != split(manifest(groups, site="b"))["test"]
 
 
-def test_the_order_of_rows_changes_nothing() -> None:
+def test_split_does_not_depend_on_row_order() -> None:
     m = manifest([["benign"], ["malignant"]] * 20)
     assert split(m) == split_rows(m, m.rows[::-1], DataConfig())
 
 
-def test_a_row_that_names_its_split_keeps_it() -> None:
+def test_row_with_explicit_split_keeps_it() -> None:
     m = manifest([["benign"]] * 10)
     rows = [Row(r.line, r.image, None, r.label, r.group, "test") for r in m.rows[:5]]
     splits = split_rows(m, [*rows, *m.rows[5:]], DataConfig(test_fraction=0.0, val_fraction=0.2))
     assert [r.line for r in splits["test"]] == [0, 1, 2, 3, 4]
 
 
-def test_a_group_in_two_splits_is_refused_with_its_rows() -> None:
+def test_group_in_two_splits_is_refused_with_row_numbers() -> None:
     m = manifest([["benign", "benign"]] * 10)
     rows = list(m.rows)
     for i, name in ((0, "train"), (1, "test")):
@@ -86,12 +86,12 @@ def test_a_group_in_two_splits_is_refused_with_its_rows() -> None:
 
 
 @pytest.mark.parametrize("groups", [[["benign"]], [["benign"]] * 2, [["benign"] * 30]])
-def test_too_few_to_split_is_refused_with_the_numbers(groups) -> None:
+def test_too_few_groups_to_split_are_refused_with_counts(groups) -> None:
     with pytest.raises(DataError, match=r"site a: \d+ images of \d groups are too few to split"):
         split(manifest(groups))
 
 
-def test_independent_places_depend_on_no_other_group() -> None:
+def test_independent_split_of_a_group_ignores_other_groups() -> None:
     groups = [["benign" if i % 3 else "malignant"] * (1 + i % 4) for i in range(200)]
     m = manifest(groups)
     whole = split(m, split="independent")
@@ -109,4 +109,4 @@ def test_independent_places_depend_on_no_other_group() -> None:
         assert left == {g: n for g, n in places(whole).items() if g != gone}
         stratified = places(split_rows(m, rows, DataConfig()))
         moved += stratified != {g: n for g, n in places(split(m)).items() if g != gone}
-    assert moved > 0  # the negative control: stratified, others move
+    assert moved > 0  # negative control: a stratified split moves other groups

@@ -1,4 +1,4 @@
-"""A cohort's privacy budget: what counts as spent, when a round is refused, what is promised."""
+"""A cohort's privacy budget: reserving, settling, refusing rounds, and changing its terms."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from tests.factories import database, head_of, rewrite, texts_of
 NORTH = Cohort("north", "patient", 1000)
 DELTA = 1e-4
 TEN = DpEvent(1.0, 0.05, 10)
-BY_RDP = 1e-11  # a delta at which PRV is not asked, which takes milliseconds, not a second
+BY_RDP = 1e-11  # so small that only the RDP bound is computed: milliseconds, not a second
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def written(path: Path) -> int:
         return chain.head.number
 
 
-def test_a_round_is_spent_when_reserved_and_only_its_steps_once_settled(path: Path) -> None:
+def test_reserve_spends_all_steps_and_settle_only_those_run(path: Path) -> None:
     with opened(path) as ledger:
         assert (ledger.spent(), ledger.left()) == (0.0, math.inf)
         reservation = ledger.reserve("run", 1, TEN)
@@ -80,11 +80,11 @@ def test_a_round_is_spent_when_reserved_and_only_its_steps_once_settled(path: Pa
         assert steps(path) == [4, 0]
 
 
-def test_what_was_never_settled_stays_spent(path: Path) -> None:
+def test_unsettled_reservation_stays_spent_after_restart(path: Path) -> None:
     with opened(path) as ledger:
         reservation = ledger.reserve("run", 1, TEN)
     with opened(path) as after_the_crash:
-        with pytest.raises(LedgerError, match="not made by this process; it stays"):
+        with pytest.raises(LedgerError, match="not made by this process; it was not"):
             after_the_crash.settle(reservation, 0)
         after_the_crash.settle(after_the_crash.reserve("run", 1, TEN), 10)
     assert steps(path) == [10, 10]
@@ -92,7 +92,7 @@ def test_what_was_never_settled_stays_spent(path: Path) -> None:
     assert [row.taken for row in rows] == [None, 10]
 
 
-def test_spending_composes_over_rounds_runs_and_restarts(path: Path) -> None:
+def test_spent_epsilon_composes_over_rounds_runs_and_restarts(path: Path) -> None:
     other = DpEvent(2.0, 0.1, 7)
     for run in ("one", "two"):
         for number, spent in enumerate((TEN, other), 1):
@@ -102,7 +102,9 @@ def test_spending_composes_over_rounds_runs_and_restarts(path: Path) -> None:
         found = ledger.spent()
         assert found == epsilon([replace(TEN, steps=20), replace(other, steps=14)], DELTA)
         assert found <= ledger.spent_rdp() == epsilon_rdp([TEN, other, TEN, other], DELTA)
-        assert found < 2 * epsilon([TEN, other], DELTA)  # together less than one by one
+        assert found < 2 * epsilon(
+            [TEN, other], DELTA
+        )  # composition costs less than the sum of both
         assert [(row.run, row.round) for row in ledger.by_round()] == [
             ("one", 1),
             ("one", 2),
@@ -114,7 +116,7 @@ def test_spending_composes_over_rounds_runs_and_restarts(path: Path) -> None:
         assert after[-1] == found
 
 
-def test_a_budget_is_the_cohorts_and_no_others(path: Path) -> None:
+def test_budgets_of_two_cohorts_are_independent(path: Path) -> None:
     with opened(path) as north, opened(path, name="south") as south:
         north.reserve("run", 1, TEN)
         assert south.spent() == 0.0
@@ -127,7 +129,7 @@ def test_a_budget_is_the_cohorts_and_no_others(path: Path) -> None:
     }
 
 
-def test_a_cohort_that_grows_keeps_what_it_has_spent(path: Path) -> None:
+def test_cohort_with_more_units_keeps_its_spending(path: Path) -> None:
     with opened(path, cap=9.0) as ledger:
         ledger.reserve("run", 1, TEN)
     with opened(path, cap=9.0, units=1001) as ledger:
@@ -135,13 +137,13 @@ def test_a_cohort_that_grows_keeps_what_it_has_spent(path: Path) -> None:
     assert [terms.units for terms in read_accounts(path)["north"].terms] == [1000, 1001]
 
 
-def test_the_same_terms_are_written_once(path: Path) -> None:
+def test_unchanged_terms_are_written_once(path: Path) -> None:
     for _ in range(3):
         opened(path, cap=3.0).close()
     assert written(path) == 1
 
 
-def test_a_round_above_the_cap_is_refused_with_the_numbers_and_writes_nothing(path: Path) -> None:
+def test_reserve_above_cap_is_refused_with_numbers_and_writes_nothing(path: Path) -> None:
     one, two = epsilon([TEN], DELTA), epsilon([TEN, TEN], DELTA)
     cap = (one + two) / 2
     with opened(path, cap) as ledger:
@@ -157,11 +159,11 @@ def test_a_round_above_the_cap_is_refused_with_the_numbers_and_writes_nothing(pa
         for number in (two - one, cap, cap - one, one):
             assert f"{number:.4g}" in str(refused.value)
         assert "cohort north" in str(refused.value)
-        ledger.reserve("run", 2, replace(TEN, steps=1))  # what fits still does
+        ledger.reserve("run", 2, replace(TEN, steps=1))  # a smaller round still fits
     assert steps(path) == [10, 1]
 
 
-def test_a_round_that_ends_at_the_cap_fits(path: Path) -> None:
+def test_reserve_exactly_up_to_cap_succeeds(path: Path) -> None:
     cap = epsilon([TEN, TEN], DELTA)
     with opened(path, cap) as ledger:
         ledger.reserve("run", 1, TEN)
@@ -171,14 +173,14 @@ def test_a_round_that_ends_at_the_cap_fits(path: Path) -> None:
             ledger.reserve("run", 3, replace(TEN, steps=1))
 
 
-def test_a_cap_below_the_cost_of_one_step_lets_none_be_taken(path: Path) -> None:
+def test_cap_below_cost_of_one_step_refuses_any_step(path: Path) -> None:
     with opened(path, cap=1e-3) as ledger:
         with pytest.raises(BudgetExceeded, match=r"of 0.001 there is 0.001 left \(0 spent\)"):
             ledger.reserve("run", 1, replace(TEN, steps=1))
         assert ledger.spent() == 0.0
 
 
-def test_steps_not_taken_make_room_for_others(path: Path) -> None:
+def test_settling_fewer_steps_frees_budget(path: Path) -> None:
     with opened(path, cap=epsilon([TEN], DELTA)) as ledger:
         reservation = ledger.reserve("run", 1, TEN)
         with pytest.raises(BudgetExceeded):
@@ -187,7 +189,7 @@ def test_steps_not_taken_make_room_for_others(path: Path) -> None:
         ledger.reserve("run", 2, replace(TEN, steps=5))
 
 
-def test_steps_without_noise_cost_more_than_any_cap(path: Path) -> None:
+def test_steps_without_noise_exceed_any_cap(path: Path) -> None:
     bare = DpEvent(0.0, 0.05, 1)
     with opened(path, cap=1e6) as ledger, pytest.raises(BudgetExceeded, match="epsilon inf"):
         ledger.reserve("run", 1, bare)
@@ -204,7 +206,7 @@ def test_steps_without_noise_cost_more_than_any_cap(path: Path) -> None:
 
 
 @pytest.mark.parametrize("taken", [11, -1, 10**6])
-def test_more_steps_than_were_reserved_are_not_settled(path: Path, taken: int) -> None:
+def test_settle_outside_the_reserved_steps_is_refused(path: Path, taken: int) -> None:
     with opened(path) as ledger:
         reservation = ledger.reserve("run", 1, TEN)
         with pytest.raises(LedgerError, match=f"0 to 10 steps taken, got {taken};.*must not leave"):
@@ -212,7 +214,7 @@ def test_more_steps_than_were_reserved_are_not_settled(path: Path, taken: int) -
     assert steps(path) == [10]
 
 
-def test_a_round_is_settled_once(path: Path) -> None:
+def test_settling_twice_is_refused(path: Path) -> None:
     with opened(path) as ledger:
         reservation = ledger.reserve("run", 1, TEN)
         ledger.settle(reservation, 10)
@@ -221,7 +223,7 @@ def test_a_round_is_settled_once(path: Path) -> None:
     assert steps(path) == [10]
 
 
-def test_no_steps_are_not_reserved(path: Path) -> None:
+def test_reserving_zero_steps_is_refused(path: Path) -> None:
     with opened(path) as ledger, pytest.raises(LedgerError, match="steps to reserve, got none"):
         ledger.reserve("run", 1, replace(TEN, steps=0))
 
@@ -243,7 +245,7 @@ def test_no_steps_are_not_reserved(path: Path) -> None:
         ({"cap": math.inf}, "got inf"),
     ],
 )
-def test_terms_that_promise_nothing_are_refused_before_a_file_is_made(
+def test_invalid_terms_are_refused_before_file_creation(
     path: Path, terms: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(LedgerError, match=said):
@@ -251,7 +253,7 @@ def test_terms_that_promise_nothing_are_refused_before_a_file_is_made(
     assert list(path.parent.iterdir()) == []
 
 
-def test_terms_may_change_as_long_as_nothing_is_spent(path: Path) -> None:
+def test_terms_may_change_before_any_spending(path: Path) -> None:
     for terms in ({"unit": "example"}, {"delta": 1e-6}, {"delta": 1e-5}, {"cap": 2.0}, {}):
         opened(path, **terms).close()
     assert len(read_accounts(path)["north"].terms) == 5
@@ -265,7 +267,7 @@ def test_terms_may_change_as_long_as_nothing_is_spent(path: Path) -> None:
         ({"delta": 1e-6}, "polyclinic site lower-delta"),
     ],
 )
-def test_a_promise_is_kept_once_something_is_spent(
+def test_terms_change_after_spending_is_refused(
     path: Path, terms: dict[str, Any], said: str
 ) -> None:
     with opened(path) as ledger:
@@ -276,7 +278,7 @@ def test_a_promise_is_kept_once_something_is_spent(
     assert written(path) == before
 
 
-def test_a_cap_may_be_moved_and_the_ledger_says_when(path: Path) -> None:
+def test_cap_changes_are_allowed_and_recorded(path: Path) -> None:
     with opened(path, cap=20.0) as ledger:
         ledger.reserve("run", 1, TEN)
     with opened(path, cap=0.1) as ledger:
@@ -289,7 +291,7 @@ def test_a_cap_may_be_moved_and_the_ledger_says_when(path: Path) -> None:
     assert [terms.cap for terms in read_accounts(path)["north"].terms] == [20.0, 0.1, 30.0]
 
 
-def test_who_was_started_with_other_terms_reserves_nothing_more(path: Path) -> None:
+def test_reserve_after_another_process_changed_terms_is_refused(path: Path) -> None:
     with opened(path, cap=20.0) as ledger:
         opened(path, cap=3.0).close()
         with pytest.raises(LedgerError, match=r"another process changed the terms.*cap 3, delta"):
@@ -297,7 +299,7 @@ def test_who_was_started_with_other_terms_reserves_nothing_more(path: Path) -> N
     assert read_accounts(path)["north"].rounds == []
 
 
-def test_delta_is_lowered_for_all_that_was_spent(path: Path) -> None:
+def test_lower_delta_applies_to_past_spending(path: Path) -> None:
     with opened(path, cap=20.0) as ledger:
         ledger.settle(ledger.reserve("run", 1, TEN), 10)
     lower_delta(path, "north", 1e-6)
@@ -310,27 +312,27 @@ def test_delta_is_lowered_for_all_that_was_spent(path: Path) -> None:
 
 
 @pytest.mark.parametrize("delta", [1e-4, 2e-4, 0.0, -1.0, math.nan])
-def test_delta_is_only_lowered(path: Path, delta: float) -> None:
+def test_lower_delta_refuses_equal_higher_or_invalid_values(path: Path, delta: float) -> None:
     opened(path).close()
     with pytest.raises(LedgerError, match=r"above 0 and below the present 0.0001, got"):
         lower_delta(path, "north", delta)
     assert written(path) == 1
 
 
-def test_there_is_no_delta_to_lower_for_a_cohort_that_spent_nothing(path: Path) -> None:
+def test_lower_delta_of_unknown_cohort_is_refused(path: Path) -> None:
     with pytest.raises(LedgerError, match="has no cohort north"):
         lower_delta(path, "north", 1e-6)
     assert not path.exists()
 
 
-def test_two_who_train_at_once_share_what_is_left(path: Path) -> None:
+def test_concurrent_ledgers_share_the_remaining_budget(path: Path) -> None:
     cap = (epsilon([TEN], DELTA) + epsilon([TEN, TEN], DELTA)) / 2
     with opened(path, cap) as one, opened(path, cap) as other:
         reservation = one.reserve("one", 1, TEN)
         with pytest.raises(BudgetExceeded):
             other.reserve("other", 1, TEN)
         one.settle(reservation, 0)
-        # what the other knows of is out of date; the file counts
+        # the other ledger's cached entries are outdated; the file decides
         other.reserve("other", 1, TEN)
         with pytest.raises(BudgetExceeded):
             one.reserve("one", 2, TEN)
@@ -338,7 +340,7 @@ def test_two_who_train_at_once_share_what_is_left(path: Path) -> None:
 
 @dataclass
 class Booked:
-    """A reservation as a plain list would keep it."""
+    """A reservation in the list model of the ledger."""
 
     reservation: Reservation
     by: int
@@ -361,10 +363,10 @@ ACTS = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(acts=ACTS, room=st.integers(1, 100))
-def test_whatever_two_processes_do_the_ledger_says_what_a_list_would(
+def test_ledger_of_two_processes_matches_a_list_model(
     acts: list[tuple[str, int, int]], room: int
 ) -> None:
-    """And never lets more than the room be taken, never refuses what fits."""
+    """The ledger never exceeds the cap and never refuses a round that fits."""
     cap = epsilon([replace(TEN, steps=room)], BY_RDP)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.db"
@@ -395,14 +397,14 @@ def test_whatever_two_processes_do_the_ledger_says_what_a_list_would(
 
 
 def history(path: Path) -> None:
-    """A settled round, one with fewer steps, one that was never settled; under a cap of 9."""
+    """Write a settled round, one with fewer steps and an unsettled one, under a cap of 9."""
     with opened(path, 9.0, BY_RDP) as ledger:
         ledger.settle(ledger.reserve("run", 1, TEN), 10)
         ledger.settle(ledger.reserve("run", 2, TEN), 4)
         ledger.reserve("run", 3, TEN)
 
 
-def test_verifying_computes_every_entry_again(path: Path) -> None:
+def test_verify_ledger_visits_every_entry(path: Path) -> None:
     assert verify_ledger(path) == 0
     history(path)
     seen: list[Entry] = []
@@ -418,7 +420,7 @@ def test_verifying_computes_every_entry_again(path: Path) -> None:
 
 
 def forge(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Change entries and write all hashes and the head anew, so that only the sense is wrong."""
+    """Change entries and rewrite all hashes and the head, so that only the content is wrong."""
     contents = [json.loads(text) for text in texts_of(path)]
     change(contents)
     texts = [json.dumps(c, sort_keys=True, separators=(",", ":")) for c in contents]
@@ -443,14 +445,14 @@ def forge(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
         (1, {"cap": 1.0}, r"entry 2 spends epsilon .*, above the cap 1"),
         (1, {"delta": 1e-5}, "entry 2 says epsilon"),
         (2, {"epsilon": "little"}, "entry 2 is not one .*'little'"),
-        (2, {"steps": 0}, "entry 2 is not one .* reserves nothing"),
+        (2, {"steps": 0}, "entry 2 is not one .* reserves no steps"),
         (2, {"steps": 2.5}, "entry 2 is not one"),
         (2, {"rate": 1.5}, "entry 2 is not one"),
-        (2, {"cohort": "south"}, "entry 2 is not one .* for nobody"),
-        (3, {"steps": 11}, "entry 3 is not one .* more than was reserved"),
+        (2, {"cohort": "south"}, "entry 2 is not one .* has no terms"),
+        (3, {"steps": 11}, "entry 3 is not one .* more steps than were reserved"),
         (3, {"steps": 2.5}, "entry 3 is not one"),
         (3, {"steps": -1}, "entry 3 is not one"),
-        (5, {"reservation": 2}, "entry 5 is not one .* settles twice"),
+        (5, {"reservation": 2}, "entry 5 is not one .* settles a reservation twice"),
         (3, {"reservation": 6}, "entry 3 is not one"),
         (3, {"kind": "refund"}, "entry 3 is not one .*'refund'"),
         (1, {"units": 0}, "entry 1 is not one"),
@@ -463,7 +465,7 @@ def forge(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
         (6, {"kind": "terms", "unit": "patient", "units": 9, "delta": 1e-5, "cap": 9.0}, "promise"),
     ],
 )
-def test_what_does_not_add_up_is_found_though_all_hashes_fit(
+def test_verify_finds_inconsistent_entries_with_valid_hashes(
     path: Path, number: int, lie: dict[str, Any], said: str
 ) -> None:
     history(path)
@@ -472,8 +474,8 @@ def test_what_does_not_add_up_is_found_though_all_hashes_fit(
         verify_ledger(path)
 
 
-def test_what_adds_up_is_not_suspected(path: Path) -> None:
-    """The negative control: written anew without a change, and by a slightly other accountant."""
+def test_verify_accepts_rewritten_but_consistent_entries(path: Path) -> None:
+    """Negative control: rewritten without a change, and with a slightly different epsilon."""
     history(path)
     forge(path, lambda contents: None)
     assert verify_ledger(path) == 6
@@ -482,7 +484,7 @@ def test_what_adds_up_is_not_suspected(path: Path) -> None:
 
 
 def train_with(standing: PrivacyDeclaration, config: RunConfig) -> None:
-    """A round of no network on no images: as far as the first step all is as it is."""
+    """Start a private round without network and images; everything before the first step is real."""
     nothing: Any = None
     where = Round(1, 2, 0, "north")
     train_within_budget(
@@ -546,7 +548,7 @@ def on_a_full_disk(path: Path, _: pytest.MonkeyPatch) -> None:
         (no_harm, None),
     ],
 )
-def test_a_ledger_that_cannot_be_used_lets_no_training_start(
+def test_unusable_ledger_prevents_training(
     path: Path,
     tiny: Callable[..., RunConfig],
     monkeypatch: pytest.MonkeyPatch,
@@ -584,7 +586,7 @@ def test_a_ledger_that_cannot_be_used_lets_no_training_start(
         assert len(texts_of(path)) == len(entries)
 
 
-def test_a_round_above_the_cap_is_declined_before_training(
+def test_round_above_the_cap_is_declined_before_training(
     path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

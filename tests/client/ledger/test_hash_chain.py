@@ -1,4 +1,4 @@
-"""The append-only file: what is durable, what tampering it shows, what it refuses to open."""
+"""The append-only file of a ledger: durability, tamper detection, and files it refuses to open."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NOBODY = 65534
 
 
 def append(path: Path, *kinds: str) -> None:
-    """One entry a turn, as training writes them."""
+    """Append one entry per turn, as training does."""
     with HashChain(path) as chain:
         for kind in kinds:
             with chain.turn():
@@ -45,7 +45,7 @@ def append(path: Path, *kinds: str) -> None:
 
 
 def append_in(chain: HashChain, *kinds: str) -> None:
-    """All in one turn."""
+    """Append all entries in one turn."""
     with chain.turn():
         for kind in kinds:
             chain.append(kind)
@@ -56,7 +56,7 @@ def kinds(path: Path) -> list[str]:
         return [entry.kind for entry in chain.entries]
 
 
-def test_entries_are_there_for_who_opens_the_file_next(path: Path) -> None:
+def test_entries_persist_after_reopening(path: Path) -> None:
     started = datetime.now(UTC)
     with HashChain(path) as chain:
         with chain.turn():
@@ -76,14 +76,14 @@ def test_entries_are_there_for_who_opens_the_file_next(path: Path) -> None:
     assert started <= first.time <= second.time <= datetime.now(UTC)
 
 
-def test_an_entry_is_on_the_disk_before_its_turn_ends(path: Path) -> None:
-    """Not power that fails, which no test can do, but what SQLite is told to do about it."""
+def test_commit_is_synchronised_to_disk(path: Path) -> None:
+    """Check SQLite's settings for durability, since a test cannot cut the power."""
     with HashChain(path) as chain:
         assert chain._pragma("synchronous") == 2  # FULL: the log is synchronised at each commit
         assert chain._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_each_hash_is_of_the_entry_and_the_hash_before(path: Path) -> None:
+def test_hash_covers_entry_and_previous_hash(path: Path) -> None:
     append(path, "one", "two", "three")
     before = "0" * 64
     with database(path) as opened:
@@ -94,7 +94,7 @@ def test_each_hash_is_of_the_entry_and_the_hash_before(path: Path) -> None:
     assert json.loads(head_of(path).read_text()) == {"number": 3, "hash": before}
 
 
-def test_a_turn_that_fails_writes_nothing(path: Path) -> None:
+def test_failed_turn_writes_nothing(path: Path) -> None:
     append(path, "one")
     noted = head_of(path).read_bytes()
     with HashChain(path) as chain:
@@ -111,7 +111,7 @@ def test_a_turn_that_fails_writes_nothing(path: Path) -> None:
     assert kinds(path) == ["one", "three"]
 
 
-def test_appending_outside_a_turn_is_a_mistake_of_ours(path: Path) -> None:
+def test_append_outside_a_turn_raises_runtime_error(path: Path) -> None:
     with HashChain(path) as chain, pytest.raises(RuntimeError, match=r"within turn\(\)"):
         chain.append("one")
     assert kinds(path) == []
@@ -126,7 +126,7 @@ def test_appending_outside_a_turn_is_a_mistake_of_ours(path: Path) -> None:
         ("INSERT OR REPLACE INTO entries VALUES (1, '{}', '')", "numbered one by one"),
     ],
 )
-def test_sqlite_itself_refuses_all_but_the_next_entry(
+def test_sqlite_triggers_refuse_update_delete_and_gaps(
     path: Path, statement: str, said: str
 ) -> None:
     append(path, "one", "two")
@@ -210,39 +210,39 @@ def the_head_something_else(path: Path) -> None:
 
 
 HARMS = {
-    a_word_changed: "entry 2 was changed: its hash does not fit",
-    not_even_text: "entry 2 was changed: its hash does not fit",
-    a_hash_changed: "entry 2 was changed: its hash does not fit",
+    a_word_changed: "entry 2 was changed: its hash does not match",
+    not_even_text: "entry 2 was changed: its hash does not match",
+    a_hash_changed: "entry 2 was changed: its hash does not match",
     one_taken_out: "entry 2 was changed: it is missing, 3 follows",
-    two_swapped: "entry 2 was changed: its hash does not fit",
-    one_put_behind: "entry 5 was changed: its hash does not fit",
-    the_end_cut_off: r"entry 3 is missing: ledger.db.head knows of 4 entries",
-    all_taken_out: r"entry 1 is missing: ledger.db.head knows of 4 entries",
-    all_written_anew: r"entry 4 is not the one that ledger.db.head knows",
-    the_file_emptied: r"entry 1 is missing: ledger.db.head knows of 4 entries",
+    two_swapped: "entry 2 was changed: its hash does not match",
+    one_put_behind: "entry 5 was changed: its hash does not match",
+    the_end_cut_off: r"entry 3 is missing: ledger.db.head records 4 entries",
+    all_taken_out: r"entry 1 is missing: ledger.db.head records 4 entries",
+    all_written_anew: r"entry 4 is not the one in ledger.db.head",
+    the_file_emptied: r"entry 1 is missing: ledger.db.head records 4 entries",
     the_file_gone: r"expected 4 entries by ledger.db.head, found no file",
     the_head_gone: r"ledger.db.head: expected the newest entry's number and hash, found no file",
-    the_head_of_another: r"entry 3 is not the one that ledger.db.head knows",
-    the_head_ahead: r"entry 5 is missing: ledger.db.head knows of 5 entries",
-    the_head_below_zero: r"entry -1 is not the one that ledger.db.head knows",
+    the_head_of_another: r"entry 3 is not the one in ledger.db.head",
+    the_head_ahead: r"entry 5 is missing: ledger.db.head records 5 entries",
+    the_head_below_zero: r"entry -1 is not the one in ledger.db.head",
     the_head_something_else: r"ledger.db.head: expected .*, found something else",
 }
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["to write", "to read"])
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
-def test_tampering_is_found_by_who_opens_the_file(
+def test_tampering_is_found_on_open(
     path: Path, harm: Callable[[Path], None], read_only: bool
 ) -> None:
     append(path, "one", "two", "three", "four")
     harm(path)
-    for _ in range(2):  # the first look mends nothing
+    for _ in range(2):  # the first check repairs nothing
         with pytest.raises(LedgerTampered, match=HARMS[harm]):
             HashChain(path, read_only=read_only)
 
 
-def test_an_untouched_file_is_not_suspected(path: Path, tmp_path: Path) -> None:
-    """The negative control: opened, vacuumed by another program, put back from a copy."""
+def test_vacuumed_and_copied_file_is_accepted(path: Path, tmp_path: Path) -> None:
+    """Negative control: opened, vacuumed by another program and restored from a copy."""
     append(path, "one", "two", "three", "four")
     with database(path) as opened:
         opened.execute("VACUUM")
@@ -267,7 +267,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened_after(written: Path, harm: Callable[[Path], None]) -> list[tuple[Entry, ...] | str]:
-    """What who reads and who writes find in a copy that was harmed."""
+    """Return what a reader and a writer find in a damaged copy: its entries or the error."""
     found: list[tuple[Entry, ...] | str] = []
     for read_only in (True, False):
         with tempfile.TemporaryDirectory() as folder:
@@ -285,12 +285,10 @@ def opened_after(written: Path, harm: Callable[[Path], None]) -> list[tuple[Entr
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_byte_changed_anywhere_is_found_or_changes_no_entry(
-    written: Path, data: st.DataObject
-) -> None:
+def test_changed_byte_is_found_or_alters_no_entry(written: Path, data: st.DataObject) -> None:
     size = written.stat().st_size
     content = written.read_bytes()
-    held = [i for i in range(size) if content[i]]  # most of the file is nothing
+    held = [i for i in range(size) if content[i]]  # most bytes of the file are zero
     place = data.draw(st.one_of(st.integers(0, size - 1), st.sampled_from(held)))
     other = data.draw(st.integers(1, 255)) ^ content[place]
 
@@ -308,7 +306,7 @@ def test_a_byte_changed_anywhere_is_found_or_changes_no_entry(
 
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_file_cut_anywhere_is_found(written: Path, share: float) -> None:
+def test_truncated_file_is_found(written: Path, share: float) -> None:
     length = int(share * written.stat().st_size)
     for outcome in opened_after(written, lambda path: os.truncate(path, length)):
         assert isinstance(outcome, str)
@@ -325,7 +323,7 @@ JSON = st.recursive(
 
 @settings(max_examples=30, deadline=None)
 @given(head=JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20))
-def test_a_head_that_says_anything_else_is_found(written: Path, head: bytes) -> None:
+def test_invalid_head_file_is_found(written: Path, head: bytes) -> None:
     def harm(path: Path) -> None:
         head_of(path).write_bytes(head)
 
@@ -333,8 +331,8 @@ def test_a_head_that_says_anything_else_is_found(written: Path, head: bytes) -> 
         assert isinstance(outcome, str)
 
 
-def test_who_forges_file_and_head_is_shown_by_a_head_kept_elsewhere(path: Path) -> None:
-    """The limit of a file that whoever may write it may write anew."""
+def test_forged_file_and_head_differ_from_a_saved_head(path: Path) -> None:
+    """Whoever may write the file can rewrite it; only a saved head shows that."""
     append(path, "one", "two", "three")
     with HashChain(path) as chain:
         kept = chain.head
@@ -343,7 +341,7 @@ def test_who_forges_file_and_head_is_shown_by_a_head_kept_elsewhere(path: Path) 
         number, found = opened.execute("SELECT max(number), hash FROM entries").fetchone()
     head_of(path).write_text(json.dumps({"number": number, "hash": found}))
     with HashChain(path) as chain:
-        chain.verify()  # nothing to be found here
+        chain.verify()  # the forged file is consistent
         assert chain.head.number == kept.number
         assert chain.head != kept
 
@@ -353,51 +351,51 @@ def test_who_forges_file_and_head_is_shown_by_a_head_kept_elsewhere(path: Path) 
     [
         '{"kind":"one"}',
         '{"kind":"one","number":1,"time":"soon"}',
-        '{"kind":"one","number":1,"time":"2026-01-01T00:00:00"}',  # in which zone?
+        '{"kind":"one","number":1,"time":"2026-01-01T00:00:00"}',  # no time zone
         '{"kind":"one","number":1,"time":17}',
         '{"kind":1,"number":1,"time":"2026-01-01T00:00:00+00:00"}',
         '{"kind":"one","number":2,"time":"2026-01-01T00:00:00+00:00"}',
-        '{"number":1,"kind":"one","time":"2026-01-01T00:00:00+00:00"}',  # keys in another order
+        '{"number":1,"kind":"one","time":"2026-01-01T00:00:00+00:00"}',  # keys in the wrong order
         '{"kind":"one","number":1,"time":"2026-01-01T00:00:00+00:00","x":NaN}',
         "[]",
         "none",
         "",
     ],
 )
-def test_an_entry_that_this_program_would_not_write_is_found_though_its_hash_fits(
-    path: Path, text: str
-) -> None:
+def test_malformed_entry_with_valid_hash_is_found(path: Path, text: str) -> None:
     append(path, "one")
     rewrite(path, [text])
     head_of(path).write_text(json.dumps({"number": 0, "hash": "0" * 64}))
-    with pytest.raises(LedgerTampered, match=r"entry 1 was changed: it (cannot be read|is not as)"):
+    with pytest.raises(
+        LedgerTampered, match=r"entry 1 was changed: it (cannot be read|is not in the format)"
+    ):
         HashChain(path)
 
 
-def test_an_entry_from_before_the_entry_before_it_is_found_though_its_hash_fits(path: Path) -> None:
+def test_entry_older_than_its_predecessor_is_found(path: Path) -> None:
     append(path, "one", "two")
     one, two = (json.loads(text) for text in texts_of(path))
     before = datetime.fromisoformat(one["time"]) - timedelta(hours=1)
     two["time"] = before.isoformat()
     rewrite(path, [json.dumps(each, sort_keys=True, separators=(",", ":")) for each in (one, two)])
     head_of(path).write_text(json.dumps({"number": 0, "hash": "0" * 64}))
-    with pytest.raises(LedgerTampered, match="entry 2 was changed: its time lies before"):
+    with pytest.raises(LedgerTampered, match="entry 2 was changed: its time is before"):
         HashChain(path)
 
 
-def test_a_head_that_a_crash_left_behind_is_repaired(path: Path) -> None:
+def test_stale_head_after_a_crash_is_repaired_on_write(path: Path) -> None:
     append(path, "one", "two")
     behind = head_of(path).read_bytes()
     append(path, "three")
     newest = head_of(path).read_bytes()
     head_of(path).write_bytes(behind)
     assert kinds(path) == ["one", "two", "three"]
-    assert head_of(path).read_bytes() == behind  # who only reads repairs nothing
+    assert head_of(path).read_bytes() == behind  # a reader repairs nothing
     HashChain(path).close()
     assert head_of(path).read_bytes() == newest
 
 
-def test_a_crash_while_the_file_is_made_leaves_nothing_to_mend(path: Path) -> None:
+def test_crash_during_creation_leaves_a_usable_file(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"")
     head_of(path).write_text(json.dumps({"number": 0, "hash": "0" * 64}) + "\n")
@@ -419,7 +417,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_process_leaves_what_it_committed_and_no_lock(path: Path) -> None:
+def test_killed_process_leaves_committed_entries_and_no_lock(path: Path) -> None:
     for number in range(1, 4):
         died = subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, check=False)
         assert died.returncode == -9
@@ -427,17 +425,17 @@ def test_a_killed_process_leaves_what_it_committed_and_no_lock(path: Path) -> No
         assert kinds(path) == ["kept"] * number
 
 
-def test_a_lost_log_is_found(path: Path) -> None:
-    """Entries that only the write-ahead log holds, since the process that wrote them was killed."""
+def test_lost_write_ahead_log_is_found(path: Path) -> None:
+    """The killed process left its entries in the write-ahead log only."""
     subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, check=False)
     subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, check=False)
     for name in ("ledger.db-wal", "ledger.db-shm"):
         path.with_name(name).unlink()
-    with pytest.raises(LedgerTampered, match=r"ledger.db.head knows of 2 entries"):
+    with pytest.raises(LedgerTampered, match=r"ledger.db.head records 2 entries"):
         HashChain(path)
 
 
-def test_who_takes_a_turn_sees_what_others_wrote(path: Path) -> None:
+def test_turn_sees_entries_of_other_processes(path: Path) -> None:
     with HashChain(path) as one, HashChain(path) as other:
         with one.turn():
             first = one.append("one")
@@ -465,7 +463,7 @@ with HashChain(Path(sys.argv[1]), timeout_s=60) as chain:
 
 @contextlib.contextmanager
 def together(count: int, *arguments: object) -> Iterator[None]:
-    """Several processes that begin at the same time; at the end they must have ended well."""
+    """Run several writer processes that start together; fail unless all of them exit with 0."""
     program = [sys.executable, "-c", TOGETHER, *map(str, arguments)]
     pipe = subprocess.PIPE
     writers = [
@@ -486,7 +484,7 @@ def together(count: int, *arguments: object) -> Iterator[None]:
             writer.communicate()
 
 
-def test_processes_that_make_and_write_one_file_at_once_lose_nothing(path: Path) -> None:
+def test_concurrent_creation_and_writing_loses_no_entry(path: Path) -> None:
     with together(4, path, 10):
         pass
     with HashChain(path) as chain:
@@ -497,7 +495,7 @@ def test_processes_that_make_and_write_one_file_at_once_lose_nothing(path: Path)
     assert json.loads(head_of(path).read_text())["number"] == 40
 
 
-def test_who_reads_while_others_write_sees_a_whole_beginning_of_it(path: Path) -> None:
+def test_reader_during_writes_sees_a_consistent_prefix(path: Path) -> None:
     append(path, "first")
     seen = []
     with together(2, path, 30):
@@ -506,10 +504,10 @@ def test_who_reads_while_others_write_sees_a_whole_beginning_of_it(path: Path) -
                 chain.verify()
                 seen.append(len(chain.entries))
     assert seen == sorted(seen)
-    assert len(set(seen)) > 2  # it did look in between
+    assert len(set(seen)) > 2  # it read intermediate states as well
 
 
-def test_who_reads_while_the_first_entry_is_written_suspects_nobody(
+def test_reader_during_first_entry_raises_no_tampering(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.parent.mkdir()
@@ -527,7 +525,7 @@ def test_who_reads_while_the_first_entry_is_written_suspects_nobody(
     assert kinds(path) == ["one"]
 
 
-def test_who_makes_the_file_waits_for_another_who_does(
+def test_concurrent_creation_waits_for_the_other_process(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.parent.mkdir()
@@ -546,7 +544,7 @@ def test_who_makes_the_file_waits_for_another_who_does(
         release.join()
 
 
-def test_a_file_that_another_process_makes_meanwhile_is_no_other_programs(
+def test_file_created_concurrently_is_recognised(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.parent.mkdir()
@@ -564,7 +562,7 @@ def test_a_file_that_another_process_makes_meanwhile_is_no_other_programs(
     assert kinds(path) == ["one", "two"]
 
 
-def test_a_file_locked_by_another_process_is_refused_after_a_while(path: Path) -> None:
+def test_locked_file_is_refused_after_the_timeout(path: Path) -> None:
     append(path, "one")
     with HashChain(path, timeout_s=0.05) as chain, database(path) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -573,14 +571,14 @@ def test_a_file_locked_by_another_process_is_refused_after_a_while(path: Path) -
             append_in(chain, "two")
         with pytest.raises(LedgerError, match=said):
             HashChain(path, timeout_s=0.05)
-        assert kinds(path) == ["one"]  # who reads need not wait
+        assert kinds(path) == ["one"]  # readers do not wait
         other.execute("ROLLBACK")
         with chain.turn():
             chain.append("two")
     assert kinds(path) == ["one", "two"]
 
 
-def test_an_entry_stands_though_its_head_cannot_be_noted(
+def test_entry_is_kept_when_the_head_update_fails(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append(path, "one")
@@ -594,7 +592,7 @@ def test_an_entry_stands_though_its_head_cannot_be_noted(
         with chain.turn():
             chain.append("two")
         monkeypatch.undo()
-    assert "left behind the newest entry" in caplog.text
+    assert "not updated to the newest entry" in caplog.text
     assert head_of(path).read_bytes() == behind
     append(path, "three")
     assert kinds(path) == ["one", "two", "three"]
@@ -602,7 +600,7 @@ def test_an_entry_stands_though_its_head_cannot_be_noted(
 
 
 @pytest.mark.parametrize("harm", [a_word_changed, one_taken_out, the_head_gone, the_head_ahead])
-def test_a_change_behind_the_back_of_who_has_it_open_is_found(
+def test_change_to_an_open_file_is_found_by_verify(
     path: Path, harm: Callable[[Path], None]
 ) -> None:
     append(path, "one", "two", "three", "four")
@@ -612,15 +610,15 @@ def test_a_change_behind_the_back_of_who_has_it_open_is_found(
             chain.verify()
 
 
-def test_a_newest_entry_that_changed_is_found_before_another_follows_it(path: Path) -> None:
+def test_changed_newest_entry_is_found_before_append(path: Path) -> None:
     append(path, "one", "two")
     with HashChain(path) as chain:
         a_hash_changed(path)
-        with pytest.raises(LedgerTampered, match=r"entry 2 .* not what it was a moment ago"):
+        with pytest.raises(LedgerTampered, match=r"entry 2 .* it changed since it was read"):
             append_in(chain, "three")
 
 
-def test_a_file_put_in_place_of_the_open_one_is_found(path: Path, tmp_path: Path) -> None:
+def test_replaced_open_file_is_found_on_append(path: Path, tmp_path: Path) -> None:
     append(path, "one")
     shutil.copytree(path.parent, tmp_path / "earlier")
     with HashChain(path) as chain:
@@ -632,7 +630,7 @@ def test_a_file_put_in_place_of_the_open_one_is_found(path: Path, tmp_path: Path
             append_in(chain, "two")
 
 
-def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(path: Path) -> None:
+def test_newer_schema_is_refused_and_left_unchanged(path: Path) -> None:
     append(path, "one")
     with database(path) as opened:
         opened.execute(f"PRAGMA user_version = {SCHEMA + 1}")
@@ -644,7 +642,7 @@ def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(path: Path) -> N
 
 
 @pytest.mark.parametrize("statement", ["CREATE TABLE cats (name)", "PRAGMA application_id = 7"])
-def test_another_programs_database_is_refused_and_left_as_it_is(path: Path, statement: str) -> None:
+def test_foreign_database_is_refused_and_left_unchanged(path: Path, statement: str) -> None:
     path.parent.mkdir()
     with database(path) as opened:
         opened.execute(statement)
@@ -656,7 +654,7 @@ def test_another_programs_database_is_refused_and_left_as_it_is(path: Path, stat
 
 
 @pytest.mark.parametrize("length", [7, 5000])
-def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path, length: int) -> None:
+def test_non_database_file_is_refused_and_left_unchanged(path: Path, length: int) -> None:
     path.parent.mkdir()
     path.write_bytes(b"budget " * (length // 7))
     for read_only in (False, True):
@@ -665,7 +663,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path, len
     assert path.read_bytes() == b"budget " * (length // 7)
 
 
-def test_a_damaged_page_is_found_before_anything_is_written(path: Path) -> None:
+def test_damaged_page_is_found_before_writing(path: Path) -> None:
     append(path, *"abcdefghijklmnopqrst")
     content = bytearray(path.read_bytes())
     content[4096:8192] = os.urandom(4096)
@@ -676,10 +674,10 @@ def test_a_damaged_page_is_found_before_anything_is_written(path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_damage_beside_the_entries_is_found_too(path: Path) -> None:
+def test_damage_outside_the_entries_is_found(path: Path) -> None:
     append(path, "one")
     content = bytearray(path.read_bytes())
-    content[36:40] = (7).to_bytes(4, "big")  # SQLite's count of pages that are free
+    content[36:40] = (7).to_bytes(4, "big")  # SQLite's count of free pages
     path.write_bytes(content)
     with pytest.raises(LedgerError, match=r"ledger.db: damaged \(.*freelist.*7\); .*backup"):
         HashChain(path)
@@ -688,13 +686,13 @@ def test_damage_beside_the_entries_is_found_too(path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_there_is_nothing_to_read_before_something_is_written(path: Path) -> None:
+def test_reading_a_missing_file_is_refused_and_creates_nothing(path: Path) -> None:
     with pytest.raises(LedgerError, match="no such ledger"):
         HashChain(path, read_only=True)
     assert not path.parent.exists()
 
 
-def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
+def test_path_that_cannot_hold_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LedgerError, match=r"file/ledger.db.head: cannot be read: Not a directory"):
         HashChain(tmp_path / "file" / "ledger.db")
@@ -705,7 +703,7 @@ def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Set the clock some seconds away from what it is."""
+    """Return a function that shifts the clock by some seconds."""
 
     def move(seconds: float) -> None:
         monkeypatch.setattr(
@@ -717,23 +715,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return move
 
 
-def test_a_clock_that_went_back_is_refused(path: Path, clock: Callable[[float], None]) -> None:
+def test_clock_set_back_is_refused_for_writing(path: Path, clock: Callable[[float], None]) -> None:
     append(path, "one")
     with HashChain(path) as chain:
         clock(-120)
-        said = r"the clock went back: entry 1 was written at 20.*, now it is 20.*; set the clock"
+        said = r"the clock went back: entry 1 was written at 20.*, now it is 20.*; correct the"
         with pytest.raises(LedgerError, match=said):
             append_in(chain, "two")
         with pytest.raises(LedgerError, match=said):
             HashChain(path)
-        assert kinds(path) == ["one"]  # to look at it the clock need not be right
+        assert kinds(path) == ["one"]  # reading does not depend on the clock
         clock(0)
         with chain.turn():
             chain.append("two")
     assert kinds(path) == ["one", "two"]
 
 
-def test_a_clock_that_goes_back_within_a_turn_writes_nothing(
+def test_clock_set_back_within_a_turn_writes_nothing(
     path: Path, clock: Callable[[float], None]
 ) -> None:
     append(path, "one")
@@ -751,7 +749,9 @@ def test_a_clock_that_goes_back_within_a_turn_writes_nothing(
     assert kinds(path) == ["one", "three"]
 
 
-def test_a_clock_may_be_set_back_a_little(path: Path, clock: Callable[[float], None]) -> None:
+def test_clock_set_back_under_a_minute_is_accepted(
+    path: Path, clock: Callable[[float], None]
+) -> None:
     for seconds in (0, -30, -50):
         clock(seconds)
         append(path, "one")
@@ -760,7 +760,7 @@ def test_a_clock_may_be_set_back_a_little(path: Path, clock: Callable[[float], N
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that everybody may enter; pytest's own are their user's alone."""
+    """Create a folder that every user may enter, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -769,7 +769,7 @@ def shared() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def bound_by_modes() -> Iterator[None]:
-    """Root may write everywhere, so be nobody for a while."""
+    """Drop root's privileges for a while, since root ignores file modes."""
     if os.geteuid() != 0:
         yield
         return
@@ -785,7 +785,7 @@ def only_read(path: Path) -> None:
         place.chmod(0o555 if place.is_dir() else 0o444)
 
 
-def test_a_read_only_file_is_refused_for_writing_and_can_be_looked_at(shared: Path) -> None:
+def test_read_only_file_is_readable_and_refused_for_writing(shared: Path) -> None:
     path = shared / "ledger.db"
     append(path, "one")
     only_read(path)
@@ -796,8 +796,8 @@ def test_a_read_only_file_is_refused_for_writing_and_can_be_looked_at(shared: Pa
     assert sorted(place.name for place in shared.iterdir()) == ["ledger.db", "ledger.db.head"]
 
 
-def test_a_head_that_another_user_wrote_is_no_hindrance(shared: Path) -> None:
-    """As when root lowers delta for the user that trains."""
+def test_head_written_by_another_user_allows_append(shared: Path) -> None:
+    """This happens when root lowers delta for the user that trains."""
     path = shared / "ledger.db"
     append(path, "one")
     shared.chmod(0o777)
@@ -808,19 +808,19 @@ def test_a_head_that_another_user_wrote_is_no_hindrance(shared: Path) -> None:
     assert kinds(path) == ["one", "two"]
 
 
-def test_a_folder_where_nothing_can_be_made_is_refused(shared: Path) -> None:
+def test_unwritable_folder_is_refused(shared: Path) -> None:
     shared.chmod(0o555)
     with bound_by_modes():
         with pytest.raises(LedgerError, match=f"{shared}: read only"):
             HashChain(shared / "ledger.db")
-        with pytest.raises(LedgerError, match=r"state: cannot be made: Permission denied"):
+        with pytest.raises(LedgerError, match=r"state: cannot be created: Permission denied"):
             HashChain(shared / "state" / "ledger.db")
 
 
-def test_what_only_sqlite_finds_to_be_read_only_is_refused_too(
+def test_file_found_read_only_by_sqlite_is_refused(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system mounted read only looks writable to root, who may write whatever its mode."""
+    """A read-only file system looks writable to root."""
     path = shared / "ledger.db"
     append(path, "one")
     only_read(path)
@@ -830,7 +830,7 @@ def test_what_only_sqlite_finds_to_be_read_only_is_refused_too(
     assert kinds(path) == ["one"]
 
 
-def test_a_disk_without_room_for_the_head_is_refused_before_the_entry(path: Path) -> None:
+def test_full_disk_for_head_refuses_before_the_entry(path: Path) -> None:
     append(path, "one")
     with HashChain(path) as chain:
         path.with_name(".ledger.db.head").symlink_to("/dev/full")
@@ -843,11 +843,13 @@ def test_a_disk_without_room_for_the_head_is_refused_before_the_entry(path: Path
     assert kinds(path) == ["one", "three"]
 
 
-def test_a_disk_without_room_for_the_entry_is_refused(path: Path) -> None:
+def test_full_disk_for_entry_is_refused(path: Path) -> None:
     append(path, "one")
     with HashChain(path) as chain:
         pages = chain._pragma("page_count")
-        chain._database.execute(f"PRAGMA max_page_count = {pages}")  # what SQLite takes for full
+        chain._database.execute(
+            f"PRAGMA max_page_count = {pages}"
+        )  # to SQLite the disk is then full
         with pytest.raises(LedgerError, match="the disk is full; nothing was written"):
             append_in(chain, "-" * 10000)
         assert [entry.kind for entry in chain.entries] == kinds(path) == ["one"]
@@ -859,7 +861,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(place)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only who may mount can fill a disk of its own")
+        pytest.skip("a small disk is a mounted tmpfs, which this user may not create")
     try:
         yield place
     finally:
@@ -867,7 +869,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path, leave: int) -> None:
-    """Leave some bytes, or the pages that they need."""
+    """Fill the disk up to the given number of free bytes, rounded to pages."""
     filling = place / "filling"
     filling.unlink(missing_ok=True)
     with filling.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -876,7 +878,7 @@ def fill(place: Path, leave: int) -> None:
     os.truncate(filling, max(filling.stat().st_size - leave, 0))
 
 
-def test_on_a_full_disk_an_entry_is_written_wholly_or_refused(small_disk: Path) -> None:
+def test_append_on_a_full_disk_is_atomic(small_disk: Path) -> None:
     path = small_disk / "ledger.db"
     append(path, "first")
     expected, refusals = ["first"], []

@@ -1,4 +1,4 @@
-"""What a site's people see of its ledger, and the one promise that they may change."""
+"""The ``site ledger`` and ``site lower-delta`` commands."""
 
 from __future__ import annotations
 
@@ -39,16 +39,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def train(path: Path, cap: float | None = 8.0, delta: float = DELTA) -> None:
-    """Two rounds of a run, the second with fewer steps, and one that was never settled."""
+    """Write two rounds of a run, the second with fewer steps, and an unsettled one."""
     with Ledger(path, NORTH, delta, cap) as ledger:
         ledger.settle(ledger.reserve("4711", 1, TEN), 10)
         ledger.settle(ledger.reserve("4711", 2, TEN), 4)
         ledger.reserve("4712", 1, TEN)
 
 
-def test_the_ledger_shows_what_is_spent_and_left_by_run_and_round(
-    cli, site: Path, path: Path
-) -> None:
+def test_ledger_command_shows_spent_and_left_by_round(cli, site: Path, path: Path) -> None:
     train(path)
     status, out, err = cli("site", "ledger", site)
     assert (status, err) == (0, "")
@@ -65,7 +63,7 @@ def test_the_ledger_shows_what_is_spent_and_left_by_run_and_round(
     assert "verified" not in out
 
 
-def test_the_ledger_as_json_has_every_number(cli, site: Path, path: Path) -> None:
+def test_ledger_json_contains_all_fields(cli, site: Path, path: Path) -> None:
     train(path)
     status, out, err = cli("site", "ledger", site, "--json", "--verify")
     assert (status, err) == (0, "")
@@ -73,7 +71,7 @@ def test_the_ledger_as_json_has_every_number(cli, site: Path, path: Path) -> Non
     spent = epsilon([TEN, replace(TEN, steps=4), TEN], DELTA)
     assert told["spent"] == spent
     assert told["left"] == 8 - spent
-    assert told["spent-rdp"] >= spent
+    assert told["spent_rdp"] >= spent
     expected = {
         "ledger": str(path),
         "cohort": "north",
@@ -81,7 +79,7 @@ def test_the_ledger_as_json_has_every_number(cli, site: Path, path: Path) -> Non
         "units": 400,
         "delta": DELTA,
         "cap": 8.0,
-        "verified-entries": 6,
+        "verified_entries": 6,
     }
     assert expected.items() <= told.items()
     assert [(r["run"], r["round"], r["reserved"], r["taken"]) for r in told["rounds"]] == [
@@ -93,7 +91,7 @@ def test_the_ledger_as_json_has_every_number(cli, site: Path, path: Path) -> Non
     assert [terms["cap"] for terms in told["terms"]] == [8.0]
 
 
-def test_spending_without_noise_or_cap_is_shown_as_what_it_is(cli, site: Path, path: Path) -> None:
+def test_ledger_shows_infinite_spending_without_cap(cli, site: Path, path: Path) -> None:
     with Ledger(path, NORTH, DELTA, None) as ledger:
         ledger.settle(ledger.reserve("4711", 1, DpEvent(0.0, 0.05, 1)), 1)
     status, out, _ = cli("site", "ledger", site)
@@ -104,7 +102,7 @@ def test_spending_without_noise_or_cap_is_shown_as_what_it_is(cli, site: Path, p
     assert told["rounds"][0]["epsilon"] == "infinity"
 
 
-def test_changed_terms_are_shown_with_their_time(cli, site: Path, path: Path) -> None:
+def test_ledger_shows_changed_terms_with_time(cli, site: Path, path: Path) -> None:
     train(path)
     Ledger(path, replace(NORTH, units=500), DELTA, 9.0).close()
     _, out, _ = cli("site", "ledger", site)
@@ -114,27 +112,27 @@ def test_changed_terms_are_shown_with_their_time(cli, site: Path, path: Path) ->
 
 
 @pytest.mark.parametrize("verify", [[], ["--verify"]])
-def test_before_any_training_nothing_is_spent_and_nothing_is_made(
+def test_ledger_before_training_is_empty_and_creates_no_file(
     cli, site: Path, path: Path, verify: list[str]
 ) -> None:
     status, out, err = cli("site", "ledger", site, *verify)
     assert (status, out) == (0, "")
-    assert "cohort north: nothing spent" in err
+    assert "cohort north: nothing has been spent" in err
     status, out, _ = cli("site", "ledger", site, "--json", *verify)
     assert status == 0
-    assert json.loads(out) == {"ledger": str(path), "cohort": None}
+    assert json.loads(out) == {"schema_version": 1, "ledger": str(path), "cohort": None}
     assert not path.parent.exists()
 
 
-def test_verifying_says_how_many_entries_were_computed_again(cli, site: Path, path: Path) -> None:
+def test_ledger_verify_reports_entry_count(cli, site: Path, path: Path) -> None:
     train(path)
     status, out, err = cli("site", "ledger", site, "--verify")
     assert (status, err) == (0, "")
-    assert f"verified 6 entries, {path}" in out
+    assert f"verified 6 entries of {path}" in out
 
 
 @pytest.mark.parametrize("options", [[], ["--verify"], ["--json"]])
-def test_a_ledger_that_was_changed_ends_with_1_and_says_where(
+def test_tampered_ledger_exits_1_and_names_the_entry(
     cli, site: Path, path: Path, options: list[str]
 ) -> None:
     train(path)
@@ -156,7 +154,7 @@ def give_steps_back(path: Path) -> None:
     ("content", "said"),
     [(b"", "entry 1 is missing"), (b"cats" * 999, "found no database"), (None, "found no file")],
 )
-def test_a_ledger_that_is_lost_or_damaged_ends_with_1(
+def test_lost_or_damaged_ledger_exits_1(
     cli, site: Path, path: Path, content: bytes | None, said: str
 ) -> None:
     train(path)
@@ -170,7 +168,7 @@ def test_a_ledger_that_is_lost_or_damaged_ends_with_1(
     assert "Traceback" not in err
 
 
-def test_the_ledger_can_be_looked_at_while_the_site_trains(cli, site: Path, path: Path) -> None:
+def test_ledger_command_works_during_training(cli, site: Path, path: Path) -> None:
     with Ledger(path, NORTH, DELTA, 8.0) as ledger:
         reservation = ledger.reserve("4711", 1, TEN)
         status, out, _ = cli("site", "ledger", site, "--verify")
@@ -184,9 +182,7 @@ def test_the_ledger_can_be_looked_at_while_the_site_trains(cli, site: Path, path
 
 
 @pytest.mark.parametrize("command", ["ledger", "lower-delta"])
-def test_a_site_file_that_is_missing_or_wrong_is_the_users_mistake(
-    cli, tmp_path: Path, command: str
-) -> None:
+def test_missing_or_invalid_site_file_exits_2(cli, tmp_path: Path, command: str) -> None:
     status, out, err = cli("site", command, tmp_path / "none.yaml")
     assert (status, out) == (2, "")
     assert "no such site file" in err
@@ -196,9 +192,7 @@ def test_a_site_file_that_is_missing_or_wrong_is_the_users_mistake(
     assert "budget.delta: expected less than 1 / 400" in err
 
 
-def test_lowering_delta_is_written_down_and_counts_for_what_was_spent(
-    cli, site: Path, path: Path
-) -> None:
+def test_lower_delta_is_recorded_and_applies_to_past_spending(cli, site: Path, path: Path) -> None:
     train(path)
     site.write_text(SITE.format(patients=4000, delta=1e-4))
     status, out, err = cli("site", "lower-delta", site)
@@ -211,7 +205,7 @@ def test_lowering_delta_is_written_down_and_counts_for_what_was_spent(
     assert "delta: 0.001 -> 0.0001" in out
 
 
-def test_delta_is_not_raised_nor_lowered_twice_nor_for_nobody(cli, site: Path, path: Path) -> None:
+def test_lower_delta_refuses_raise_repeat_and_unknown_cohort(cli, site: Path, path: Path) -> None:
     status, out, err = cli("site", "lower-delta", site)
     assert (status, out) == (1, "")
     assert "has no cohort north" in err

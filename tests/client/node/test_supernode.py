@@ -1,6 +1,6 @@
-"""The guard around Flower's SuperNode: that it stands where Flower passes, and what it lets by.
+"""The release guard around Flower's SuperNode: which releases it lets run.
 
-tests/deployment/test_deployment.py has the same with real processes.
+tests/deployment/test_deployment.py tests the same with real processes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from polyclinic.client.node.supernode import (
     TAKES_IN,
     ReleaseGuard,
     read_contact,
-    same_minor,
 )
 from polyclinic.client.policy.approvals import Approvals
-from polyclinic.configs import VERSION, wire
+from polyclinic.configs import VERSION, same_minor, wire
 from polyclinic.configs.schema.site import CoordinatorConfig, SiteConfig
 from tests.factories import app, packed
 
 
-def test_flower_takes_messages_in_where_the_guard_stands() -> None:
-    """Fails when a new Flower moves what client/node/supernode.py stands around."""
+def test_flower_message_hooks_match_the_release_guard() -> None:
+    """Fails when a new Flower version changes the functions that client/node/supernode.py wraps."""
     takes_in = inspect.signature(getattr(internal, TAKES_IN)).parameters
     assert set(ASKED_FOR) <= set(takes_in)
     assert list(inspect.signature(getattr(internal, PUTS_BACK)).parameters) == [
@@ -43,17 +42,17 @@ def test_flower_takes_messages_in_where_the_guard_stands() -> None:
     loop = inspect.getsource(internal.start_client_internal)
     assert f"run_id = {TAKES_IN}(" in loop
     for name in ASKED_FOR:
-        assert f"{name}=" in loop  # by name, as the guard is called
+        assert f"{name}=" in loop  # keyword arguments, as the guard expects
     body = inspect.getsource(getattr(internal, TAKES_IN))
     assert body.index("get_fab(run_info.fab_hash, run_id)") < body.index("state.store_fab(fab)")
     assert body.index("get_run(run_id)") < body.index("get_fab(run_info.fab_hash, run_id)")
     assert body.index("get_fab(") < body.index("state.create_task(")
     others = inspect.getsource(internal).count("get_fab(")
-    assert others == body.count("get_fab(")  # no other way for a packed app to come in
+    assert others == body.count("get_fab(")  # a packed app is fetched nowhere else
 
 
 class Node:
-    """Flower's side: one message, its run and its packed app; what came of it."""
+    """Flower's side: one message with its run and packed app, and the outcome."""
 
     def __init__(self, content: bytes, task_type: str = TaskType.SERVER_APP) -> None:
         self.content = content
@@ -64,7 +63,7 @@ class Node:
         self.replies: list[Message] = []
 
     def take_in(self, **given) -> int | None:
-        """As Flower's own function does, without the network."""
+        """Take in a message as Flower's function does, without the network."""
         found = given["receive"]()
         if found is None:
             return None
@@ -96,7 +95,7 @@ def guard(tmp_path: Path, flower_identity: None) -> ReleaseGuard:
     return ReleaseGuard(Approvals(tmp_path), tmp_path / "contact.json", "fl.example.org:9092")
 
 
-def test_an_approved_release_runs_and_nothing_else(guard, monkeypatch) -> None:
+def test_guard_runs_only_an_approved_release(guard, monkeypatch) -> None:
     node = Node(packed(app()))
     assert node.pull(guard, monkeypatch) is not None
     assert node.ran == []
@@ -112,7 +111,7 @@ def test_an_approved_release_runs_and_nothing_else(guard, monkeypatch) -> None:
     assert without_gate.ran == []
 
 
-def test_a_withdrawn_release_gets_no_further_message(guard, monkeypatch) -> None:
+def test_guard_blocks_a_withdrawn_release(guard, monkeypatch) -> None:
     node = Node(packed(app()))
     decision = guard.approvals.approve(node.content)
     node.pull(guard, monkeypatch)
@@ -122,27 +121,27 @@ def test_a_withdrawn_release_gets_no_further_message(guard, monkeypatch) -> None
     assert decision.digest in node.replies[0].error.reason
 
 
-def test_a_release_of_another_minor_version_is_told_to_be_upgraded(guard, monkeypatch) -> None:
+def test_guard_refuses_another_minor_version_with_reason(guard, monkeypatch) -> None:
     content = packed({**app(), "pyproject.toml": '[project]\nversion = "9.8.7"\n'})
     guard.approvals.approve(content)
     node = Node(content)
     node.pull(guard, monkeypatch)
     assert node.ran == []
-    assert f"of version 9.8.7, what is installed here of {VERSION}" in node.replies[0].error.reason
+    assert f"its version is 9.8.7, this site has {VERSION}" in node.replies[0].error.reason
     assert same_minor("0.1.0", "0.1.7")
     assert not same_minor("0.1.0", "0.2.0")
 
 
-def test_bytes_that_are_not_those_of_the_hash_are_refused(guard, monkeypatch) -> None:
+def test_guard_refuses_content_with_wrong_hash(guard, monkeypatch) -> None:
     node = Node(packed(app()))
     guard.approvals.approve(node.content)
     node.hash = "0" * 64
     node.pull(guard, monkeypatch)
     assert node.ran == []
-    assert "its content is not what its hash says" in node.replies[0].error.reason
+    assert "its content does not match its hash" in node.replies[0].error.reason
 
 
-def test_agents_and_what_is_no_release_are_refused(guard, monkeypatch) -> None:
+def test_guard_refuses_agents_and_invalid_releases(guard, monkeypatch) -> None:
     agent = Node(packed(app()), TaskType.AGENT_APP)
     guard.approvals.approve(agent.content)
     agent.pull(guard, monkeypatch)
@@ -153,7 +152,7 @@ def test_agents_and_what_is_no_release_are_refused(guard, monkeypatch) -> None:
     assert "expected a packed app" in rubbish.replies[0].error.reason
 
 
-def test_with_a_damaged_file_of_decisions_nothing_runs(guard, monkeypatch) -> None:
+def test_guard_with_damaged_decisions_runs_nothing(guard, monkeypatch) -> None:
     node = Node(packed(app()))
     guard.approvals.approve(node.content)
     guard.approvals.log.write_text("rubbish")
@@ -162,7 +161,7 @@ def test_with_a_damaged_file_of_decisions_nothing_runs(guard, monkeypatch) -> No
     assert "is damaged" in node.replies[0].error.reason
 
 
-def test_the_coordinator_is_noted_when_it_is_heard(guard, monkeypatch) -> None:
+def test_guard_records_contact_with_the_coordinator(guard, monkeypatch) -> None:
     node = Node(packed(app()))
     digest = guard.approvals.approve(node.content).digest
     assert read_contact(guard.contact) is None
@@ -179,7 +178,7 @@ def test_the_coordinator_is_noted_when_it_is_heard(guard, monkeypatch) -> None:
     assert read_contact(guard.contact) is None
 
 
-def test_why_flower_ends_is_said_and_its_threads_do_not_stay(
+def test_flower_exit_reason_is_logged_and_process_exits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def ends() -> None:

@@ -1,4 +1,4 @@
-"""Approved releases: what is one, what a new one changes, and that nothing else passes."""
+"""Approved releases: reading a release, showing its changes, and recording approvals."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def site_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_digest_is_of_every_file_and_not_of_when_it_was_packed() -> None:
+def test_digest_covers_every_file_and_not_packing_time() -> None:
     release = open_release(packed(app()))
     again = open_release(packed(dict(reversed(app().items())), (2026, 2, 2, 2, 2, 2)))
     assert again.digest == release.digest
     for other in (
         app(client__policy__site_policy="pass\n"),  # changed
-        app(sitecustomize="pass\n"),  # a file more
+        app(sitecustomize="pass\n"),  # one more file
         {k: v for k, v in app().items() if k != "client/policy/site_policy.py"},
         {**app(), "pyproject.toml": PROJECT + "[tool.flwr.app.components]\n"},
     ):
@@ -44,16 +44,16 @@ def test_a_digest_is_of_every_file_and_not_of_when_it_was_packed() -> None:
     "name",
     ["../x.py", "/x.py", "client/../apps.py", "./apps.py", "client//gate.py", "a\\b.py", "Apps.py"],
 )
-def test_names_that_could_fall_on_another_file_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="expected plain and different file names"):
+def test_release_with_ambiguous_file_names_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected plain and distinct file names"):
         open_release(packed({**app(), name: "evil"}))
 
 
-def test_what_is_no_release_is_refused() -> None:
+def test_invalid_release_archives_are_refused() -> None:
     twice = io.BytesIO(packed(app()))
     with zipfile.ZipFile(twice, "a") as fab, pytest.warns(UserWarning, match="Duplicate name"):
         fab.writestr("apps.py", "evil")
-    with pytest.raises(ConfigError, match=r"different file names in a packed app, got 'apps.py'"):
+    with pytest.raises(ConfigError, match=r"distinct file names in a packed app, got 'apps.py'"):
         open_release(twice.getvalue())
     for content in (b"", b"no zip", packed({"apps.py": ""}), packed({"pyproject.toml": "x"})):
         with pytest.raises(ConfigError, match="expected a packed app"):
@@ -65,7 +65,7 @@ def test_what_is_no_release_is_refused() -> None:
         open_release(bomb.getvalue())
 
 
-def test_approving_withdrawing_and_approving_again(tmp_path: Path) -> None:
+def test_approve_and_withdraw_update_the_approved_releases(tmp_path: Path) -> None:
     approvals = Approvals(tmp_path)
     assert approvals.approved() == {}
     assert approvals.latest() is None
@@ -85,7 +85,7 @@ def test_approving_withdrawing_and_approving_again(tmp_path: Path) -> None:
     assert approvals.decisions()[0].by
 
 
-def test_with_a_damaged_file_of_decisions_nothing_is_allowed(tmp_path: Path) -> None:
+def test_damaged_decisions_file_allows_no_release(tmp_path: Path) -> None:
     approvals = Approvals(tmp_path)
     approvals.approve(packed(app()))
     approvals.log.write_text(approvals.log.read_text()[:-20])
@@ -93,7 +93,7 @@ def test_with_a_damaged_file_of_decisions_nothing_is_allowed(tmp_path: Path) -> 
         approvals.approved()
 
 
-def test_changes_are_told_file_by_file() -> None:
+def test_changes_lists_new_changed_and_removed_files() -> None:
     before = open_release(packed({**app(), "old.py": "", ".info/CONTENT": "1"}))
     after = open_release(
         packed({**app(client__policy__site_policy="pass\n"), "new.py": "x\n", ".info/CONTENT": "2"})
@@ -107,8 +107,8 @@ def test_changes_are_told_file_by_file() -> None:
     assert {"-check()", "+pass"} <= set(found["client/policy/site_policy.py"].lines)
 
 
-def test_a_difference_cannot_hide_what_it_is() -> None:
-    """Codes that move a terminal's cursor or turn the direction of writing are written out."""
+def test_difference_escapes_control_characters() -> None:
+    """Codes that move the cursor or reverse the writing direction are escaped."""
     evil = "x = 1\x1b[2K\x1b[1A  # nothing\n\u202eadmin = True\n"
     (change,) = changes(open_release(packed(app())), open_release(packed(app(apps=evil))))
     assert all(line.isprintable() for line in change.lines)
@@ -116,19 +116,19 @@ def test_a_difference_cannot_hide_what_it_is() -> None:
     assert r"+\u202eadmin = True" in change.lines
     binary = {**app(), "client/policy/site_policy.py": b"# coding: latin-1\n\xe9 = 1\n"}
     (change,) = changes(open_release(packed(app())), open_release(packed(binary)))
-    assert change.lines == ("24 bytes that are no text and cannot be shown",)
+    assert change.lines == ("24 bytes of binary content",)
 
 
-def test_damaged_and_encrypted_files_are_refused_and_end_nothing() -> None:
+def test_damaged_and_encrypted_archives_are_refused() -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as fab:
         fab.writestr("pyproject.toml", PROJECT * 50)
     content = bytearray(buffer.getvalue())
-    content[60:90] = b"\xff" * 30  # in the compressed bytes
+    content[60:90] = b"\xff" * 30  # inside the compressed bytes
     with pytest.raises(ConfigError, match="expected a packed app"):
         open_release(bytes(content))
     content = bytearray(packed(app()))
-    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag of encryption
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the encryption flag
         content[content.index(signature) + at] |= 1
     with pytest.raises(ConfigError, match="expected a packed app"):
         open_release(bytes(content))
@@ -136,7 +136,7 @@ def test_damaged_and_encrypted_files_are_refused_and_end_nothing() -> None:
         open_release(packed({"pyproject.toml": "project = []\n"}))
 
 
-def test_the_command_shows_asks_and_records(site_file: Path, cli, monkeypatch) -> None:
+def test_approve_command_shows_changes_asks_and_records(site_file: Path, cli, monkeypatch) -> None:
     fab, changed = Path("one.fab"), Path("two.fab")
     fab.write_bytes(packed(app()))
     changed.write_bytes(packed(app(client__policy__site_policy="pass\n")))
@@ -181,7 +181,7 @@ def signer(tmp_path: Path) -> Callable[[str], tuple[Path, str]]:
     return make
 
 
-def test_a_site_with_a_signer_approves_what_it_signed_alone(site_file: Path, cli, signer) -> None:
+def test_site_with_a_signer_approves_only_signed_releases(site_file: Path, cli, signer) -> None:
     private, public = signer("signer")
     other, _ = signer("other")
     site_file.write_text(site_file.read_text() + f"release-signer: {json.dumps(public)}\n")
@@ -192,7 +192,7 @@ def test_a_site_with_a_signer_approves_what_it_signed_alone(site_file: Path, cli
     cli("server", "sign", "one.fab", "--key", other)
     status, _, err = cli("site", "approve", site_file, "one.fab", "--yes")
     assert status == 2
-    assert "its signature is not of this site's release-signer" in err
+    assert "expected a signature of this site's release-signer" in err
     cli("server", "sign", "one.fab", "--key", private)
     status, out, _ = cli("site", "approve", site_file, "one.fab", "--yes")
     assert status == 0
@@ -202,12 +202,12 @@ def test_a_site_with_a_signer_approves_what_it_signed_alone(site_file: Path, cli
     assert cli("site", "approve", site_file, "two.fab", "--yes")[0] == 2
 
 
-def test_keys_and_signatures_that_are_none_are_named(tmp_path: Path, signer) -> None:
+def test_invalid_keys_and_signatures_are_refused(tmp_path: Path, signer) -> None:
     release = open_release(packed(app()))
     private, public = signer("signer")
     signature = sign_release(release, private)
     check_signature(release, signature, public)
-    with pytest.raises(ConfigError, match="its signature is not"):
+    with pytest.raises(ConfigError, match="expected a signature of this site"):
         check_signature(release, "no base64!", public)
     with pytest.raises(ConfigError, match="release-signer: expected an Ed25519 public key"):
         check_signature(release, signature, "rubbish")

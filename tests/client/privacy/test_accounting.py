@@ -1,4 +1,4 @@
-"""What a history of noisy steps costs: by formula, beside Google's dp-accounting, at extremes."""
+"""Privacy accounting: by formula, against Google's dp-accounting, and at extreme values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HISTORIES = {
 
 
 def google(history: list[DpEvent], accountant) -> object:
-    event = pytest.importorskip("dp_accounting", reason="pip install 'polyclinic[test]'").dp_event
+    event = pytest.importorskip("dp_accounting", reason="pip install --group test").dp_event
     for spent in history:
         step = event.GaussianDpEvent(spent.noise_multiplier)
         step = event.PoissonSampledDpEvent(spent.sample_rate, step)
@@ -45,12 +45,12 @@ def google(history: list[DpEvent], accountant) -> object:
 
 
 def google_pld(history: list[DpEvent], delta: float) -> float:
-    pld = pytest.importorskip("dp_accounting.pld", reason="pip install 'polyclinic[test]'")
+    pld = pytest.importorskip("dp_accounting.pld", reason="pip install --group test")
     return google(history, pld.PLDAccountant()).get_epsilon(delta)
 
 
 def google_rdp(history: list[DpEvent], delta: float) -> float:
-    rdp = pytest.importorskip("dp_accounting.rdp", reason="pip install 'polyclinic[test]'")
+    rdp = pytest.importorskip("dp_accounting.rdp", reason="pip install --group test")
     return google(history, rdp.RdpAccountant(accounting._ORDERS)).get_epsilon(delta)
 
 
@@ -63,38 +63,38 @@ def whole_orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def agrees(found: float, reference: float) -> bool:
-    """Not below the reference, but for its own rounding, and hardly above."""
+    """Whether a bound is at most 0.1 percent below and 2 percent above the reference."""
     return reference * 0.999 <= found <= reference * 1.02
 
 
 @pytest.mark.parametrize(
     ("name", "delta"), [*((name, 1e-6) for name in HISTORIES), ("a run", 1e-3), ("two runs", 1e-9)]
 )
-def test_prv_agrees_with_googles_privacy_loss_distributions(name: str, delta: float) -> None:
+def test_prv_agrees_with_google_pld_accountant(name: str, delta: float) -> None:
     found = bound(HISTORIES[name], delta)
     assert found.by == "prv"
     assert agrees(found.epsilon, google_pld(HISTORIES[name], delta))
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_rdp_agrees_with_googles_at_whole_orders(name: str, whole_orders: None) -> None:
+def test_rdp_agrees_with_google_at_integer_orders(name: str, whole_orders: None) -> None:
     expected = google_rdp(HISTORIES[name], DELTA)
     assert epsilon_rdp(HISTORIES[name], DELTA) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["little noise", "three sizes"])
-def test_rdp_at_broken_orders_is_a_little_below_googles(name: str) -> None:
-    """Google adds up the magnitudes of a series of alternating signs."""
+def test_rdp_at_fractional_orders_is_slightly_below_google(name: str) -> None:
+    """Google sums the magnitudes of an alternating series, which is slightly larger."""
     expected = google_rdp(HISTORIES[name], DELTA)
     assert 0.99 * expected <= epsilon_rdp(HISTORIES[name], DELTA) <= expected
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_prv_is_the_smaller_bound(name: str) -> None:
+def test_prv_bound_is_below_rdp_bound(name: str) -> None:
     assert epsilon(HISTORIES[name], DELTA) < epsilon_rdp(HISTORIES[name], DELTA)
 
 
-def test_an_accountant_that_miscounts_would_be_found() -> None:
+def test_comparison_detects_a_miscounting_accountant() -> None:
     history = HISTORIES["two runs"]
     reference = google_pld(history, DELTA)
     assert agrees(epsilon(history, DELTA), reference)
@@ -105,8 +105,8 @@ def test_an_accountant_that_miscounts_would_be_found() -> None:
 
 @pytest.mark.parametrize("noise", [0.7, 3.0, 30.0])
 @pytest.mark.parametrize("steps", [1, 25])
-def test_without_sampling_it_is_the_gaussian_mechanisms_formula(noise: float, steps: int) -> None:
-    mean = math.sqrt(steps) / noise  # composed Gaussians are one of that signal-to-noise ratio
+def test_epsilon_at_rate_1_matches_gaussian_mechanism(noise: float, steps: int) -> None:
+    mean = math.sqrt(steps) / noise  # composed Gaussians equal one with this signal-to-noise ratio
 
     def delta_at(eps: float) -> float:
         return norm.cdf(mean / 2 - eps / mean) - math.exp(eps) * norm.cdf(-mean / 2 - eps / mean)
@@ -115,14 +115,14 @@ def test_without_sampling_it_is_the_gaussian_mechanisms_formula(noise: float, st
     assert exact <= epsilon([DpEvent(noise, 1.0, steps)], DELTA) <= 1.02 * exact
 
 
-def test_nothing_done_costs_nothing() -> None:
+def test_epsilon_of_an_empty_history_is_zero() -> None:
     assert epsilon([], DELTA) == 0
     assert epsilon([DpEvent(0.0, 0.1, 0)], DELTA) == 0
     assert epsilon_rdp([], DELTA) == 0
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-300, 1e-160, 1e-4])
-def test_without_noise_the_cost_is_infinite(noise: float) -> None:
+def test_epsilon_without_noise_is_infinite(noise: float) -> None:
     assert epsilon([DpEvent(2.0, 0.1, 10), DpEvent(noise, 0.1, 1)], DELTA) == math.inf
     assert epsilon_rdp([DpEvent(noise, 1.0, 1)], DELTA) == math.inf
 
@@ -130,11 +130,11 @@ def test_without_noise_the_cost_is_infinite(noise: float) -> None:
 @pytest.mark.parametrize(
     ("spent", "by"),
     [
-        (DpEvent(1e-3, 0.1, 10), "rdp"),  # PRV would want a grid to epsilon 5 million
+        (DpEvent(1e-3, 0.1, 10), "rdp"),  # PRV would need a grid up to epsilon 5 million
         (DpEvent(0.1, 0.2, 10_000), "rdp"),  # 148 GB
         (DpEvent(0.3, 0.01, 10_000), "rdp"),
         (DpEvent(1.0, 0.001, 10**8), "rdp"),
-        (DpEvent(0.1, 0.01, 100), "rdp"),  # overflows and gives a number all the same
+        (DpEvent(0.1, 0.01, 100), "rdp"),  # PRV overflows and still returns a number
         (DpEvent(1.0, 0.001, 10**6), "prv"),
         (DpEvent(1.0, 1e-15, 1000), "prv"),
         (DpEvent(1.0, 1 - 1e-16, 10), "prv"),
@@ -142,7 +142,7 @@ def test_without_noise_the_cost_is_infinite(noise: float) -> None:
         (DpEvent(1.0, 0.01, 1), "prv"),
     ],
 )
-def test_at_extremes_there_is_still_a_bound(spent: DpEvent, by: str) -> None:
+def test_bound_at_extreme_settings_is_finite(spent: DpEvent, by: str) -> None:
     found = bound([spent], DELTA)
     assert found.by == by
     assert 0 < found.epsilon < math.inf
@@ -150,17 +150,17 @@ def test_at_extremes_there_is_still_a_bound(spent: DpEvent, by: str) -> None:
 
 
 @pytest.mark.parametrize("delta", [0.9, 1e-2, 1e-9, 1e-14])
-def test_a_bound_is_never_negative(delta: float) -> None:
+def test_bound_is_never_negative(delta: float) -> None:
     assert epsilon([DpEvent(50.0, 0.001, 1)], delta) >= 0
     assert epsilon_rdp([DpEvent(50.0, 0.001, 1)], delta) >= 0
 
 
-def test_below_any_delta_that_was_compared_rdp_stands_alone() -> None:
+def test_bound_at_very_small_delta_uses_rdp() -> None:
     assert bound([DpEvent(1.0, 0.05, 10)], 1e-9).by == "prv"
     assert bound([DpEvent(1.0, 0.05, 10)], 1e-14).by == "rdp"
 
 
-def test_more_steps_less_noise_a_higher_rate_and_a_smaller_delta_cost_more() -> None:
+def test_epsilon_grows_with_steps_rate_and_smaller_noise_or_delta() -> None:
     for worse in (
         [epsilon([DpEvent(1.2, 0.05, steps)], DELTA) for steps in (1, 2, 10, 11, 200, 5000)],
         [epsilon([DpEvent(noise, 0.05, 50)], DELTA) for noise in (50.0, 5.0, 1.0, 0.9, 0.4, 0.05)],
@@ -171,13 +171,13 @@ def test_more_steps_less_noise_a_higher_rate_and_a_smaller_delta_cost_more() -> 
         assert worse == sorted(set(worse))
 
 
-def test_a_thousand_equal_rounds_are_one_stretch_in_any_order() -> None:
+def test_equal_events_are_merged_in_any_order() -> None:
     rounds = [DpEvent(1.1, 0.05, 1)] * 900 + [DpEvent(2.0, 0.1, 7)] + [DpEvent(1.1, 0.05, 1)] * 100
     assert accounting._merged(rounds, DELTA) == (DpEvent(1.1, 0.05, 1000), DpEvent(2.0, 0.1, 7))
     assert accounting._merged(rounds[::-1], DELTA) == accounting._merged(rounds, DELTA)
 
 
-def test_many_different_stretches_are_grouped_to_the_costlier_side() -> None:
+def test_grouped_events_give_an_upper_bound() -> None:
     stretches = tuple(DpEvent(1.0 + i / 50, 0.05 + i / 1000, 20) for i in range(5))
     grouped = accounting._grouped(stretches, 2)
     assert len(grouped) <= 2
@@ -194,27 +194,27 @@ def test_many_different_stretches_are_grouped_to_the_costlier_side() -> None:
         (0.1, 0.2, 20, []),
         (1.0, 1.0, 10, []),
         (3.0, 0.05, 100, [DpEvent(1.5, 0.05, 100)]),
-        # of which RDP alone would say that it has spent the target
+        # by the RDP bound this history has already spent the target
         (2.0, 0.05, 50, [DpEvent(1.05, 0.05, 20)]),
     ],
 )
-def test_noise_for_a_target_is_enough_and_no_more(target, rate, steps, before) -> None:
+def test_noise_for_meets_target_without_excess(target, rate, steps, before) -> None:
     noise = noise_for(target, DELTA, rate, steps, before)
     assert epsilon([*before, DpEvent(noise, rate, steps)], DELTA) <= target
     assert epsilon([*before, DpEvent(noise / (1 + PRECISION) ** 2, rate, steps)], DELTA) > target
 
 
-def test_rdp_alone_would_refuse_what_noise_is_found_for() -> None:
+def test_rdp_bound_exceeds_a_target_that_prv_meets() -> None:
     assert epsilon_rdp([DpEvent(1.05, 0.05, 20)], DELTA) > 2
 
 
-def test_a_target_that_was_spent_before_is_refused_with_the_numbers() -> None:
+def test_noise_for_an_already_spent_target_is_refused() -> None:
     before = [DpEvent(1.0, 0.05, 100)]
     with pytest.raises(ValueError, match=r"epsilon 3\.\d+ of 2 is spent already"):
         noise_for(2.0, DELTA, 0.05, 10, before)
 
 
-def test_a_target_that_no_noise_reaches_is_refused() -> None:
+def test_noise_for_an_unreachable_target_is_refused() -> None:
     with pytest.raises(ValueError, match=r"10000000000 steps .* cannot stay within epsilon 0\.001"):
         noise_for(0.001, DELTA, 1.0, 10**10)
 
@@ -238,12 +238,12 @@ def test_a_target_that_no_noise_reaches_is_refused() -> None:
         (lambda: noise_for(1.0, DELTA, 2.0, 1), "sample rate"),
     ],
 )
-def test_what_is_out_of_range_is_refused_by_name(make, said: str) -> None:
+def test_out_of_range_arguments_are_refused_by_name(make, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{said}: expected"):
         make()
 
 
-def test_importing_it_brings_neither_opacus_nor_torch_nor_numpy() -> None:
+def test_accounting_import_does_not_load_opacus_torch_or_numpy() -> None:
     code = "import sys, polyclinic.client.privacy.accounting as _; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

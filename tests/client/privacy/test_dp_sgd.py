@@ -1,4 +1,4 @@
-"""DP-SGD: what one unit can change, how much noise there is, and what leaves no trace."""
+"""DP-SGD: sensitivity to one unit, noise, adaptive clipping, and the settings it refuses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def trained(
 
 
 class Linear(nn.Module):
-    """The smallest network whose per-example gradients Opacus takes apart."""
+    """The smallest network for which Opacus computes per-example gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def gradients_of(
     random: int = 0,
     kind: str = "ghost",
 ) -> list[Tensor]:
-    """The released gradient of one step, of units with the rows of ``xs``."""
+    """Compute the released gradient of one step; each entry of ``xs`` holds the rows of one unit."""
     torch.manual_seed(0)
     network = Linear()
     parameters = list(network.parameters())
@@ -98,14 +98,16 @@ def gradients_of(
         for microbatch in microbatches(positions, physical):
             for chunk in microbatch:
                 loss = units.forward(rows[chunk.positions]).square().sum()
-                units.backward(loss, torch.from_numpy(chunk.unit), alone=len(microbatch) > 1)
+                units.backward(
+                    loss, torch.from_numpy(chunk.unit), unit_continues=len(microbatch) > 1
+                )
             units.clip(clipping.norm, gradient.sums)
     gradient.release(clipping.deviation)
     return [p.grad for p in network.parameters()]
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """Between two sums of gradients, not the means that are released."""
+    """Return the distance of two gradient sums, undoing the released mean."""
     return (
         QUIET.expected_units
         * torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)]).norm().item()
@@ -116,7 +118,7 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("physical", [2, 100])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
-def test_no_unit_changes_the_sum_by_more_than_the_clipping_norm(
+def test_one_unit_changes_the_sum_by_at_most_the_clip_norm(
     rows: int, physical: int, size: float, kind: str
 ) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -131,8 +133,8 @@ def test_no_unit_changes_the_sum_by_more_than_the_clipping_norm(
         assert change > 0.99 * QUIET.clip_norm
 
 
-def test_clipping_examples_does_not_bound_a_patient() -> None:
-    """The negative control: the same images as units of one each."""
+def test_clipping_by_example_does_not_bound_a_patient() -> None:
+    """Negative control: the same images, each as a unit of its own."""
     one = 1e3 * torch.randn(1, 3).expand(5, 3)
     as_patient = distance(gradients_of([one]), gradients_of([]))
     as_examples = distance(gradients_of(list(one[:, None])), gradients_of([]))
@@ -141,13 +143,13 @@ def test_clipping_examples_does_not_bound_a_patient() -> None:
 
 
 @pytest.mark.parametrize("physical", [1, 2, 3, 100])
-def test_the_size_of_a_pass_changes_nothing(physical: int) -> None:
+def test_gradient_does_not_depend_on_physical_batch_size(physical: int) -> None:
     xs = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (1, 3, 2, 5, 1)]
     for found, expected in zip(gradients_of(xs, physical=physical), gradients_of(xs), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def test_of_examples_it_is_what_opacus_computes() -> None:
+def test_gradient_with_example_units_matches_opacus() -> None:
     xs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     network = GradSampleModule(Linear(), loss_reduction="sum")
@@ -166,7 +168,7 @@ def test_of_examples_it_is_what_opacus_computes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ghost", "hooks"])
-def test_a_gradient_that_is_not_finite_counts_nothing(kind: str) -> None:
+def test_non_finite_gradient_of_a_unit_is_dropped(kind: str) -> None:
     xs = [torch.randn(2, 3, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     broken = [*xs, torch.full((2, 3), torch.inf)]
     for found, expected in zip(gradients_of(broken, kind=kind), gradients_of(xs), strict=True):
@@ -174,7 +176,7 @@ def test_a_gradient_that_is_not_finite_counts_nothing(kind: str) -> None:
 
 
 def noise_p_value(mechanism: Mechanism, claimed: float) -> float:
-    """How likely noise as strange as this is, if its deviation were the claimed one (two sides)."""
+    """Return the two-sided p-value of the noise under the claimed standard deviation."""
     steps = 400
     noise = np.concatenate(
         [
@@ -188,15 +190,15 @@ def noise_p_value(mechanism: Mechanism, claimed: float) -> float:
 
 
 @pytest.mark.parametrize(("sigma", "clip"), [(1.0, 1.0), (0.7, 3.0)])
-def test_noise_has_the_deviation_that_is_accounted_for(sigma: float, clip: float) -> None:
+def test_noise_deviation_matches_the_accounted_one(sigma: float, clip: float) -> None:
     mechanism = replace(QUIET, noise_multiplier=sigma, clip_norm=clip)
     assert noise_p_value(mechanism, sigma * clip) > 1e-3
-    for wrong in (2 / 3, 3 / 2):  # the negative controls
+    for wrong in (2 / 3, 3 / 2):  # negative controls
         assert noise_p_value(mechanism, wrong * sigma * clip) < 1e-9
 
 
-def test_in_training_noise_is_that_of_every_step_drawn_anew() -> None:
-    """The whole round's path: with a rate of 0 all that moves the weights is noise."""
+def test_training_draws_independent_noise_at_every_step() -> None:
+    """A whole round at a sampling rate near 0: only noise moves the weights."""
     seen: list[Tensor] = []
 
     class Watching(NoisyGradient):
@@ -218,7 +220,7 @@ def test_in_training_noise_is_that_of_every_step_drawn_anew() -> None:
 FOLLOWS = Adaptation(quantile=0.5, rate=0.2)
 
 
-def test_an_adaptive_norm_comes_to_the_quantile() -> None:
+def test_adaptive_clip_norm_converges_to_the_quantile() -> None:
     generator = np.random.default_rng(0)
     clipping = ClipNorm(Mechanism(1.0, 0.5, 1, 400, 100.0, FOLLOWS), generator)
     for _ in range(150):
@@ -230,17 +232,15 @@ def test_an_adaptive_norm_comes_to_the_quantile() -> None:
 
 
 @pytest.mark.parametrize(("noise", "units"), [(0.5, 4), (1.0, 40), (3.0, 1000)])
-def test_gradient_and_count_together_have_the_noise_that_is_accounted_for(
-    noise: float, units: int
-) -> None:
+def test_gradient_and_count_noise_compose_to_the_accounted_noise(noise: float, units: int) -> None:
     clipping = ClipNorm(Mechanism(noise, 0.5, 1, 2 * units, 7.0, FOLLOWS), np.random.default_rng(0))
-    # one unit moves the gradient by the norm and the count by 1/2; in units of each one's noise:
+    # one unit moves the gradient by the clip norm and the count by 1/2, here in noise deviations
     moved = (7.0 / clipping.deviation) ** 2 + (0.5 / clipping.count_deviation) ** 2
     assert moved**-0.5 == pytest.approx(noise)
     assert clipping.noise_multiplier > noise
 
 
-def test_one_unit_moves_the_count_by_a_half_whichever_side_it_is_on() -> None:
+def test_one_unit_changes_the_clip_count_by_one_half() -> None:
     def count(norms: list[float]) -> float:
         clipping = ClipNorm(Mechanism(0.0, 1.0, 1, 10, 1.0, FOLLOWS), np.random.default_rng(0))
         clipping.count_deviation = 0.0
@@ -251,20 +251,20 @@ def test_one_unit_moves_the_count_by_a_half_whichever_side_it_is_on() -> None:
         assert abs(count([0.5, 2.0, more]) - count([0.5, 2.0])) == pytest.approx(0.5, abs=1e-5)
 
 
-def test_a_round_with_adaptive_clipping_trains() -> None:
+def test_adaptive_clipping_changes_the_trained_weights() -> None:
     adapting = replace(LOUD, adapts=FOLLOWS, steps=3)
     assert not same(trained(some(), adapting), trained(some(), replace(LOUD, steps=3)))
 
 
-def test_a_step_in_which_no_unit_was_drawn_is_a_step_of_noise() -> None:
+def test_step_without_sampled_units_applies_noise() -> None:
     model = trained(some(), replace(LOUD, sample_rate=1e-12, units=10**12, steps=1))
     assert changed_parts(model) == {"encoder", "dfe", "decoder", "head"}
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
 @pytest.mark.parametrize("unit", ["example", "patient"])
-def test_without_noise_and_clipping_it_learns_as_plain_training_does(unit: str) -> None:
-    """Every unit drawn, one step: the gradient is the plain one but for how it is averaged."""
+def test_training_without_noise_or_clipping_matches_plain_training(unit: str) -> None:
+    """With every unit in one step, the gradient differs from the plain one only in its scale."""
     examples = some()
     everything = Mechanism(0.0, 1.0, 1, len(units_of(examples, unit)), clip_norm=1e9)
     private = trained(examples, everything, unit, physical=5)
@@ -279,32 +279,32 @@ def test_without_noise_and_clipping_it_learns_as_plain_training_does(unit: str) 
         device=CPU,
     )
     close = [
-        torch.isclose(a, b, atol=2e-4).float().mean().item()  # of Adam's first step of 1e-3
+        torch.isclose(a, b, atol=2e-4).float().mean().item()  # Adam's first step is about 1e-3
         for a, b in zip(private.state_dict().values(), plain.state_dict().values(), strict=True)
     ]
     assert np.mean(close) > 0.99
 
 
-def test_the_size_of_a_pass_does_not_change_the_trained_weights() -> None:
+def test_trained_weights_do_not_depend_on_physical_batch_size() -> None:
     small_, large = trained(some(), physical=3), trained(some(), physical=100)
     for a, b in zip(small_.state_dict().values(), large.state_dict().values(), strict=True):
         assert torch.isclose(a, b, atol=1e-4).float().mean() > 0.99
 
 
-def test_its_randomness_is_not_the_runs() -> None:
+def test_noise_does_not_depend_on_the_run_seed() -> None:
     """The server knows the run's seed; two rounds with the same one must differ."""
     assert same(trained(some(), random=3), trained(some(), random=3))
     assert not same(trained(some(), random=None), trained(some(), random=None))
 
 
-def test_without_masks_the_segmentation_part_stays_as_it_came() -> None:
+def test_unannotated_task_parts_stay_unchanged() -> None:
     assert changed_parts(trained(some(masks=False))) == {"encoder", "head"}
     assert changed_parts(trained(some(labels=False))) == {"encoder", "dfe", "decoder"}
     with pytest.raises(TrainingError, match="none of the training examples"):
         trained(some(masks=False, labels=False))
 
 
-def test_a_network_that_was_trained_privately_is_an_ordinary_one_afterwards() -> None:
+def test_private_training_leaves_no_hooks_on_the_network() -> None:
     model = trained(some(masks=False))
     for parameter in model.parameters():
         assert parameter.requires_grad
@@ -313,7 +313,7 @@ def test_a_network_that_was_trained_privately_is_an_ordinary_one_afterwards() ->
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
 
-def test_units_are_examples_or_all_images_of_a_patient() -> None:
+def test_units_of_groups_by_example_or_patient() -> None:
     examples = some(7)
     assert [u.tolist() for u in units_of(examples, "example")] == [[i] for i in range(7)]
     assert sorted(u.tolist() for u in units_of(examples, "patient")) == [
@@ -324,7 +324,7 @@ def test_units_are_examples_or_all_images_of_a_patient() -> None:
     ]
 
 
-def test_units_are_packed_whole_and_only_one_that_is_too_large_is_cut() -> None:
+def test_microbatches_keep_units_whole_and_cut_only_large_ones() -> None:
     units = [np.arange(a, b) for a, b in ((0, 2), (2, 4), (4, 9), (9, 10))]
     found = list(microbatches(units, 3))
     assert [[chunk.positions.tolist() for chunk in microbatch] for microbatch in found] == [
@@ -336,7 +336,7 @@ def test_units_are_packed_whole_and_only_one_that_is_too_large_is_cut() -> None:
     assert list(microbatches([], 3)) == []
 
 
-def test_rate_and_steps_follow_from_what_is_declared() -> None:
+def test_sampling_rate_and_steps_follow_from_declared_size() -> None:
     assert sampling(TrainConfig(batch_size=8, local_epochs=2), 100) == (0.08, 26)
     assert sampling(TrainConfig(batch_size=8, local_steps=5), 100) == (0.08, 5)
     assert sampling(TrainConfig(batch_size=8), 4) == (1.0, 1)
@@ -353,7 +353,7 @@ def private(**settings: object) -> RunConfig:
     return RunConfig.from_flat({**base, **named})
 
 
-def test_settings_that_would_break_the_bound_are_refused() -> None:
+def test_settings_that_break_the_privacy_bound_are_refused() -> None:
     assert private().privacy.unit == "patient"
     for settings, said in (
         ({"data__split": "stratified"}, r"data.split: expected independent"),
@@ -368,6 +368,6 @@ def test_settings_that_would_break_the_bound_are_refused() -> None:
             private(**settings)
 
 
-def test_without_privacy_opacus_is_not_even_imported() -> None:
+def test_apps_import_does_not_load_opacus() -> None:
     code = "import apps, sys; sys.exit('opacus' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,7 +1,7 @@
-"""Gradients that Opacus takes apart by example, against those of one example at a time.
+"""Opacus's per-example gradients against autograd on one example at a time.
 
-What differential privacy clips is an example's own gradient; a rule that mixes them up would
-bound nothing, and nothing else would show it.
+Differential privacy clips each example's gradient. A rule that mixes gradients of different
+examples would break the guarantee, and no other test would show it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.uncertainty import Uncertainty
 from tests.factories import VARIANTS, small, some_targets, without_chance
 
-SIZE = (64, 48)  # not square: windows that are high and windows that are wide
+SIZE = (64, 48)  # not square, so that there are both tall and wide windows
 
 
 def loss_of(model: nn.Module, images: Tensor, targets: Targets, loss: LossConfig) -> Tensor:
@@ -29,7 +29,7 @@ def loss_of(model: nn.Module, images: Tensor, targets: Targets, loss: LossConfig
 def one_at_a_time(
     model: MultiTaskUNet, images: Tensor, targets: Targets, loss: LossConfig
 ) -> dict[str, Tensor]:
-    """(B, ...) gradients of every parameter."""
+    """Compute gradients of every parameter by autograd, (B, ...) each."""
     rows = []
     for i in range(len(images)):
         one = Targets(*(part[i : i + 1] for part in targets))
@@ -42,7 +42,7 @@ def one_at_a_time(
 def compare(
     model: MultiTaskUNet, loss: LossConfig | None = None, targets: Targets | None = None
 ) -> None:
-    model.double().train()  # in float32 a batch's rounding flips a ReLU here and there
+    model.double().train()  # in float32, rounding over a batch can flip a ReLU
     loss = loss or LossConfig()
     images = torch.randn(3, 1, *SIZE, generator=torch.Generator().manual_seed(0)).double()
     targets = targets or some_targets(3, SIZE)
@@ -52,20 +52,24 @@ def compare(
     for name, parameter in model.named_parameters():
         found = parameter.grad_sample
         assert found.shape == expected[name].shape, name
-        tolerance = 1e-9 + 1e-6 * expected[name].abs().max().item()  # ConvNeXt's can all be tiny
+        tolerance = (
+            1e-9 + 1e-6 * expected[name].abs().max().item()
+        )  # all gradients of ConvNeXt can be tiny
         torch.testing.assert_close(
             found, expected[name], rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # at the images
+@pytest.mark.filterwarnings(
+    "ignore:Full backward hook is firing:UserWarning"
+)  # the images need no gradient
 @pytest.mark.parametrize("changes", without_chance(VARIANTS))
-def test_every_options_gradients_are_told_apart_by_example(changes: dict[str, object]) -> None:
+def test_per_example_gradients_match_autograd_for_every_option(changes: dict[str, object]) -> None:
     compare(small(**changes))
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-def test_so_are_those_of_learned_task_weights() -> None:
+def test_per_example_gradients_match_with_learned_task_weights() -> None:
     model = small()
     model.uncertainty = Uncertainty(1.0, 0.25)
     compare(model, LossConfig(weighting="uncertainty"))
@@ -80,9 +84,7 @@ def test_so_are_those_of_learned_task_weights() -> None:
     ],
     ids=["exclusive", "overlapping"],
 )
-def test_so_are_those_of_other_losses_where_not_all_is_annotated(
-    maps: int, loss: LossConfig
-) -> None:
+def test_per_example_gradients_match_with_partial_annotations(maps: int, loss: LossConfig) -> None:
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(4, (3, *SIZE), generator=generator)
     masks = nn.functional.one_hot(index, 4).movedim(3, 1)[:, 1:].double()
@@ -93,12 +95,12 @@ def test_so_are_those_of_other_losses_where_not_all_is_annotated(
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-def test_channels_last_changes_nothing() -> None:
+def test_per_example_gradients_match_with_channels_last() -> None:
     compare(small().to(memory_format=torch.channels_last))
 
 
-def test_the_rule_that_ours_replaces_is_wrong_for_channels_last() -> None:
-    """The negative control; when it fails, Opacus has mended its rule and ours can go."""
+def test_opacus_convolution_rule_is_wrong_for_channels_last() -> None:
+    """Negative control. When it fails, Opacus has fixed its rule and ours can be removed."""
     conv = nn.Conv2d(4, 2, kernel_size=3, padding=1)
     x = torch.randn(2, 4, 6, 6)
     out = torch.randn(2, 2, 6, 6)

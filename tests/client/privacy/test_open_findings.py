@@ -69,7 +69,7 @@ def random_examples(count: int, side: int = 32) -> Examples:
 
 
 def without(examples: Examples, index: int) -> Examples:
-    """The neighbouring data set that lacks one unit."""
+    """Return the neighbouring data set without one unit."""
     kept = np.arange(len(examples)) != index
     return Examples(*(getattr(examples, part.name)[kept] for part in fields(Examples)))
 
@@ -90,7 +90,7 @@ def recorded_sums(found: list[torch.Tensor]) -> Iterator[None]:
 
 
 def clipped_sum(examples: Examples, config: RunConfig, seed: int = 5) -> torch.Tensor:
-    """(weights,) what all units add in one step in which every unit takes part."""
+    """Return the clipped sum of one step in which every unit takes part, (weights,)."""
     found: list[torch.Tensor] = []
     with recorded_sums(found):
         train_one_round_privately(
@@ -109,7 +109,7 @@ def clipped_sum(examples: Examples, config: RunConfig, seed: int = 5) -> torch.T
 
 
 def sensitivity(augment: bool, drop_path: float) -> float:
-    """Largest change of the clipped sum when one of three units is removed, in clip norms."""
+    """Return the largest change of the clipped sum over three removed units, in clip norms."""
     config = private_config(
         train__augment=augment, model__drop_path=drop_path, privacy__physical_batch_size=32
     )
@@ -121,7 +121,7 @@ def sensitivity(augment: bool, drop_path: float) -> float:
 
 
 def test_sensitivity_without_augmentation_or_drop_path_is_the_clip_norm() -> None:
-    """The control of the next test: the same code, where the claim holds."""
+    """Control of the next test: the same code where the claim holds."""
     assert sensitivity(augment=False, drop_path=0.0) == pytest.approx(1, abs=1e-3)
 
 
@@ -185,7 +185,7 @@ def test_membership_guesses_stay_within_epsilon_with_augmentation() -> None:
                 scores[guess, shift] = float(shown[guess] + shown[other] - length / 2)
         exact_matches += (max(scores, key=scores.__getitem__)[1] == 0) == present
     bound = math.exp(epsilon([DpEvent(sigma, 1.0, 1)], 1e-5))
-    best = bound / (1 + bound)  # share of right guesses that epsilon allows
+    best = bound / (1 + bound)  # share of correct guesses that epsilon allows
     assert exact_matches / trials <= best + 3 * math.sqrt(best * (1 - best) / trials)
 
 
@@ -196,7 +196,7 @@ CLIP = 1e-10 / SIGMA * UNITS
 
 
 def ziggurat_steps() -> np.ndarray:
-    """(256,) widths by which NumPy's float32 ziggurat multiplies a 23-bit integer."""
+    """Return the widths by which NumPy's float32 ziggurat scales a 23-bit integer, (256,)."""
     radius = 3.6541528853610088
     density = lambda x: math.exp(-x * x / 2)  # noqa: E731
     tail = math.sqrt(math.pi / 2) * math.erfc(radius / math.sqrt(2))
@@ -213,25 +213,25 @@ STEPS = ziggurat_steps()
 
 
 def candidates(values: np.ndarray) -> np.ndarray:
-    """(n, 768) float32 normals that NumPy can draw next to each of (n,) values."""
+    """Return the float32 normals that NumPy can draw near each of (n,) values, (n, 768)."""
     nearest = np.rint(np.abs(values).astype(np.float64)[:, None] / STEPS.astype(np.float64)[None])
     around = [(nearest + shift).clip(0).astype(np.float32) * STEPS[None] for shift in (-1, 0, 1)]
     return np.concatenate(around, 1)
 
 
 def test_candidates_hold_every_small_normal_that_numpy_draws() -> None:
-    """The control of the attack's table."""
+    """Control of the attack's table."""
     drawn = np.random.default_rng(0).standard_normal(20_000, dtype=np.float32)
     small = drawn[np.abs(drawn) < 0.2]
     assert (candidates(small) == np.abs(small)[:, None]).any(1).all()
 
 
 def impossible(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> int:
-    """Weights whose change noise by itself cannot have made."""
+    """Count the weights whose change cannot come from noise only."""
     count = 0
     for key in (k for k in before if "float32" in k and "encoder" in k):
         old, new = before[key].ravel(), after[key].ravel()
-        step = (old.astype(np.float64) - new) / RATE  # AdamW's first: g / (|g| + 1e-8)
+        step = (old.astype(np.float64) - new) / RATE  # AdamW's first step: g / (|g| + 1e-8)
         drawn = (1e-8 * step / (1 - np.abs(step)) * UNITS / (SIGMA * CLIP)).astype(np.float32)
         near = np.flatnonzero((np.abs(drawn) < 3e-5) & (drawn != 0) & (new != old))
         if not len(near):
@@ -244,7 +244,7 @@ def impossible(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> i
 
 
 def step_of_noise(noise: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What a site makes of a weight that no unit's gradient reaches."""
+    """Apply a site's first AdamW step with noise only, as for a weight without any gradient."""
     total = torch.zeros(len(noise)).add_(torch.from_numpy(noise), alpha=SIGMA * CLIP)
     parameter = torch.nn.Parameter(torch.from_numpy(weights.copy()))
     parameter.grad = total / float(UNITS)
@@ -254,7 +254,7 @@ def step_of_noise(noise: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @open_finding("H1")
 def test_float_rounding_of_a_reply_does_not_show_a_member(tmp_path: Path) -> None:
-    """A coordinator that sets a tiny clip norm and a huge rate reads the noise's last bits."""
+    """A coordinator with a tiny clip norm and a huge learning rate reads the noise's last bits."""
     config = private_config(
         privacy__noise_multiplier=SIGMA,
         privacy__clip_norm=CLIP,
@@ -283,7 +283,7 @@ def test_float_rounding_of_a_reply_does_not_show_a_member(tmp_path: Path) -> Non
         files[name].write_text(yaml.safe_dump(content))
     _, _, network = network_weights(config)
     linear = [m for m in network.modules() if getattr(m, "out_features", 0) == 2][-1]
-    with torch.no_grad():  # benign images are right with certainty: their gradients vanish
+    with torch.no_grad():  # benign images are classified with certainty, so their gradients vanish
         linear.bias.copy_(torch.tensor([200.0, -200.0]))
     weights = packed(config, network)
     found = {}
@@ -292,5 +292,7 @@ def test_float_rounding_of_a_reply_does_not_show_a_member(tmp_path: Path) -> Non
         arrays = reply.content.array_records[wire.WEIGHTS]
         found[name] = impossible(weights[1], {k: a.numpy() for k, a in arrays.items()})
     if found["absent"]:
-        pytest.fail("the attack's own model of the noise is wrong")  # no expected failure
+        pytest.fail(
+            "the attack's own model of the noise is wrong"
+        )  # an error of the test, not the expected failure
     assert found["member"] == found["absent"]

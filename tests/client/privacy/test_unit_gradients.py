@@ -1,4 +1,4 @@
-"""Clipped sums without per-unit gradients, against one unit at a time and against Opacus."""
+"""Clipped sums computed without per-unit gradients, against autograd and Opacus."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.factories import VARIANTS, small, some_targets, without_chance
 
 SIZE = (64, 48)
 CLIP = 0.5
-UNITS = torch.tensor([0, 0, 1, 2])  # whose the four examples are
+UNITS = torch.tensor([0, 0, 1, 2])  # the unit of each of the four examples
 
 
 def some_batch() -> tuple[Tensor, Targets]:
@@ -37,7 +37,7 @@ def part(targets: Targets, of: slice | Tensor) -> Targets:
 def one_unit_at_a_time(
     model: MultiTaskUNet, images: Tensor, targets: Targets, loss: LossConfig, clip: float = CLIP
 ) -> list[Tensor]:
-    """The clipped sum, by plain autograd."""
+    """Compute the clipped sum by plain autograd, one unit at a time."""
     parameters = list(model.parameters())
     sums = [torch.zeros_like(p) for p in parameters]
     for unit in UNITS.unique():
@@ -81,7 +81,7 @@ def close(found: list[Tensor], expected: list[Tensor], rtol: float = 1e-3) -> No
 def compare(
     model: MultiTaskUNet, loss: LossConfig | None = None, kinds: Sequence[str] = ("ghost",)
 ) -> None:
-    model.double().train()  # in float32 a batch's rounding flips a ReLU here and there
+    model.double().train()  # in float32, rounding over a batch can flip a ReLU
     loss = loss or LossConfig()
     images, targets = some_batch()
     images = images.double()
@@ -92,11 +92,11 @@ def compare(
 
 @pytest.fixture
 def ghosts_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """Inner products also where they do not pay, as small networks' layers seldom do."""
+    """Force inner products (ghost norms) in every layer; returns the layer types that use them."""
     met: list[type] = []
 
     def enough(units, layer, _backprops, wanted) -> bool:
-        found = units._calls[layer] == 1 and not units._alone and layer.weight in wanted
+        found = units._calls[layer] == 1 and not units._unit_continues and layer.weight in wanted
         met.extend([type(layer)] if found else [])
         return found
 
@@ -107,32 +107,32 @@ def ghosts_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[type]:
 
 
 @pytest.mark.parametrize("changes", without_chance(VARIANTS))
-def test_every_options_clipped_sums_are_those_of_one_unit_at_a_time(
+def test_clipped_sums_match_autograd_for_every_option(
     changes: dict[str, object],
 ) -> None:
     compare(small(**changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"dfe": "sum", "upsample": "bilinear"}], ids=str)
-def test_so_they_are_where_every_layer_that_can_goes_without_gradients(
+def test_clipped_sums_match_with_ghost_norms_in_every_layer(
     changes: dict[str, object], ghosts_everywhere: list[type]
 ) -> None:
     compare(small(**changes))
     assert {nn.Conv2d, nn.Linear} <= set(ghosts_everywhere)
 
 
-def test_so_are_those_of_learned_task_weights() -> None:
+def test_clipped_sums_match_with_learned_task_weights() -> None:
     model = small()
     model.uncertainty = Uncertainty(1.0, 0.25)
     compare(model, LossConfig(weighting="uncertainty"))
 
 
-def test_channels_last_changes_nothing(ghosts_everywhere: list[type]) -> None:
+def test_clipped_sums_match_with_channels_last(ghosts_everywhere: list[type]) -> None:
     compare(small().to(memory_format=torch.channels_last), kinds=("ghost", "hooks"))
 
 
-def test_some_layers_do_go_without_gradients_by_choice() -> None:
-    """Else all of the above would compare one way with itself."""
+def test_ghost_norms_are_chosen_for_large_layers() -> None:
+    """Without this, the tests above would compare one method with itself."""
     model = small(width=128, size=(32, 32)).train()
     images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with units_of_network("ghost", model, list(model.parameters())) as units:
@@ -143,7 +143,7 @@ def test_some_layers_do_go_without_gradients_by_choice() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ghost", "hooks"])
-def test_a_unit_that_takes_several_passes_is_clipped_as_one(kind: str) -> None:
+def test_unit_across_several_passes_is_clipped_once(kind: str) -> None:
     model, (images, targets) = small().train(), some_batch()
     together = clipped_sum(kind, model, images, targets, LossConfig())
     passes = [
@@ -151,7 +151,7 @@ def test_a_unit_that_takes_several_passes_is_clipped_as_one(kind: str) -> None:
         (slice(1, 2), [0], True),
         (slice(2, 4), [0, 1], False),
     ]
-    # the first unit's two passes end at the clip in front of the third
+    # the first unit's two passes end at the clip before the third
     parameters = list(model.parameters())
     sums = {p: torch.zeros_like(p) for p in parameters}
     with units_of_network(kind, model, parameters) as units:
@@ -163,7 +163,7 @@ def test_a_unit_that_takes_several_passes_is_clipped_as_one(kind: str) -> None:
     close(list(sums.values()), together)
 
 
-def test_clipping_binds_and_without_it_the_sum_is_the_plain_gradient() -> None:
+def test_clip_norm_binds_and_large_norm_gives_plain_gradient() -> None:
     model, (images, targets) = small().train(), some_batch()
     loose = clipped_sum("ghost", model, images, targets, LossConfig(), clip=1e9)
     value = multi_task_loss(model(images), targets, LossConfig()).total.sum()
@@ -172,14 +172,14 @@ def test_clipping_binds_and_without_it_the_sum_is_the_plain_gradient() -> None:
     assert torch.stack([g.norm() for g in tight]).norm() <= 3 * 1e-3 * (1 + 1e-4)
 
 
-def test_afterwards_the_network_is_an_ordinary_one() -> None:
+def test_units_of_network_leaves_no_hooks_behind() -> None:
     model, (images, targets) = small().train(), some_batch()
     clipped_sum("ghost", model, images, targets, LossConfig())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
 
-def test_an_input_that_was_written_into_is_noticed() -> None:
+def test_input_modified_in_place_is_refused() -> None:
     class Spoils(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -194,7 +194,7 @@ def test_an_input_that_was_written_into_is_noticed() -> None:
     network = Spoils()
     with (
         units_of_network("ghost", network, list(network.parameters())) as units,
-        pytest.raises(RuntimeError, match=r"Linear: its input was written into"),
+        pytest.raises(RuntimeError, match=r"Linear: its input was modified in place"),
     ):
         units.backward(units.forward(torch.randn(2, 3)).sum(), torch.tensor([0, 1]))
 
@@ -208,12 +208,14 @@ def test_an_input_that_was_written_into_is_noticed() -> None:
     ],
     ids=str,
 )
-def test_norms_without_gradients_are_never_below_the_true_ones(layer: nn.Module) -> None:
-    """Also where places nearly cancel, and rounding is all that is left."""
+def test_ghost_norms_are_never_below_exact_norms(layer: nn.Module) -> None:
+    """This also holds where positions nearly cancel and only rounding remains."""
     torch.manual_seed(0)
     x = torch.randn(3, 40, 12, 12) if isinstance(layer, nn.Conv2d) else torch.randn(3, 144, 40)
     backprops = torch.randn_like(layer(x))
-    constant = torch.ones_like(x) * 3  # so that a sum over places of what went back is all
+    constant = (
+        torch.ones_like(x) * 3
+    )  # so that only the sum of the backward signal over positions matters
     balanced = backprops - backprops.mean((2, 3) if x.dim() == 4 else 1, keepdim=True)
     for a, b in ((x, backprops), (constant, balanced)):
         for span in (slice(0, 1), slice(1, 3)):
@@ -225,7 +227,7 @@ def test_norms_without_gradients_are_never_below_the_true_ones(layer: nn.Module)
                 assert found == pytest.approx(exact, rel=1e-2)
 
 
-def test_in_bf16_no_unit_adds_more_than_the_clipping_norm() -> None:
+def test_clipped_sum_in_bf16_stays_within_the_clip_norm() -> None:
     model, (images, targets) = small().train(), some_batch()
     sums = {p: torch.zeros_like(p) for p in model.parameters()}
     with units_of_network("ghost", model, list(sums)) as units:

@@ -1,4 +1,4 @@
-"""A local round: schedule, seeds, absent annotations, refusals."""
+"""A local training round: schedule, seeds, missing annotations, precision, compilation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trained(
     return model, result
 
 
-def test_a_round_changes_every_part_and_tells_its_losses() -> None:
+def test_round_trains_every_part_and_reports_losses() -> None:
     model, result = trained(some())
     assert changed_parts(model) == {"encoder", "dfe", "decoder", "head"}
     assert result.steps == 3
@@ -52,7 +52,7 @@ def test_a_round_changes_every_part_and_tells_its_losses() -> None:
     assert 0 < result.loss_classification < 3
 
 
-def test_the_same_seed_gives_the_same_weights_and_anything_else_others() -> None:
+def test_weights_depend_on_seed_site_and_round_only() -> None:
     examples = some()
     first, _ = trained(examples)
     assert same(first, trained(examples)[0])
@@ -61,29 +61,29 @@ def test_the_same_seed_gives_the_same_weights_and_anything_else_others() -> None
     assert not same(first, trained(examples, number=2)[0])
 
 
-def test_without_masks_the_segmentation_part_stays_as_it_came() -> None:
+def test_segmentation_part_without_masks_stays_unchanged() -> None:
     model, result = trained(some(masks=False))
     assert changed_parts(model) == {"encoder", "head"}
     assert result.loss_segmentation is None
 
 
-def test_without_labels_the_classification_head_stays_as_it_came() -> None:
+def test_classification_head_without_labels_stays_unchanged() -> None:
     model, result = trained(some(labels=False))
     assert changed_parts(model) == {"encoder", "dfe", "decoder"}
     assert result.loss_classification is None
 
 
-def test_without_any_annotation_there_is_nothing_to_learn() -> None:
+def test_training_without_annotations_is_refused() -> None:
     with pytest.raises(TrainingError, match="none of 12 training examples has a mask or a label"):
         trained(some(masks=False, labels=False))
 
 
-def test_a_loss_that_is_not_finite_ends_the_round_with_a_reason() -> None:
+def test_non_finite_loss_ends_the_round_with_reason() -> None:
     with pytest.raises(TrainingError, match="round 1: loss not finite"):
         trained(some(), learning_rate=1e30, clip_norm=0.0, augment=False)
 
 
-def test_the_schedule_falls_over_the_whole_run_and_does_not_start_again() -> None:
+def test_learning_rate_decays_over_the_whole_run() -> None:
     train = TrainConfig(learning_rate=1.0, poly_power=1.0)
     rates = [
         learning_rate(train, Round(number, 4, 0, "a"), step, 5)
@@ -106,7 +106,7 @@ def test_steps_follow_from_epochs_or_are_given(train: dict[str, int], steps: int
     assert TrainConfig(**train).steps(20) == steps
 
 
-def test_steps_beyond_an_epoch_go_around_again() -> None:
+def test_local_steps_beyond_one_epoch_repeat_examples() -> None:
     assert trained(some(), local_steps=5)[1].steps == 5
 
 
@@ -120,13 +120,13 @@ def test_class_weights_come_from_labels_or_from_config() -> None:
     assert none.tolist() == [1.0, 1.0]
 
 
-def test_bfloat16_on_a_cpu_trains_close_to_full_precision() -> None:
+def test_bfloat16_on_cpu_trains_close_to_full_precision() -> None:
     full, half = trained(some()), trained(some(), precision="bf16")
     assert half[1].loss_segmentation == pytest.approx(full[1].loss_segmentation, rel=0.05)
     assert half[0].state_dict()["head.out.weight"].dtype == torch.float32
 
 
-def test_evaluation_counts_every_image_once_for_the_tasks_it_is_annotated_for() -> None:
+def test_evaluation_counts_each_image_once_per_annotated_task() -> None:
     model, _ = trained(some())
 
     def metrics(examples: Examples):
@@ -141,8 +141,8 @@ def test_evaluation_counts_every_image_once_for_the_tasks_it_is_annotated_for() 
     assert metrics(some(0)).images == 0
 
 
-def test_a_network_that_was_evaluated_first_can_be_trained() -> None:
-    """The first message may be an evaluation, in which memory is laid out anew."""
+def test_training_after_evaluation_works() -> None:
+    """The first message may be an evaluation, which changes the memory layout."""
     model = small(size=(32, 32))
     evaluate(model, some(), data=DATA, batch_size=5, precision="fp32", device=CPU)
     result = train_one_round(
@@ -157,20 +157,20 @@ def test_a_network_that_was_evaluated_first_can_be_trained() -> None:
     assert result.steps == 3
 
 
-def test_a_model_whose_output_is_not_finite_is_refused() -> None:
+def test_non_finite_model_output_is_refused() -> None:
     model = small(size=(32, 32))
     torch.nn.init.constant_(model.head.out.bias, float("nan"))
     with pytest.raises(EvaluationError, match="output is not finite"):
         evaluate(model, some(), data=DATA, batch_size=5, precision="fp32", device=CPU)
 
 
-def test_a_gpu_that_is_not_there_is_refused() -> None:
+def test_missing_gpu_is_refused() -> None:
     assert find_device("cpu") == CPU
     with pytest.raises(DeviceError, match=r"train.device: .*'cuda:99'"):
         find_device("cuda:99")
 
 
-def test_activations_computed_again_train_the_same_weights() -> None:
+def test_gradient_checkpointing_trains_the_same_weights() -> None:
     def trained(again: bool) -> dict[str, torch.Tensor]:
         model = small(size=(32, 32), drop_path=0.2)
         train_one_round(
@@ -188,20 +188,20 @@ def test_activations_computed_again_train_the_same_weights() -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
 
 
-def test_a_site_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(DeviceError, match=r"train.compile: expected a C\+\+ compiler \(no-such"):
         compiled(small(size=(32, 32)))
 
 
-def test_few_graphs_are_compiled_for_sites_of_all_tasks_and_sizes(
+def test_compile_builds_few_graphs_for_all_tasks_and_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As where many share a process, which had images of another size before.
+    """Sites that share a process may have images of different sizes.
 
-    With all of torch.compile but the C++ compiler, which fails on sides that are symbols.
+    Uses all of torch.compile but the C++ compiler, which fails on symbolic sizes.
     """
-    symbols = []  # of each graph
+    symbols = []  # number of symbolic sizes of each graph
 
     def backend(graph: GraphModule, inputs: list[object]) -> Callable[..., object]:
         symbols.append(sum(isinstance(x, torch.SymInt) for x in inputs))
@@ -216,8 +216,8 @@ def test_few_graphs_are_compiled_for_sites_of_all_tasks_and_sizes(
                 prediction = compiled(model)(torch.rand(batch, 1, side, side), tasks)
                 assert (prediction.mask_logits is not None) == ("segmentation" in tasks)
                 assert (prediction.class_logits is not None) == ("classification" in tasks)
-    assert set(symbols) == {0, 1}  # the number of examples at most
-    assert len(symbols) <= 2 * 3 * 3  # each size: some examples, any other number, one alone
+    assert set(symbols) == {0, 1}  # at most the number of examples is symbolic
+    assert len(symbols) <= 2 * 3 * 3  # per size: the first batch size, any other, and 1
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,17 @@ def test_few_graphs_are_compiled_for_sites_of_all_tasks_and_sizes(
     [
         ("auto", "cpu", True, torch.float32),
         ("auto", "cuda", True, torch.bfloat16),
-        ("auto", "cuda", False, torch.float32),  # one that only emulates it, and is slower with it
+        (
+            "auto",
+            "cuda",
+            False,
+            torch.float32,
+        ),  # a GPU that only emulates bfloat16, slower than float32
         ("fp32", "cuda", True, torch.float32),
         ("bf16", "cpu", False, torch.bfloat16),
     ],
 )
-def test_bfloat16_is_taken_where_asked_for_or_native(
+def test_auto_precision_uses_bfloat16_only_with_native_support(
     monkeypatch: pytest.MonkeyPatch, precision: str, device: str, has_it: bool, expected: object
 ) -> None:
     def supported(including_emulation: bool = True) -> bool:
@@ -242,9 +247,11 @@ def test_bfloat16_is_taken_where_asked_for_or_native(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo asks a view for it
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # Dynamo reads .grad of a view
 @pytest.mark.parametrize("again", [False, True])
-def test_a_compiled_round_trains_nearly_the_same_weights(again: bool) -> None:
+def test_compiled_round_trains_nearly_the_same_weights(again: bool) -> None:
     def trained(compile: bool) -> dict[str, torch.Tensor]:
         model = small(size=(32, 32), dfe="none", swin_depth=1)
         train_one_round(
@@ -259,5 +266,5 @@ def test_a_compiled_round_trains_nearly_the_same_weights(again: bool) -> None:
         return model.state_dict()
 
     plain, compiled_ = trained(False), trained(True)
-    for name, tensor in plain.items():  # Adam's first steps are as long as the learning rate
+    for name, tensor in plain.items():  # Adam's first steps have the size of the learning rate
         torch.testing.assert_close(compiled_[name], tensor, rtol=1e-3, atol=2e-4)

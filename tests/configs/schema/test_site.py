@@ -1,4 +1,4 @@
-"""site.yaml: who a deployed site is."""
+"""Reading site.yaml."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.schema.site import read_site_config
 
 
-def test_a_site_file_names_site_and_folder_relative_to_itself(tmp_path: Path) -> None:
+def test_site_file_resolves_data_root_relative_to_itself(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text("name: north\ndata-root: images\n")
     config = read_site_config(tmp_path / "site.yaml")
     assert config.name == "north"
@@ -27,14 +27,12 @@ def test_a_site_file_names_site_and_folder_relative_to_itself(tmp_path: Path) ->
         ("a: [\n", "expected YAML"),
     ],
 )
-def test_a_site_file_that_does_not_fit_is_refused_by_key(
-    tmp_path: Path, text: str, said: str
-) -> None:
+def test_invalid_site_file_is_refused_by_key(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "site.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         read_site_config(tmp_path / "site.yaml")
 
 
-def test_a_missing_site_file_is_named(tmp_path: Path) -> None:
+def test_missing_site_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such site file"):
         read_site_config(tmp_path / "site.yaml")

@@ -23,7 +23,7 @@ def contribution(site: str, value: float, encoder: int, masks: int, labels: int)
 NOW = contribution("now", 9.0, 0, 0, 0).weights
 
 
-def test_each_group_is_weighted_by_the_examples_that_trained_it() -> None:
+def test_average_weights_each_group_by_its_examples() -> None:
     averaged = average_by_task(
         [contribution("a", 1.0, 30, 0, 30), contribution("b", 5.0, 10, 10, 0)], NOW
     )
@@ -32,12 +32,12 @@ def test_each_group_is_weighted_by_the_examples_that_trained_it() -> None:
     assert averaged["classification/float32"].tolist() == [1.0, 1.0]  # a alone has labels
 
 
-def test_a_group_that_nobody_trained_stays() -> None:
+def test_untrained_group_stays_unchanged() -> None:
     averaged = average_by_task([contribution("a", 1.0, 3, 0, 3)], NOW)
     assert averaged["segmentation/float32"].tolist() == [9.0, 9.0]
 
 
-def test_integer_arrays_come_from_the_site_with_most_examples() -> None:
+def test_integer_arrays_come_from_the_largest_site() -> None:
     averaged = average_by_task(
         [contribution("a", 4.0, 10, 1, 1), contribution("b", 7.0, 11, 1, 1)], NOW
     )
@@ -49,7 +49,7 @@ values = st.floats(-100, 100, width=32)
 
 
 @given(st.lists(st.tuples(values, st.integers(1, 1000)), min_size=1, max_size=6), st.randoms())
-def test_the_average_lies_between_the_sites_and_does_not_depend_on_their_order(sites, rng) -> None:
+def test_average_lies_between_sites_and_ignores_their_order(sites, rng) -> None:
     parts = [contribution(f"s{i}", v, n, n, n) for i, (v, n) in enumerate(sites)]
     first = average_by_task(parts, NOW)
     shuffled = parts[:]

@@ -44,7 +44,7 @@ from polyclinic.server.aggregation.strategies import (
 )
 from polyclinic.server.app import run
 from polyclinic.server.export.model_card import _privacy, _procedure
-from polyclinic.server.rounds.federation import RunFailed
+from polyclinic.server.rounds.errors import RunFailed
 from polyclinic.server.runs.central_releases import CentralRelease, read_releases, write_releases
 from polyclinic.server.runs.display import Display
 from polyclinic.server.runs.history import POOLED, read_history
@@ -104,19 +104,19 @@ def values(weights: Packed) -> list[float]:
 # One round, by hand
 
 
-def test_an_update_is_clipped_to_the_norm_of_all_its_weights_together(central) -> None:
+def test_update_is_clipped_by_its_joint_norm(central) -> None:
     far, near = update("a", [3.0], [0.0], [4.0]), update("b", [0.0], [0.6], [0.0])
     averaged = central(clip_norm=1.0).average(1, [far, near], ZERO)
     assert values(averaged) == pytest.approx([0.3, 0.3, 0.4])  # (3, 0, 4) / 5 and b, over 2
 
 
-def test_it_is_the_update_that_is_clipped_not_the_weights(central) -> None:
+def test_clipping_applies_to_the_update_not_the_weights(central) -> None:
     now = packed([100.0], [50.0], [-7.0])
     averaged = central(clip_norm=1.0).average(1, [update("a", [103.0], [50.0], [-3.0])], now)
     assert values(averaged) == pytest.approx([100.3, 50.0, -6.6])
 
 
-def test_sites_count_alike_whatever_their_numbers_of_examples(central) -> None:
+def test_sites_have_equal_weight_for_any_example_count(central) -> None:
     sites = [
         update("a", [1.0], [0.0], [0.0], counts=(1000, 1, 7)),
         update("b", [0.0], [1.0], [0.0], counts=(1, 900, 7)),
@@ -124,7 +124,7 @@ def test_sites_count_alike_whatever_their_numbers_of_examples(central) -> None:
     assert values(central(clip_norm=9.0).average(1, sites, ZERO)) == pytest.approx([0.5, 0.5, 0.0])
 
 
-def test_a_site_that_is_missing_adds_nothing_and_stays_in_the_denominator(central, caplog) -> None:
+def test_missing_site_adds_zero_and_stays_in_the_denominator(central, caplog) -> None:
     averaged = central((4, 4, 4), clip_norm=9.0).average(
         3, [update("a", [1.0], [2.0], [4.0])], ZERO
     )
@@ -132,7 +132,7 @@ def test_a_site_that_is_missing_adds_nothing_and_stays_in_the_denominator(centra
     assert "round 3: 3 of 4 sites have no update" in caplog.text
 
 
-def test_a_task_is_divided_by_the_sites_that_declared_it(central) -> None:
+def test_task_is_divided_by_its_declared_sites(central) -> None:
     sites = [
         update("a", [1.0], [7.0], [1.0], counts=(9, 0, 9)),  # no masks: the 7 was never trained
         update("b", [1.0], [1.0], [1.0]),
@@ -142,7 +142,7 @@ def test_a_task_is_divided_by_the_sites_that_declared_it(central) -> None:
     assert values(averaged) == pytest.approx([1.0, 1.0, 1.0])
 
 
-def test_a_task_that_no_site_declared_stays_bit_by_bit_even_with_noise(central) -> None:
+def test_undeclared_task_stays_bitwise_unchanged(central) -> None:
     now = packed([1.0], [1 / 3, 0.1], [1.0])
     sites = [update("a", [2.0], [5.0, 5.0], [2.0])]
     averaged = central((2, 0, 2), noise=1.0).average(1, sites, now)
@@ -150,7 +150,7 @@ def test_a_task_that_no_site_declared_stays_bit_by_bit_even_with_noise(central) 
     assert averaged["encoder/float32"] != 1.0
 
 
-def test_without_noise_and_clipping_it_is_the_average_by_task_of_equal_sites(central) -> None:
+def test_average_without_noise_or_clipping_matches_average_by_task(central) -> None:
     random = np.random.default_rng(0)
     now = {
         key: random.normal(size=5).astype(np.float32)
@@ -171,7 +171,7 @@ def test_without_noise_and_clipping_it_is_the_average_by_task_of_equal_sites(cen
 
 
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])
-def test_a_site_that_changed_nothing_does_not_end_the_round(central, mode: str) -> None:
+def test_zero_update_is_averaged_without_error(central, mode: str) -> None:
     sites = [update("a", [1.0], [0.0], [0.0]), update("b", [0.0], [0.0], [0.0])]
     averaged = central(mode=mode, clip_norm=9.0).average(1, sites, ZERO)
     assert values(averaged) == pytest.approx([0.5, 0.0, 0.0])
@@ -179,7 +179,7 @@ def test_a_site_that_changed_nothing_does_not_end_the_round(central, mode: str) 
         clip_inputs_inplace([np.zeros(3)], 1.0)
 
 
-def test_numbers_that_cannot_carry_noise_are_refused_by_name(central) -> None:
+def test_integer_arrays_are_refused_by_name(central) -> None:
     counted = {**ZERO, "encoder/int64": np.array([3])}
     with pytest.raises(ValueError, match=r"encoder/int64: expected floating-point numbers"):
         central().average(1, [], counted)
@@ -215,7 +215,7 @@ def noise_free_change(
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("declared", [(4, 4, 4), (4, 1, 3)])
-def test_no_site_changes_the_sum_by_more_than_the_clipping_norm(
+def test_one_site_changes_the_sum_by_at_most_the_clip_norm(
     central, mode: str, size: float, declared: tuple[int, int, int]
 ) -> None:
     random = np.random.default_rng(1)
@@ -227,7 +227,7 @@ def test_no_site_changes_the_sum_by_more_than_the_clipping_norm(
     assert change > 2.0 * (1 - 1e-9)  # the others' are clipped: the bound is met
 
 
-def test_an_average_by_examples_would_not_keep_that_bound() -> None:
+def test_average_by_examples_exceeds_the_clip_norm_bound() -> None:
     """The negative control: clipped updates, weighted as without central privacy."""
     few = [update(s, [1.0], [0.0], [0.0], counts=(1, 1, 1)) for s in "abc"]
     many = update("d", [-1.0], [0.0], [0.0], counts=(997, 1, 1))
@@ -250,7 +250,7 @@ MANY = packed(*np.zeros((3, 4000)))
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])
 @pytest.mark.parametrize(("sigma", "clip"), [(1.0, 1.0), (0.7, 3.0)])
 @pytest.mark.parametrize("answering", [0, 1, 3])
-def test_noise_has_the_deviation_that_is_accounted_for(
+def test_noise_deviation_matches_the_accounted_one(
     central, mode: str, sigma: float, clip: float, answering: int
 ) -> None:
     sites = [update(f"s{k}", *np.full((3, 4000), clip)) for k in range(answering)]
@@ -268,7 +268,7 @@ def test_noise_has_the_deviation_that_is_accounted_for(
             assert p_value(noise, wrong * deviation) < 1e-9
 
 
-def test_noise_of_a_round_belongs_to_the_norm_that_its_updates_were_clipped_to(central) -> None:
+def test_noise_scale_uses_the_clip_norm_of_the_same_round(central) -> None:
     private = central((2, 2, 2), mode="adaptive", noise=0.5, clip_norm_lr=3.0, clip_norm=1.0)
     noise = np.array(values(private.average(1, [], MANY)))
     assert not 2 / 3 < private.clip_norm < 3 / 2
@@ -277,7 +277,7 @@ def test_noise_of_a_round_belongs_to_the_norm_that_its_updates_were_clipped_to(c
     assert p_value(noise, scale * private.clip_norm) < 1e-9
 
 
-def test_flower_itself_scales_noise_by_the_norm_of_the_next_round() -> None:
+def test_flower_scales_noise_by_the_next_clip_norm() -> None:
     """Once this fails, Flower has mended it, and AdaptiveClipping need not hold the norm back."""
     theirs = DifferentialPrivacyServerSideAdaptiveClipping(
         AverageByTask(lambda _, current: current), 0.5, 2, 1.0, 0.5, 3.0, 0.5
@@ -294,7 +294,7 @@ def test_flower_itself_scales_noise_by_the_norm_of_the_next_round() -> None:
     assert p_value(noise, theirs.noise_multiplier * theirs.clipping_norm / 2) > 1e-6
 
 
-def test_noise_is_not_that_of_any_seed(tmp_path: Path) -> None:
+def test_noise_does_not_depend_on_the_global_seed(tmp_path: Path) -> None:
     """Flower draws from NumPy's global generator, which anything in the process may have seeded."""
     config = CentralConfig(mode="fixed")
 
@@ -315,7 +315,7 @@ def test_noise_is_not_that_of_any_seed(tmp_path: Path) -> None:
     assert np.random.random() == expected  # the process's own goes on as if nothing had been
 
 
-def test_flowers_own_noise_can_be_repeated_by_a_seed() -> None:
+def test_flower_noise_repeats_with_the_global_seed() -> None:
     """The negative control of the test above."""
 
     def noise() -> list[float]:
@@ -346,7 +346,7 @@ def of_norms(*norms: float) -> list[Contribution]:
         ((), 0.5, 1 / 2),
     ],
 )
-def test_the_norm_moves_as_the_formula_says(
+def test_adaptive_clip_norm_follows_the_formula(
     central, norms: tuple[float, ...], target: float, share: float
 ) -> None:
     private = central((4, 4, 4), mode="adaptive", target_clipped_quantile=target, clip_norm_lr=0.3)
@@ -354,7 +354,7 @@ def test_the_norm_moves_as_the_formula_says(
     assert private.clip_norm == pytest.approx(math.exp(0.3 * (share - target)))
 
 
-def test_the_norm_settles_where_the_wanted_share_is_clipped(central) -> None:
+def test_adaptive_clip_norm_converges_to_the_quantile(central) -> None:
     for start in (0.1, 30.0):
         private = central((5, 5, 5), mode="adaptive", clip_norm=start, target_clipped_quantile=0.4)
         for number in range(45):
@@ -362,7 +362,7 @@ def test_the_norm_settles_where_the_wanted_share_is_clipped(central) -> None:
         assert 2.9 < private.clip_norm < 4.1  # at 3 three of five are clipped, at 4 one
 
 
-def test_flower_itself_moves_the_norm_away_from_where_it_should_settle() -> None:
+def test_flower_adaptive_clip_norm_diverges() -> None:
     """Once this fails, Flower has mended it, and AdaptiveClipping must not turn the sign."""
     for start, ends in ((1.0, 0.0), (100.0, math.inf)):
         theirs = DifferentialPrivacyServerSideAdaptiveClipping(
@@ -376,7 +376,7 @@ def test_flower_itself_moves_the_norm_away_from_where_it_should_settle() -> None
         assert away < 1e-6 if ends == 0.0 else away > 1e6
 
 
-def test_a_site_moves_the_count_of_clipped_ones_by_a_half_at_most(central) -> None:
+def test_one_site_changes_the_clip_count_by_one_half(central) -> None:
     for norm in (0.5, 2.0):
         moved = []
         for norms in ((0.5, 2.0, norm), (0.5, 2.0)):
@@ -387,9 +387,7 @@ def test_a_site_moves_the_count_of_clipped_ones_by_a_half_at_most(central) -> No
 
 
 @pytest.mark.parametrize("count_noise", [0.0, 2.0])
-def test_noise_on_weights_and_on_the_count_are_together_worth_the_multiplier(
-    central, count_noise: float
-) -> None:
+def test_weight_and_count_noise_compose_to_the_multiplier(central, count_noise: float) -> None:
     private = central(noise=1.3, mode="adaptive", clipped_count_stddev=count_noise)
     wrapper = private.wrapper
     assert isinstance(wrapper, AdaptiveClipping)
@@ -402,7 +400,7 @@ def test_noise_on_weights_and_on_the_count_are_together_worth_the_multiplier(
 # What it costs
 
 
-def test_epsilon_is_what_tables_of_the_normal_distribution_give() -> None:
+def test_epsilon_matches_normal_distribution_tables() -> None:
     # one release with multiplier 1: delta(1) = P(Z < -1/2) - e P(Z < -3/2) = 0.30854 - e 0.06681
     assert delta_at(1.0, 1.0) == pytest.approx(0.12693, abs=1e-5)
     assert central_epsilon([1.0], 0.12693) == pytest.approx(1.0, abs=1e-4)
@@ -431,7 +429,7 @@ def test_epsilon_is_exact_and_rounded_up(name: str, delta: float) -> None:
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_epsilon_agrees_with_googles_privacy_loss_distributions(name: str) -> None:
+def test_epsilon_agrees_with_google_pld_accountant(name: str) -> None:
     pld = pytest.importorskip("dp_accounting.pld", reason="pip install dp-accounting")
     from dp_accounting import dp_event
 
@@ -446,7 +444,7 @@ def test_epsilon_agrees_with_googles_privacy_loss_distributions(name: str) -> No
 
 
 @pytest.mark.parametrize("name", HISTORIES)
-def test_flowers_own_accountant_says_no_less(name: str) -> None:
+def test_epsilon_is_at_most_flower_rdp_accountant(name: str) -> None:
     pytest.importorskip("dp_accounting", reason="pip install dp-accounting")
     from flwr.supercore.privacy_accounting import (
         GaussianPrivacyEvent,
@@ -467,7 +465,7 @@ def test_flowers_own_accountant_says_no_less(name: str) -> None:
     assert found <= theirs.get_epsilon(1e-5) <= 1.6 * found + 0.1
 
 
-def test_the_ends_of_the_scale() -> None:
+def test_epsilon_at_extreme_noise_multipliers() -> None:
     assert central_epsilon([], 1e-5) == 0
     assert central_epsilon([1e6], 1e-5) == 0
     assert central_epsilon([1.0, 0.0], 1e-5) == math.inf
@@ -477,11 +475,13 @@ def test_the_ends_of_the_scale() -> None:
         assert mu**2 / 2 <= central_epsilon([1 / mu], 1e-5) <= bound * (1 + 1e-12)
     with pytest.raises(ValueError, match="delta: expected a number between 0 and 1, got 1"):
         central_epsilon([1.0], 1.0)
-    with pytest.raises(ValueError, match="noise multiplier: expected a number from 0, got -1"):
+    with pytest.raises(
+        ValueError, match="noise multiplier: expected a number of at least 0, got -1"
+    ):
         central_epsilon([-1.0], 0.1)
 
 
-def test_with_few_sites_noise_is_larger_than_any_update() -> None:
+def test_noise_to_update_ratio_matches_the_documentation() -> None:
     """What docs/privacy.md says of the default network's 56.3 million weights and ten rounds."""
     weights = {"encoder/float32": np.broadcast_to(np.float32(0), (56_300_000,))}
     config = CentralConfig(mode="fixed", noise_multiplier=2.0)
@@ -497,7 +497,7 @@ def test_with_few_sites_noise_is_larger_than_any_update() -> None:
 # What is remembered
 
 
-def test_every_release_is_counted_and_remembered(central) -> None:
+def test_every_release_is_counted_and_saved(central) -> None:
     private = central(noise=1.5)
     for number in (1, 2, 3):
         private.average(number, [], ZERO)
@@ -507,7 +507,7 @@ def test_every_release_is_counted_and_remembered(central) -> None:
     assert private.state()["epsilon"] == private.releases[-1].epsilon
 
 
-def test_a_run_that_goes_on_forgets_neither_what_was_spent_nor_the_norm(central) -> None:
+def test_resumed_run_keeps_releases_and_clip_norm(central) -> None:
     settings = {"mode": "adaptive", "noise_multiplier": 2.0}
     private = central(noise=2.0, mode="adaptive")
     for number in (1, 2):
@@ -522,7 +522,7 @@ def test_a_run_that_goes_on_forgets_neither_what_was_spent_nor_the_norm(central)
     assert len(read_releases(private.path)) == 3
 
 
-def test_a_release_is_on_disk_before_the_average_is_handed_out(central, monkeypatch) -> None:
+def test_release_is_saved_before_the_average_is_returned(central, monkeypatch) -> None:
     def full(path: Path, releases: Sequence[CentralRelease]) -> None:
         raise OSError("no space left on device")
 
@@ -531,7 +531,7 @@ def test_a_release_is_on_disk_before_the_average_is_handed_out(central, monkeypa
         central().average(1, [], ZERO)
 
 
-def test_releases_survive_the_file(tmp_path: Path) -> None:
+def test_releases_round_trip_through_the_file(tmp_path: Path) -> None:
     releases = (
         CentralRelease(1, 3, 1.0, 0.5, 4.2, 1e-5),
         CentralRelease(2, 3, 1.0, 0.6, 6.1, 1e-5),
@@ -544,14 +544,14 @@ def test_releases_survive_the_file(tmp_path: Path) -> None:
 # The seam
 
 
-def test_a_contribution_comes_back_from_a_message_as_it_was() -> None:
+def test_contribution_round_trips_through_a_message() -> None:
     one = update("site-1", [1.0, 2.0], [3.0], [4.0], counts=(7, 0, 3))
     again = contribution_of(message_of(one))
     assert (again.site, again.counts) == (one.site, one.counts)
     assert all(np.array_equal(again.weights[key], one.weights[key]) for key in one.weights)
 
 
-def test_a_strategy_of_flowers_can_stand_on_the_average_by_task() -> None:
+def test_flower_strategy_can_extend_average_by_task() -> None:
     class AdamByTask(FedAdam, AverageByTask):
         pass
 
@@ -574,7 +574,7 @@ def config_of(**settings: object) -> RunConfig:
     return RunConfig.from_flat({"central.mode": "fixed", **named})
 
 
-def test_settings_that_would_break_the_bound_are_refused() -> None:
+def test_settings_that_break_the_privacy_bound_are_refused() -> None:
     assert config_of().central.noise_multiplier == 1.0
     for settings, said in (
         ({"model__norm": "batch"}, r"model.norm: expected group with central.mode fixed.*batch"),
@@ -629,7 +629,7 @@ def first_weights(config: RunConfig) -> Packed:
 
 
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])
-def test_a_run_with_central_privacy_tells_what_it_cost_everywhere(tiny, grid, mode: str) -> None:
+def test_run_with_central_privacy_records_epsilon_everywhere(tiny, grid, mode: str) -> None:
     config = tiny(**{**CENTRAL, "central__mode": mode})
     folder = run(grid(config), config)
     lines = read_history(folder.history)
@@ -649,7 +649,7 @@ def test_a_run_with_central_privacy_tells_what_it_cost_everywhere(tiny, grid, mo
     assert not any(line.train.epsilon for line in lines if line.train)  # the sites' own is off
 
 
-def test_with_little_noise_a_run_averages_sites_alike_and_by_task(tiny, grid) -> None:
+def test_run_with_little_noise_averages_sites_equally_by_task(tiny, grid) -> None:
     settings = {"central__noise_multiplier": 1e-9, "central__clip_norm": 1e3}
     config = tiny(**CENTRAL, **settings, rounds__count=1, phantom__without_masks="site-1")
     federation = grid(config)
@@ -664,7 +664,7 @@ def test_with_little_noise_a_run_averages_sites_alike_and_by_task(tiny, grid) ->
         np.testing.assert_allclose(array, expected[key], rtol=1e-4, atol=1e-5)
 
 
-def test_a_site_that_is_lost_on_the_way_stays_in_the_denominator(tiny, grid) -> None:
+def test_lost_site_stays_in_the_denominator(tiny, grid) -> None:
     settings = {"central__noise_multiplier": 1e-9, "central__clip_norm": 1e3}
     rounds = {"rounds__count": 1, "rounds__min_sites": "2", "rounds__deadline_s": 2}
     config = tiny(**CENTRAL, **settings, **rounds)
@@ -683,7 +683,7 @@ def test_a_site_that_is_lost_on_the_way_stays_in_the_denominator(tiny, grid) -> 
     assert read_releases(folder.central)[0].sites == 3
 
 
-def test_noise_is_in_what_is_saved_and_in_what_the_sites_evaluate(tiny, grid) -> None:
+def test_saved_and_evaluated_weights_contain_noise(tiny, grid) -> None:
     config = tiny(**CENTRAL, rounds__count=1)
     federation = grid(config)
     sent = contributions_of(federation)
@@ -696,7 +696,7 @@ def test_noise_is_in_what_is_saved_and_in_what_the_sites_evaluate(tiny, grid) ->
     assert noise.std() == pytest.approx(1 / 3, rel=0.05)
 
 
-def test_a_round_that_fails_after_its_release_is_counted_all_the_same(tiny, grid) -> None:
+def test_round_failing_after_its_release_is_counted(tiny, grid) -> None:
     config = tiny(**CENTRAL, rounds__deadline_s=2)
     federation = grid(config)
     evaluations = 0
@@ -714,7 +714,7 @@ def test_a_round_that_fails_after_its_release_is_counted_all_the_same(tiny, grid
     assert [release.round for release in read_releases(folder / "central.json")] == [1, 2]
 
 
-def test_switched_off_it_leaves_no_trace(tiny, grid) -> None:
+def test_central_privacy_off_changes_nothing(tiny, grid) -> None:
     config = tiny(rounds__count=1)
     federation = grid(config)
     sent = contributions_of(federation)
@@ -731,14 +731,14 @@ def test_switched_off_it_leaves_no_trace(tiny, grid) -> None:
 # Words
 
 
-def test_the_two_privacies_are_told_apart_in_words() -> None:
+def test_central_and_local_epsilon_have_distinct_texts() -> None:
     release = CentralRelease(2, 3, 1.0, 1.0, 4.618, 1e-5)
     assert central_text(release) == "central epsilon (site): 4.62, delta 1e-05"
     spent = spent_text({"site-1": 1.234}, "patient")
     assert spent == "epsilon spent (patient): site-1 1.23"
 
 
-def test_a_card_never_mixes_the_sites_privacy_with_the_consortiums(tiny, grid, cli) -> None:
+def test_model_card_separates_local_and_central_privacy(tiny, grid, cli) -> None:
     own = {
         "privacy__mode": "dp-sgd",
         "privacy__noise_multiplier": 1.0,
@@ -780,7 +780,7 @@ def test_a_card_never_mixes_the_sites_privacy_with_the_consortiums(tiny, grid, c
     assert "central" not in none
 
 
-def test_sites_of_a_task_are_those_that_declare_training_images_for_it() -> None:
+def test_sites_by_group_counts_sites_with_training_annotations() -> None:
     class Report:
         def __init__(self, masks: int, labels: int) -> None:
             self.with_mask = {wire.TRAIN_SPLIT: masks, wire.VAL_SPLIT: 9}

@@ -35,7 +35,7 @@ def combined(name: str, contributions: list[Contribution], **settings: float) ->
     return combination.combined()
 
 
-def test_the_average_does_not_depend_on_who_answers_first() -> None:
+def test_average_does_not_depend_on_arrival_order() -> None:
     rng = np.random.default_rng(0)
     current = {ENCODER: np.zeros(10_000, np.float32)}
     contributions = [
@@ -61,13 +61,13 @@ def test_the_average_does_not_depend_on_who_answers_first() -> None:
         assert first[i] == np.float32(float(exact / total))
 
 
-def test_a_plain_sum_in_another_order_is_another_sum() -> None:
+def test_plain_sum_depends_on_order() -> None:
     """What the test above would not see if float64 were enough for its numbers."""
     values = np.array([1e16, 1.0, -1e16])
     assert (values[0] + values[1]) + values[2] != (values[0] + values[2]) + values[1]
 
 
-def test_a_running_average_forgets_what_it_has_added() -> None:
+def test_running_average_keeps_no_reference_to_added_weights() -> None:
     average = RunningAverage(weights(0.0))
     trained = weights(3.0)
     average.add(site("a", trained))
@@ -87,7 +87,7 @@ def test_a_running_average_forgets_what_it_has_added() -> None:
         ("multi-krum", {"malicious_sites": 1, "krum_sites": 2}, 2.5),  # 2, 3
     ],
 )
-def test_one_wild_site_among_five(name: str, settings: dict, expected: float) -> None:
+def test_combination_with_one_outlier_by_hand(name: str, settings: dict, expected: float) -> None:
     values = [1.0, 2.0, 3.0, 3.5, 100.0]
     contributions = [site(f"site-{v:g}", weights(v, v, v)) for v in values]
     result = combined(name, contributions[::-1], **settings)
@@ -97,7 +97,7 @@ def test_one_wild_site_among_five(name: str, settings: dict, expected: float) ->
 
 
 @pytest.mark.parametrize("name", ["fedmedian", "trimmed-mean", "krum", "multi-krum"])
-def test_robust_strategies_ask_only_those_who_trained_a_task(name: str) -> None:
+def test_robust_strategies_use_only_sites_that_trained_the_task(name: str) -> None:
     """Sites without masks stand still in the decoder; they do not outvote those that have some."""
     settings = {"malicious_sites": 0, "trim_fraction": 0.0}
     with_masks = [site(f"mask-{i}", weights(1.0, 5.0)) for i in range(2)]
@@ -108,7 +108,7 @@ def test_robust_strategies_ask_only_those_who_trained_a_task(name: str) -> None:
     assert nobody[DECODER].tolist() == [0.0, 0.0]
 
 
-def test_krum_tells_near_updates_apart_though_the_weights_are_large() -> None:
+def test_krum_separates_close_updates_of_large_weights() -> None:
     """Flower takes distances from squares, in which weights of float32 would drown them."""
     current = {ENCODER: np.full(1000, 100.0, np.float32)}
     steps = [0.001, 0.0011, 0.0012, 0.05]
@@ -121,7 +121,7 @@ def test_krum_tells_near_updates_apart_though_the_weights_are_large() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedmedian", "krum"])
-def test_integers_are_taken_from_the_site_with_most_examples(name: str) -> None:
+def test_integers_come_from_the_largest_site(name: str) -> None:
     key = "encoder/int64"
     combination = combination_of(StrategyConfig(name=name), {key: np.array([0])})
     for i, examples in enumerate((5, 9, 2)):
@@ -179,7 +179,7 @@ def test_adaptive_strategies_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
-def test_an_optimiser_goes_on_from_its_state_bit_by_bit(name: str) -> None:
+def test_restored_optimiser_continues_bitwise(name: str) -> None:
     rng = np.random.default_rng(1)
     strategy = StrategyConfig(name=name)
     whole, before = optimiser_of(strategy), optimiser_of(strategy)
@@ -255,13 +255,13 @@ def test_every_strategy_trains_the_phantom(tiny, grid, name: str) -> None:
         ({"rounds.fraction": 0.5, "central.mode": "fixed"}, "rounds.fraction: expected 1"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict, said: str) -> None:
+def test_incompatible_settings_are_refused(settings: dict, said: str) -> None:
     from polyclinic.configs.errors import ConfigError
 
     with pytest.raises(ConfigError, match=said):
         RunConfig.from_flat(settings)
 
 
-def test_batch_norm_at_the_sites_lets_the_server_take_steps() -> None:
+def test_personal_batch_norm_allows_a_server_optimiser() -> None:
     flat = {"strategy.name": "fedadam", "model.norm": "batch", "strategy.personal": "norms"}
     assert RunConfig.from_flat(flat).strategy.personal == "norms"

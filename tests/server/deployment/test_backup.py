@@ -24,7 +24,7 @@ def state(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_was_saved_is_laid_down_as_it_was(state: Path, tmp_path: Path) -> None:
+def test_backup_restores_the_saved_state(state: Path, tmp_path: Path) -> None:
     size = back_up(state, tmp_path / "backup.tar.gz")
     assert size == (tmp_path / "backup.tar.gz").stat().st_size
     restore(tmp_path / "backup.tar.gz", tmp_path / "new")
@@ -35,7 +35,7 @@ def test_what_was_saved_is_laid_down_as_it_was(state: Path, tmp_path: Path) -> N
     assert not (tmp_path / "new" / "logs").exists()
 
 
-def test_a_run_that_goes_on_does_not_spoil_it(state: Path, tmp_path: Path, monkeypatch) -> None:
+def test_backup_during_a_run_is_consistent(state: Path, tmp_path: Path, monkeypatch) -> None:
     """A file that is replaced while it is packed is left out; one that grows is taken as it is."""
     vanishing = state / "runs" / "one" / "vanishing"
     vanishing.touch()
@@ -62,12 +62,12 @@ def test_a_run_that_goes_on_does_not_spoil_it(state: Path, tmp_path: Path, monke
         assert database.execute("SELECT name FROM runs").fetchall() == [("one",)]
 
 
-def test_nothing_is_written_over(state: Path, tmp_path: Path) -> None:
+def test_backup_and_restore_do_not_overwrite(state: Path, tmp_path: Path) -> None:
     archive = tmp_path / "backup.tar.gz"
     back_up(state, archive)
-    with pytest.raises(ConfigError, match="is there already, and is not written over"):
+    with pytest.raises(ConfigError, match="already exists and is not overwritten"):
         back_up(state, archive)
-    with pytest.raises(ConfigError, match="holds a coordinator's state; move it away first"):
+    with pytest.raises(ConfigError, match="already contains a coordinator's state; move it"):
         restore(archive, state)
     with pytest.raises(ConfigError, match="expected a coordinator's state"):
         back_up(tmp_path / "empty", tmp_path / "other.tar.gz")

@@ -33,23 +33,26 @@ from flwr.superlink.cli import flower_superlink
 from flwr.superlink.routers.control.router import router as control_router
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
+import polyclinic.server.deployment.site_auth
 import polyclinic.server.deployment.superlink
 from polyclinic.configs.diagnostics.network import ABOUT
+from polyclinic.configs.ports import free_port
 from polyclinic.configs.security.credentials import Validity, read_private_key
 from polyclinic.server.deployment.provision import provision
 from polyclinic.server.deployment.registry import Registry
-from polyclinic.server.deployment.superlink import (
+from polyclinic.server.deployment.site_auth import (
     MOST_BODY,
     MOST_CONNECTIONS,
     MOST_HEAD,
-    Endpoints,
     IdleTimeout,
+    SiteAuthMiddleware,
+)
+from polyclinic.server.deployment.superlink import (
+    Endpoints,
     Node,
     Registrar,
-    SiteAuthMiddleware,
     write_connection,
 )
-from tests.conftest import free_port
 from tests.factories import ABOUT_REQUEST, ENDLESS_HEAD, UPGRADE, federation, read_all, send, signed
 
 PUBLIC, PRIVATE = 9092, 9093
@@ -123,8 +126,8 @@ def key_of(kits: Path, site: str) -> ec.EllipticCurvePrivateKey:
     return read_private_key(kits / "sites" / site / "site.key")
 
 
-def test_flower_is_started_where_the_door_is_hung() -> None:
-    """Fails when a new Flower moves what server/deployment/superlink.py stands on."""
+def test_flower_startup_hooks_match_the_middleware() -> None:
+    """Fails when a new version of Flower changes what superlink.py and site_auth.py use."""
     assert "extensions.get_middleware()" in inspect.getsource(main._get_middleware)
     assert main.extensions is extensions
     module = inspect.getmodule(flower_superlink)
@@ -133,11 +136,11 @@ def test_flower_is_started_where_the_door_is_hung() -> None:
     assert "create_app(lifespan_config, SuperLinkLifespan)" in started
     fleet = {route.path for route in fleet_router.routes}
     assert fleet
-    assert all(path.startswith(polyclinic.server.deployment.superlink.FLEET) for path in fleet)
+    assert all(path.startswith(polyclinic.server.deployment.site_auth.FLEET) for path in fleet)
     assert all(path.startswith("/v1/control/") for path in (r.path for r in control_router.routes))
 
 
-def test_a_registered_site_comes_in(kits: Path, registry: Registry) -> None:
+def test_registered_site_is_admitted(kits: Path, registry: Registry) -> None:
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
     headers = signed(key_of(kits, "site-a"))
@@ -161,7 +164,7 @@ def test_a_registered_site_comes_in(kits: Path, registry: Registry) -> None:
         "/",
     ],
 )
-def test_what_is_not_for_sites_is_not_there(kits: Path, registry, path: str) -> None:
+def test_paths_not_for_sites_return_404(kits: Path, registry, path: str) -> None:
     """Not even for a registered site."""
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
@@ -174,29 +177,32 @@ def test_what_is_not_for_sites_is_not_there(kits: Path, registry, path: str) -> 
     assert inside.paths == []
 
 
-def test_on_loopback_the_coordinator_reaches_everything(registry: Registry) -> None:
+def test_coordinator_on_loopback_reaches_every_path(registry: Registry) -> None:
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
     assert ask(door, "/v1/control/start-run", port=PRIVATE) == (200, b"inside")
     assert ask(door, "/v1/control/start-run", port=PUBLIC)[0] == 404
 
 
-def test_strangers_are_turned_away_by_reason(kits: Path, registry, caplog) -> None:
+def test_unauthorised_requests_are_refused_with_reason(kits: Path, registry, caplog) -> None:
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
-    door._tell = lambda scope, what: logging.warning(what)  # not only once in a while
+    door._log_refused = lambda scope, reason: logging.warning(reason)  # every time
     unknown = ec.generate_private_key(ec.SECP384R1())
     good = signed(key_of(kits, "site-a"))
     other = signed(key_of(kits, "site-b"))
     for headers, said in (
-        ({}, "no key of a site in the request"),
-        ({**good, FLEET_HTTP_PUBLIC_KEY_HEADER: b"rubbish"}, "no key of a site in the request"),
+        ({}, "the request has no valid key of a site"),
+        (
+            {**good, FLEET_HTTP_PUBLIC_KEY_HEADER: b"rubbish"},
+            "the request has no valid key of a site",
+        ),
         (signed(unknown), "is not registered: unknown, revoked or superseded"),
         (
             {**good, FLEET_HTTP_PUBLIC_KEY_HEADER: other[FLEET_HTTP_PUBLIC_KEY_HEADER]},
-            "the request's signature is wrong",
+            "the request's signature is invalid",
         ),
-        ({**good, TIMESTAMP_HEADER: b"2020-01-01"}, "the request's signature is wrong"),
+        ({**good, TIMESTAMP_HEADER: b"2020-01-01"}, "the request's signature is invalid"),
     ):
         status, body = ask(door, "/v1/fleet/pull-messages", headers)
         assert status == 401
@@ -205,7 +211,7 @@ def test_strangers_are_turned_away_by_reason(kits: Path, registry, caplog) -> No
     assert inside.paths == []
 
 
-def test_what_strangers_make_up_is_turned_away_and_breaks_nothing(kits: Path, registry) -> None:
+def test_malformed_credentials_are_refused(kits: Path, registry) -> None:
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
     odd = signed(ec.generate_private_key(ec.SECP256K1()))  # a curve that no site has
@@ -219,7 +225,7 @@ def test_what_strangers_make_up_is_turned_away_and_breaks_nothing(kits: Path, re
     assert inside.paths == []
 
 
-def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
+def test_revoked_and_expired_sites_are_refused_immediately(
     kits: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("polyclinic.server.deployment.registry.LOOK_S", 0.0)
@@ -240,7 +246,7 @@ def test_a_revoked_and_an_expired_site_are_turned_away_at_once(
     assert f"the key of site site-a expired on {past:%Y-%m-%d}" in json.loads(body)["message"]
 
 
-def test_bodies_are_bounded_whether_they_say_their_size_or_not(kits: Path, registry) -> None:
+def test_body_size_is_limited_with_and_without_content_length(kits: Path, registry) -> None:
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
     headers = signed(key_of(kits, "site-a"))
@@ -252,18 +258,18 @@ def test_bodies_are_bounded_whether_they_say_their_size_or_not(kits: Path, regis
     assert inside.got <= MOST_BODY
 
 
-def test_whoever_asks_is_told_time_and_versions_alone(registry: Registry) -> None:
+def test_about_endpoint_shows_only_time_and_versions(registry: Registry) -> None:
     status, body = ask(SiteAuthMiddleware(Inside(), registry, PUBLIC), ABOUT)
     assert status == 200
     assert set(json.loads(body)) == {"time", "polyclinic", "flwr"}
     assert ask(SiteAuthMiddleware(Inside(), registry, PUBLIC), ABOUT, kind="websocket") == (0, b"")
 
 
-def test_strangers_cannot_fill_the_log(registry: Registry, caplog) -> None:
+def test_repeated_refusals_are_logged_once(registry: Registry, caplog) -> None:
     door = SiteAuthMiddleware(Inside(), registry, PUBLIC)
     for _ in range(100):
         ask(door, "/v1/control/start-run")
-    assert caplog.text.count("turned away 203.0.113.7") == 1
+    assert caplog.text.count("refused a request from 203.0.113.7") == 1
 
 
 class SuperLink:
@@ -288,7 +294,7 @@ class SuperLink:
         return [(node.name, node.status) for node in self.nodes.values()]
 
 
-def test_the_superlink_follows_the_registry(kits: Path, registry, monkeypatch, caplog) -> None:
+def test_superlink_nodes_follow_the_registry(kits: Path, registry, monkeypatch, caplog) -> None:
     monkeypatch.setattr("polyclinic.server.deployment.registry.LOOK_S", 0.0)
     monkeypatch.setattr(
         polyclinic.server.deployment.superlink,
@@ -312,16 +318,18 @@ def test_the_superlink_follows_the_registry(kits: Path, registry, monkeypatch, c
     left_behind.write_bytes(aside)  # by a kit that is copied over an older one
     registrar.bring_in_step(superlink)
     assert superlink.standing()[0] == ("site-a", "unregistered")
-    assert "site-a.crt: site site-a is not in federation.yaml so; left out" in caplog.text
+    assert "site-a.crt: ignored, expected NAME.crt of a site in federation.yaml" in caplog.text
     provision(federation(), kits)
     left_behind.write_bytes(aside)
     registrar.bring_in_step(superlink)
     registrar.bring_in_step(superlink)
     assert superlink.standing()[0] == ("site-a", "unregistered")
-    assert caplog.text.count("site site-a: its key was revoked once; it needs a new one") == 1
+    assert (
+        caplog.text.count("site site-a: its key was revoked before and cannot be used again") == 1
+    )
 
 
-def test_the_coordinators_own_connection_is_on_loopback_and_checked(tmp_path: Path) -> None:
+def test_coordinator_connection_uses_loopback_and_tls(tmp_path: Path) -> None:
     write_connection(tmp_path / "flwr", 9093, tmp_path / "ca.crt")
     text = (tmp_path / "flwr" / "config.toml").read_text()
     assert 'address = "127.0.0.1:9093"' in text
@@ -406,7 +414,7 @@ def about_request_of(size: int) -> bytes:
 
 
 def signed_request(kits: Path, *lines: bytes) -> bytes:
-    """The head of a site's request."""
+    """Return the head of a site's request."""
     headers = [
         name.encode() + b": " + value for name, value in signed(key_of(kits, "site-a")).items()
     ]
@@ -423,7 +431,7 @@ def test_request_head_at_the_limit_is_served(served: Served) -> None:
 def test_request_head_over_the_limit_is_closed(served: Served, caplog) -> None:
     assert served.exchange(about_request_of(MOST_HEAD + 1)) == b""
     assert served.exchange(b"\r\n" * MOST_HEAD) == b""
-    assert caplog.text.count("closed a connection of 127.0.0.1: a head of more than") == 1
+    assert caplog.text.count("closed a connection from 127.0.0.1: expected at most") == 1
 
 
 def test_request_head_over_the_limit_is_served_on_loopback(served: Served) -> None:
@@ -437,7 +445,7 @@ def test_request_head_over_the_limit_is_served_on_loopback(served: Served) -> No
 def test_request_head_trickled_too_long_is_closed(
     served: Served, kits: Path, monkeypatch, earlier_requests: int
 ) -> None:
-    monkeypatch.setattr("polyclinic.server.deployment.superlink.HEAD_S", 1.0)
+    monkeypatch.setattr("polyclinic.server.deployment.site_auth.HEAD_S", 1.0)
     with served.connect() as connection:
         for _ in range(earlier_requests):
             connection.sendall(signed_request(kits, b"Content-Length: 0"))
@@ -538,14 +546,14 @@ def test_connection_count_after_any_end_is_zero(served: Served, end) -> None:
     assert served.connections.all_ended(1)
 
 
-def test_websocket_upgrades_by_the_thousand_leave_no_trace(served: Served, caplog) -> None:
+def test_refused_websocket_upgrades_release_their_connections(served: Served, caplog) -> None:
     for _ in range(MOST_CONNECTIONS + 1):
         answer = served.exchange(UPGRADE % b"websocket")
         assert answer.startswith(b"HTTP/1.1 400"), answer
     assert served.exchange(ABOUT_REQUEST).startswith(b"HTTP/1.1 200")
     assert served.connections.all_ended(MOST_CONNECTIONS + 2)
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
-    assert "one that changes the protocol, from 127.0.0.1" in caplog.text
+    assert "a change of protocol from 127.0.0.1" in caplog.text
 
 
 def test_malformed_requests_are_answered_and_logged_once(served: Served, caplog) -> None:
@@ -564,7 +572,7 @@ def test_upgrade_on_loopback_is_refused(served: Served) -> None:
 def test_connections_that_are_closing_do_not_count_at_the_limit(
     served: Served, monkeypatch, limit: str, closing: bool
 ) -> None:
-    monkeypatch.setattr(f"polyclinic.server.deployment.superlink.{limit}", 2)
+    monkeypatch.setattr(f"polyclinic.server.deployment.site_auth.{limit}", 2)
     aborted: list[int] = []
     for number in range(2):
         transport = SimpleNamespace(

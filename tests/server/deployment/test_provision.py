@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_every_kit_holds_what_it_needs_and_no_other_key(tmp_path: Path) -> None:
+def test_kit_contains_required_files_and_no_other_key(tmp_path: Path) -> None:
     provision(federation(), tmp_path)
     found = contents(tmp_path)
     keys = {name for name, content in found.items() if b"PRIVATE KEY" in content}
@@ -68,7 +68,7 @@ def test_every_kit_holds_what_it_needs_and_no_other_key(tmp_path: Path) -> None:
         assert f"POLYCLINIC_VERSION={VERSION}\n" in (kit / ".env").read_text()
 
 
-def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
+def test_second_provision_changes_nothing(tmp_path: Path) -> None:
     assert [c.what for c in provision(federation(), tmp_path)] == [
         *("authority", "server", "site-a", "site-b")
     ]
@@ -77,7 +77,7 @@ def test_a_second_call_changes_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_adding_renewing_and_removing_touch_no_other_site(tmp_path: Path) -> None:
+def test_adding_renewing_and_removing_leave_other_sites_unchanged(tmp_path: Path) -> None:
     provision(federation(), tmp_path)
     (tmp_path / "sites" / "site-a" / "site.yaml").write_text("name: site-a\ndata-root: filled/in\n")
     before = contents(tmp_path)
@@ -99,7 +99,7 @@ def test_adding_renewing_and_removing_touch_no_other_site(tmp_path: Path) -> Non
     assert (next((tmp_path / "removed").iterdir()) / "site.yaml").read_text().endswith("in\n")
 
 
-def test_a_site_that_made_its_own_key_keeps_it(tmp_path: Path) -> None:
+def test_site_with_its_own_key_keeps_it(tmp_path: Path) -> None:
     private, line = make_key(tmp_path / "at-the-site")
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
     members = [{"name": "site-a"}, {"name": "own", "public-key": line}]
@@ -109,11 +109,11 @@ def test_a_site_that_made_its_own_key_keeps_it(tmp_path: Path) -> None:
     assert not (kit / "site.key").exists()
     assert public_line(key_of(read_certificate(kit / "site.crt"))) == line
     assert provision(config, tmp_path / "kits") == []
-    with pytest.raises(ConfigError, match="is there already, and is not written over"):
+    with pytest.raises(ConfigError, match="exists already and is not overwritten"):
         make_key(tmp_path / "at-the-site")
 
 
-def test_the_servers_certificate_is_good_for_its_names_and_checked_by_tls(tmp_path: Path) -> None:
+def test_server_certificate_covers_all_its_names(tmp_path: Path) -> None:
     server_ = {"address": "fl.example.org", "also": ["10.0.0.7", "fl.internal"]}
     provision(federation(server=server_), tmp_path)
     names = polyclinic.server.deployment.authority.names_in(
@@ -123,10 +123,10 @@ def test_the_servers_certificate_is_good_for_its_names_and_checked_by_tls(tmp_pa
     context = ssl.create_default_context(cafile=str(tmp_path / "server" / "ca.crt"))
     assert context.verify_mode is ssl.CERT_REQUIRED
     (change,) = provision(federation(), tmp_path)
-    assert change.did.startswith("made anew for fl.example.org, localhost, 127.0.0.1")
+    assert change.did.startswith("renewed for fl.example.org, localhost, 127.0.0.1")
 
 
-def test_what_expires_is_told_a_month_ahead(tmp_path: Path, cli, monkeypatch) -> None:
+def test_certificates_command_warns_a_month_before_expiry(tmp_path: Path, cli, monkeypatch) -> None:
     provision(federation(), tmp_path / "kits")
     status, out, _ = cli("server", "certificates", tmp_path / "kits")
     assert status == 0
@@ -145,7 +145,7 @@ def test_what_expires_is_told_a_month_ahead(tmp_path: Path, cli, monkeypatch) ->
     assert out.count("EXPIRED") == 3
 
 
-def test_a_registry_takes_no_certificate_of_another_authority(tmp_path: Path, caplog) -> None:
+def test_registry_ignores_certificates_of_another_authority(tmp_path: Path, caplog) -> None:
     provision(federation(), tmp_path / "ours")
     provision(federation(name="others"), tmp_path / "theirs")
     stranger = tmp_path / "theirs" / "server" / "sites" / "site-a.crt"
@@ -154,23 +154,23 @@ def test_a_registry_takes_no_certificate_of_another_authority(tmp_path: Path, ca
     (folder / "half.crt").write_bytes(b"-----BEGIN")
     registry = Registry(folder.parent)
     assert {site.name for site in registry.sites().values()} == {"site-a", "site-b"}
-    assert "stranger.crt: is not signed by this federation's authority" in caplog.text
+    assert "stranger.crt: ignored, it is not signed by this federation's authority" in caplog.text
     assert "half.crt: expected a certificate" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sites": []}, "sites: "),
-        ({"sites": [{"name": "a"}, {"name": "A"}]}, "expected different names, got a twice"),
-        ({"sites": [{"name": "Server"}]}, "no site may be called authority, pooled, server"),
-        ({"sites": [{"name": "a", "public-key": "ssh-rsa AAAA"}]}, "begins with ecdsa-sha2-nistp"),
-        ({"sites": [{"name": "a/b"}]}, "sites.0.name"),
+        ({"sites": []}, "sites must not be empty"),
+        ({"sites": [{"name": "a"}, {"name": "A"}]}, "expected distinct names, got a twice"),
+        ({"sites": [{"name": "Server"}]}, "expected names other than authority, pooled, server"),
+        ({"sites": [{"name": "a", "public-key": "ssh-rsa AAAA"}]}, "starting with ecdsa-sha2"),
+        ({"sites": [{"name": "a/b"}]}, r"sites\[1\].name"),
         ({"server": {"address": "fl.example.org", "port": 0}}, "server.port"),
         ({"colour": "blue"}, "colour"),
     ],
 )
-def test_mistakes_in_a_federation_are_named(tmp_path: Path, changes: dict, said: str) -> None:
+def test_invalid_federation_file_is_refused(tmp_path: Path, changes: dict, said: str) -> None:
     content = {"name": "c", "server": {"address": "a"}, "sites": [{"name": "a"}], **changes}
     path = tmp_path / "federation.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -178,10 +178,10 @@ def test_mistakes_in_a_federation_are_named(tmp_path: Path, changes: dict, said:
         read_federation(path)
 
 
-def test_kits_of_another_federation_are_left_alone(tmp_path: Path) -> None:
+def test_kits_of_another_federation_are_not_changed(tmp_path: Path) -> None:
     provision(federation(), tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match="these are of consortium; give another --out"):
+    with pytest.raises(ConfigError, match="got those of consortium; use another --out"):
         provision(federation(name="others"), tmp_path)
     with pytest.raises(ConfigError, match="--renew: expected sites of the federation, got nobody"):
         provision(federation(), tmp_path, renew=["nobody"])

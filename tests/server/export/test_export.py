@@ -98,7 +98,7 @@ def agrees(result: Exported) -> bool:
 
 
 @pytest.mark.parametrize("options", [*CHEAP, *DEAR])
-def test_every_option_of_the_network_leaves_as_torchscript(tiny, tmp_path, options: str) -> None:
+def test_every_network_option_exports_as_torchscript(tiny, tmp_path, options: str) -> None:
     config = tiny(**{k.replace(".", "__"): v for k, v in {**CHEAP, **DEAR}[options].items()})
     checkpoint = checkpoint_of(config, tmp_path)
     out = tmp_path / "model.pt"
@@ -108,14 +108,14 @@ def test_every_option_of_the_network_leaves_as_torchscript(tiny, tmp_path, optio
 @pytest.mark.parametrize(
     "options", [*CHEAP, *(pytest.param(name, marks=pytest.mark.long) for name in DEAR)]
 )
-def test_every_option_of_the_network_leaves_as_onnx(tiny, tmp_path: Path, options: str) -> None:
+def test_every_network_option_exports_as_onnx(tiny, tmp_path: Path, options: str) -> None:
     """Up to a minute each; CI has the cheapest, ``exported``, and all as TorchScript."""
     config = tiny(**{k.replace(".", "__"): v for k, v in {**CHEAP, **DEAR}[options].items()})
     checkpoint = checkpoint_of(config, tmp_path)
     assert agrees(export_model(checkpoint, "a-run", "onnx", tmp_path / "model.onnx", 1e-4))
 
 
-def test_what_is_tried_has_several_batches_and_sizes(exported: dict[str, Path]) -> None:
+def test_trial_images_cover_several_batches_and_sizes(exported: dict[str, Path]) -> None:
     shapes = [images.shape for images in trial_images(open_model(exported["onnx"]).passport)]
     assert {shape[0] for shape in shapes} == {1, 2, 3}
     assert any(shape[2] != shape[3] and shape[2] % 16 and shape[3] % 16 for shape in shapes)
@@ -124,7 +124,7 @@ def test_what_is_tried_has_several_batches_and_sizes(exported: dict[str, Path]) 
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torchscript", "onnx"])
-def test_a_file_says_what_it_is_and_names_no_path_of_this_machine(
+def test_exported_file_has_metadata_and_no_local_path(
     exported: dict[str, Path], finished_run: Path, kind: str
 ) -> None:
     content = exported[kind].read_bytes()
@@ -133,12 +133,12 @@ def test_a_file_says_what_it_is_and_names_no_path_of_this_machine(
     passport = open_model(exported[kind]).passport
     assert (passport.run, passport.version) == ("a-run", VERSION)
     assert passport.weights_sha256 == open_model(finished_run / "best.safetensors").sha256
-    assert passport.round == json.loads((finished_run / "outcome.json").read_text())["best-round"]
+    assert passport.round == json.loads((finished_run / "outcome.json").read_text())["best_round"]
     assert passport.data.classes == ("benign", "malignant")
     assert passport.data.root == ""
 
 
-def test_an_onnx_file_tells_a_stranger_how_to_use_it(exported: dict[str, Path]) -> None:
+def test_onnx_metadata_describes_inputs_and_outputs(exported: dict[str, Path]) -> None:
     model = onnx.load(exported["onnx"])
     entries = {entry.key: entry.value for entry in model.metadata_props}
     assert tuple(entries) == KEYS
@@ -149,24 +149,24 @@ def test_an_onnx_file_tells_a_stranger_how_to_use_it(exported: dict[str, Path]) 
     assert outputs["class_logits"]["channels"] == ["benign", "malignant"]
     assert "softmax" in outputs["class_logits"]["activation"]
     assert "sigmoid" in outputs["mask_logits"]["activation"]
-    assert "aspect ratio kept" in " ".join(json.loads(entries["preprocessing"])["steps"])
+    assert "keep the aspect ratio" in " ".join(json.loads(entries["preprocessing"])["steps"])
 
 
-def test_every_entry_of_the_metadata_is_described() -> None:
+def test_metadata_keys_are_documented() -> None:
     text = (ROOT / "docs/export.md").read_text(encoding="utf-8")
     for key in KEYS:
         assert f"| `{key}` |" in text
 
 
-def test_a_file_that_differs_is_not_kept(cli, finished_run: Path, tmp_path: Path) -> None:
+def test_export_with_differing_outputs_is_not_kept(cli, finished_run: Path, tmp_path: Path) -> None:
     status, out, err = cli("export", finished_run, "--out", "m.pt", "--tolerance", "0")
     assert (status, out) == (1, "")
-    assert "does not say what the network says" in err
+    assert "differ from the network's" in err
     assert "mask_logits" in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_that_are_none_are_no_parity(exported: dict[str, Path]) -> None:
+def test_nan_outputs_fail_the_parity_check(exported: dict[str, Path]) -> None:
     passport, network = open_network(exported["safetensors"])
     inputs = trial_images(passport)[:2]
     mute = torch.full((1, 1, 32, 32), float("nan"))
@@ -175,7 +175,7 @@ def test_numbers_that_are_none_are_no_parity(exported: dict[str, Path]) -> None:
     assert 0.01 < found[1].relative < 10
 
 
-def test_a_kept_round_may_be_exported(cli, finished_run: Path, tmp_path: Path) -> None:
+def test_kept_rounds_can_be_exported(cli, finished_run: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         status, out, err = cli(
             *("export", "a-run", "--runs", finished_run.parent, "--round", number),
@@ -197,7 +197,7 @@ def test_a_kept_round_may_be_exported(cli, finished_run: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--out", "m.onnx", "--round", "9"], "expected a round that was kept (1, 2;"),
+        (["--out", "m.onnx", "--round", "9"], "expected a round with a kept checkpoint (1, 2;"),
         (["--out", "m.onnx", "--format", "torchscript"], "expected a file ending in .pt"),
         (["--out", "m.onnx", "--format", "caffe"], "expected one of safetensors, onnx"),
         (["--out", "m.bin"], "expected a file ending in .safetensors, .onnx, .pt"),
@@ -205,7 +205,7 @@ def test_a_kept_round_may_be_exported(cli, finished_run: Path, tmp_path: Path) -
         (["--out", "new.onnx", "--card", "there.onnx"], "there.onnx: is there already"),
     ],
 )
-def test_an_export_that_cannot_be_ends_with_2(
+def test_export_user_errors_exit_2(
     cli, finished_run: Path, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     (tmp_path / "there.onnx").write_text("")
@@ -215,31 +215,31 @@ def test_an_export_that_cannot_be_ends_with_2(
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
 
 
-def test_a_run_that_is_not_there_ends_with_2(cli) -> None:
+def test_export_of_a_missing_run_exits_2(cli) -> None:
     status, _, err = cli("export", "nothing", "--out", "m.onnx")
     assert status == 2
     assert "nothing: no such run under" in err
 
 
-def test_a_checkpoint_that_was_changed_is_refused(cli, finished_run: Path, tmp_path: Path) -> None:
+def test_export_of_a_changed_checkpoint_is_refused(cli, finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished_run, folder)
     shutil.copy(RunFolder(folder).checkpoint(1), RunFolder(folder).checkpoint(2))
     status, _, err = cli("export", folder, "--round", "2", "--out", "m.safetensors")
     assert status == 2
-    assert "round-0002.safetensors: expected the file of sha256" in err
+    assert "round-0002.safetensors: expected sha256" in err
 
 
-def test_a_run_without_a_best_round_says_which_were_kept(cli, finished_run, tmp_path) -> None:
+def test_export_without_a_best_round_lists_kept_rounds(cli, finished_run, tmp_path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished_run, folder)
     (folder / "best.safetensors").unlink()
     status, _, err = cli("export", folder, "--out", "m.safetensors")
     assert status == 2
-    assert "has no best round; give --round (kept: 1, 2)" in err
+    assert "has no best round; use --round (kept: 1, 2)" in err
 
 
-def test_without_onnx_the_message_names_the_extra(
+def test_missing_onnx_error_names_the_extra(
     cli, finished_run: Path, exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = exported["onnx"]  # made before its packages seem gone
@@ -259,25 +259,25 @@ def test_without_onnx_the_message_names_the_extra(
         assert "pip install 'polyclinic[export]'" in err
 
 
-def test_files_of_other_versions_and_strangers_are_refused(rewritten) -> None:
+def test_incompatible_model_metadata_is_refused(rewritten) -> None:
     config = json.loads(metadata_of(rewritten())["config"])
     open_model(rewritten())
     for changes, said in (
-        ({"layout": "0" * 64}, "whose network of these settings is another one"),
+        ({"layout": "0" * 64}, "builds a different network from these settings"),
         ({"config": json.dumps({**config, "model.wings": 2})}, "model.wings: unknown key"),
         ({"config": json.dumps({**config, "data.clahe": True})}, "data.clahe: unknown key"),
-        ({"config": json.dumps({**config, "model.width": 32})}, "network of these settings"),
+        ({"config": json.dumps({**config, "model.width": 32})}, "network from these settings"),
         ({"config": "[]"}, "expected a table"),
-        ({"config": "{"}, "does not fit"),
-        ({"config": None}, "found no entry 'config'"),
-        ({"passport": "2", "polyclinic_version": "9.0"}, "written by polyclinic 9.0, .*edition 1"),
+        ({"config": "{"}, "not compatible with"),
+        ({"config": None}, "its metadata has no entry 'config'"),
+        ({"passport": "2", "polyclinic_version": "9.0"}, "written by polyclinic 9.0, .*version 1"),
     ):
         with pytest.raises(ModelFileError, match=said) as refusal:
             open_model(rewritten(**changes))
         assert "changed.safetensors" in str(refusal.value)
 
 
-def test_a_graph_does_not_ask_for_settings_of_a_network_that_it_brings(exported) -> None:
+def test_metadata_for_a_graph_ignores_unknown_network_settings(exported) -> None:
     metadata = metadata_of(exported["safetensors"])
     config = json.loads(metadata["config"])
     later = {**metadata, "config": json.dumps({**config, "model.wings": 2})}
@@ -288,22 +288,22 @@ def test_a_graph_does_not_ask_for_settings_of_a_network_that_it_brings(exported)
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".onnx", ".pt"])
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x00" * 64])
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+def test_invalid_model_file_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(content)
     with pytest.raises(ModelFileError, match=rf"bad\{suffix}: expected an? .*file"):
         open_model(path)
 
 
-def test_models_of_strangers_are_refused(tmp_path: Path, exported: dict[str, Path]) -> None:
+def test_foreign_models_are_refused(tmp_path: Path, exported: dict[str, Path]) -> None:
     model = onnx.load(exported["onnx"])
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "stranger.onnx")
     save_file({"weight": torch.zeros(2)}, tmp_path / "stranger.safetensors")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "stranger.pt")
     for suffix, said in (
-        (".onnx", "found no entry"),
-        (".safetensors", "found no entry"),
+        (".onnx", "its metadata has no entry"),
+        (".safetensors", "its metadata has no entry"),
         (".pt", "expected a TorchScript file"),  # a pickle is never opened
     ):
         with pytest.raises(ModelFileError, match=said):

@@ -29,7 +29,7 @@ def section(card: str, title: str) -> str:
     return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def test_a_card_has_the_sections_of_model_cards_in_order(exported: dict[str, Path]) -> None:
+def test_card_has_the_standard_sections_in_order(exported: dict[str, Path]) -> None:
     titles = re.findall(r"^## (.+)$", card_of(exported["torchscript"]), re.MULTILINE)
     assert titles == [
         "Model details",
@@ -40,15 +40,13 @@ def test_a_card_has_the_sections_of_model_cards_in_order(exported: dict[str, Pat
         "Training data",
         "Quantitative analyses",
         "Ethical considerations",
-        "How to use it",
+        "How to use the model",
         "Caveats and recommendations",
         "Approved by",
     ]
 
 
-def test_a_card_says_what_the_run_and_the_file_say(
-    exported: dict[str, Path], finished_run: Path
-) -> None:
+def test_card_matches_the_run_and_the_file(exported: dict[str, Path], finished_run: Path) -> None:
     card = card_of(exported["torchscript"])
     environment = json.loads((finished_run / "environment.json").read_text())
     results = json.loads((finished_run / "results.json").read_text())
@@ -68,20 +66,20 @@ def test_a_card_says_what_the_run_and_the_file_say(
     details = section(card, "Model details")
     assert open_model(exported["torchscript"]).sha256 in details
     assert open_model(finished_run / "best.safetensors").sha256 in details
-    assert f"round {results['round']} of 2, the best by score" in details
+    assert f"round {results['round']} of 2, the best round by score" in details
     assert "| `model.backbone` | resnet18 |" in details
     assert "not a medical device" in card
     assert "No differential privacy was used" in card
     assert str(finished_run.parent) not in card
 
 
-def test_what_only_the_owner_knows_is_marked(exported: dict[str, Path]) -> None:
+def test_card_marks_sections_for_the_owner(exported: dict[str, Path]) -> None:
     card = card_of(exported["torchscript"])
     for title in ("Intended use", "Caveats and recommendations", "Approved by"):
         assert OWNER in section(card, title)
 
 
-def test_values_of_a_round_that_was_not_tested_are_told_as_such(
+def test_card_of_an_untested_round_says_so(
     cli, exported: dict[str, Path], finished_run: Path, tmp_path: Path
 ) -> None:
     best = json.loads((finished_run / "results.json").read_text())["round"]
@@ -96,7 +94,7 @@ def test_values_of_a_round_that_was_not_tested_are_told_as_such(
 @pytest.mark.parametrize(
     "kind", [pytest.param("onnx", marks=pytest.mark.long), "torchscript", "safetensors"]
 )
-def test_the_code_of_a_card_says_what_predict_says(
+def test_card_code_matches_predict(
     exported: dict[str, Path], tmp_path: Path, monkeypatch, capsys, kind: str
 ) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", card_of(exported[kind]), re.DOTALL)
@@ -126,7 +124,7 @@ def test_the_code_of_a_card_says_what_predict_says(
         {"mask-classes": "mass,vessel", "mask-kind": "overlapping", "label-kind": "multi-label"},
     ],
 )
-def test_the_code_decides_as_sites_do(settings: dict[str, str], capsys) -> None:
+def test_card_code_postprocessing_matches_sites(settings: dict[str, str], capsys) -> None:
     """The part after the model, for the kinds that the run of the other tests has not."""
     data = DataConfig.model_validate(settings)
     random = np.random.default_rng(0)
@@ -158,7 +156,9 @@ def test_the_code_decides_as_sites_do(settings: dict[str, str], capsys) -> None:
         ({"channels": 3}, np.uint16),
     ],
 )
-def test_the_code_reads_images_as_sites_do(tmp_path: Path, monkeypatch, settings, depth) -> None:
+def test_card_code_preprocessing_matches_sites(
+    tmp_path: Path, monkeypatch, settings, depth
+) -> None:
     """The part before the model, for settings and images that the other tests' run has not."""
     data = DataConfig.model_validate(settings)
     monkeypatch.chdir(tmp_path)

@@ -34,13 +34,13 @@ def roster(after: int = 2, rounds: int = 2) -> SiteRoster:
     return made
 
 
-def test_a_site_that_fails_in_a_row_rests_and_is_tried_again() -> None:
+def test_site_with_consecutive_failures_is_suspended_and_retried() -> None:
     sites = roster(after=2, rounds=2)
     assert not sites.failed(1, "b")
     assert sites.eligible(2) == ["a", "b", "c"]
     assert sites.failed(2, "b")
     assert sites.eligible(3) == sites.eligible(4) == ["a", "c"]
-    assert sites.suspended(3) == {"b": "set aside after 2 failures in a row, until round 5"}
+    assert sites.suspended(3) == {"b": "suspended after 2 consecutive failures, until round 5"}
     assert sites.eligible(5) == ["a", "b", "c"]
     assert sites.failed(5, "b")  # tried once, and it rests again
     assert sites.eligible(7) == ["a", "c"]
@@ -48,7 +48,7 @@ def test_a_site_that_fails_in_a_row_rests_and_is_tried_again() -> None:
     assert not sites.failed(8, "b")
 
 
-def test_an_answer_in_between_begins_the_count_anew() -> None:
+def test_answer_resets_the_failure_count() -> None:
     sites = roster(after=2)
     sites.failed(1, "a")
     sites.answered("a")
@@ -57,7 +57,7 @@ def test_an_answer_in_between_begins_the_count_anew() -> None:
     assert not any(never.failed(number, "a") for number in range(1, 20))
 
 
-def test_a_book_goes_on_from_its_state() -> None:
+def test_roster_is_restored_from_its_state() -> None:
     sites = roster()
     sites.failed(1, "a")
     sites.moved("b", 0.25, 9)
@@ -67,7 +67,7 @@ def test_a_book_goes_on_from_its_state() -> None:
     assert other.reference_updates() == [(0.25, 9)]
 
 
-def test_sites_are_drawn_by_seed_and_round_and_all_come_to_their_turn() -> None:
+def test_sample_depends_on_seed_and_round_and_covers_all_sites() -> None:
     names = [f"site-{i}" for i in range(10)]
     drawn = [sample(names, 0.25, seed=3, number=number) for number in range(1, 40)]
     assert all(len(set(of_round)) == 3 for of_round in drawn)  # a fourth of ten, rounded up
@@ -84,11 +84,11 @@ def contribution(site: str, step: float, examples: int = 10) -> Contribution:
     return Contribution(site, weights, counts)
 
 
-def test_a_norm_is_of_what_was_changed_in_floating_point_weights() -> None:
+def test_update_norm_uses_floating_point_changes_only() -> None:
     assert update_norm(contribution("a", 0.5), SENT) == pytest.approx(1.0)
 
 
-def test_a_norm_far_from_the_others_is_refused_unless_there_were_more_steps() -> None:
+def test_check_norm_refuses_outliers_relative_to_steps() -> None:
     others = [(1.0, 10), (1.2, 10), (0.8, 10)]
     check_norm((9.0, 10), others, 10)
     with pytest.raises(ReplyError, match=r"at most 10 \(10 times the sites' median.*got 11"):
@@ -113,7 +113,7 @@ def taken(
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
-def test_in_the_first_round_contributions_are_judged_by_each_other(bad: int) -> None:
+def test_first_round_updates_are_compared_with_each_other(bad: int) -> None:
     steps = [0.01] * 4
     steps[bad] = 50.0
     accepted, refused = taken(steps, [])
@@ -121,13 +121,13 @@ def test_in_the_first_round_contributions_are_judged_by_each_other(bad: int) -> 
     assert len(accepted) == 3
 
 
-def test_later_each_is_judged_at_once_and_none_is_held() -> None:
+def test_later_updates_are_checked_immediately() -> None:
     reference = [(0.02, 10), (0.03, 10), (0.02, 10)]
     accepted, refused = taken([50.0, 0.01, 0.02], reference)
     assert (accepted, list(refused)) == (["site-1", "site-2"], ["site-0"])
 
 
-def test_no_more_than_a_few_are_held_however_many_sites_there_are() -> None:
+def test_update_filter_holds_a_bounded_number_of_updates() -> None:
     held: list[int] = []
     accepted: list[str] = []
     updates = UpdateFilter(SENT, [], 10, lambda c, report, norm: accepted.append(c.site))
@@ -146,12 +146,12 @@ def test_no_more_than_a_few_are_held_however_many_sites_there_are() -> None:
     assert len(accepted) == 48
 
 
-def test_of_two_sites_nobody_can_say_which_is_wrong() -> None:
+def test_two_differing_sites_are_both_accepted() -> None:
     accepted, refused = taken([0.01, 50.0], [])
     assert (len(accepted), refused) == (2, {})
 
 
-def test_counts_are_held_against_what_the_site_said_of_itself() -> None:
+def test_check_counts_compares_with_the_site_description() -> None:
     splits = dict.fromkeys(wire.SPLITS, 10)
     described = SiteReport("a", splits, {}, splits, splits, (), "", "cpu", {})
     train = TrainConfig(batch_size=5, local_epochs=2)

@@ -13,13 +13,9 @@ from flwr.common.constant import ErrorCode
 from polyclinic.configs import wire
 from polyclinic.configs.run import RunConfig
 from polyclinic.server.app import run
-from polyclinic.server.rounds.federation import (
-    DeadlineExecutor,
-    Federation,
-    ReplyCollector,
-    RunFailed,
-    RunRefused,
-)
+from polyclinic.server.rounds.errors import RunFailed, RunRefused
+from polyclinic.server.rounds.federation import Federation
+from polyclinic.server.rounds.replies import DeadlineExecutor, ReplyCollector
 from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.history import Line, read_history
 
@@ -48,7 +44,7 @@ def absent_in(federation, rounds: set[int], site: int = 1) -> None:
     federation.tamper = tamper
 
 
-def test_a_late_site_is_named_and_takes_part_in_the_next_round(tiny, grid) -> None:
+def test_late_site_is_reported_and_joins_the_next_round(tiny, grid) -> None:
     config = tiny(rounds__count=2, rounds__min_sites="2", rounds__deadline_s=2)
     federation = grid(config)
     absent_in(federation, {1})
@@ -65,13 +61,13 @@ def test_a_late_site_is_named_and_takes_part_in_the_next_round(tiny, grid) -> No
     assert list(settled["late"]) == ["site-2"]
 
 
-def test_a_site_that_fails_again_and_again_is_set_aside_and_tried_again(tiny, grid) -> None:
+def test_repeatedly_failing_site_is_suspended_and_retried(tiny, grid) -> None:
     config = tiny(
         rounds__count=4,
         rounds__min_sites="2",
         rounds__deadline_s=1,
-        rounds__set_aside_after=2,
-        rounds__set_aside_rounds=1,
+        rounds__suspend_after=2,
+        rounds__suspend_rounds=1,
     )
     federation = grid(config)
     absent_in(federation, {1})
@@ -79,13 +75,13 @@ def test_a_site_that_fails_again_and_again_is_set_aside_and_tried_again(tiny, gr
     one, two, three, four = lines(folder, "site-2")
     assert set(one.late) == {"train", "evaluate"}  # twice in a row
     assert two.asked == ()
-    assert "set aside after 2 failures in a row, until round 3" in two.left_out["train"]
+    assert "suspended after 2 consecutive failures, until round 3" in two.left_out["train"]
     assert three.train is not None
     assert four.train is not None
-    assert [(e["site"], e["until"]) for e in events(folder, "set aside")] == [("site-2", 3)]
+    assert [(e["site"], e["until"]) for e in events(folder, "suspended")] == [("site-2", 3)]
 
 
-def test_without_a_quorum_the_run_stops_and_says_who_was_missing(tiny, grid) -> None:
+def test_run_without_quorum_fails_and_lists_missing_sites(tiny, grid) -> None:
     config = tiny(rounds__count=3, rounds__min_sites="67%", rounds__deadline_s=1)
     federation = grid(config)
 
@@ -104,7 +100,7 @@ def test_without_a_quorum_the_run_stops_and_says_who_was_missing(tiny, grid) -> 
     assert json.loads(folder.outcome.read_text())["status"] == "failed"
 
 
-def test_a_site_that_comes_back_under_another_node_is_the_same_site(tiny, grid) -> None:
+def test_site_returning_under_another_node_is_recognised(tiny, grid) -> None:
     config = tiny(rounds__count=3, rounds__min_sites="2", rounds__wait_for_sites_s=1)
     federation = grid(config)
     federation.node_config = lambda partition: {"partition-id": partition, "num-partitions": 3}
@@ -130,7 +126,7 @@ def test_a_site_that_comes_back_under_another_node_is_the_same_site(tiny, grid) 
     }
 
 
-def test_a_site_that_comes_late_joins(tiny, grid) -> None:
+def test_site_connecting_during_a_run_joins(tiny, grid) -> None:
     config = tiny(rounds__count=3, rounds__min_sites="2", rounds__wait_for_sites_s=1)
     federation = grid(config)
     del federation.nodes[1002]
@@ -161,33 +157,33 @@ def test_a_site_that_comes_late_joins(tiny, grid) -> None:
     assert not lines(run(federation, closed), "site-3")
 
 
-def test_the_same_site_twice_is_one_site_and_the_second_is_named(tiny, grid, caplog) -> None:
+def test_second_node_of_a_site_is_reported_and_unused(tiny, grid, caplog) -> None:
     config = tiny(rounds__count=1, rounds__min_sites="3")
     federation = grid(config)
     federation.node_config = lambda partition: {"partition-id": partition, "num-partitions": 3}
     federation.nodes[1003] = 1
     folder = run(federation, config)
-    assert (
-        "site 'site-2' is connected already, as node 1001; one of the two must stop" in caplog.text
-    )
+    assert "site 'site-2' is already connected as node 1001; stop one of the two" in caplog.text
     trains = [m for m in federation.sent if m.metadata.message_type == wire.TRAIN]
     assert {m.metadata.dst_node_id for m in trains} == {1000, 1001, 1002}
     assert "1003" in next(iter(events(folder, "sites")[0]["failed"]))
 
 
-def test_a_site_that_says_it_is_another_does_not_take_part(tiny, grid, caplog) -> None:
+def test_site_with_a_mismatched_name_is_excluded(tiny, grid, caplog) -> None:
     """Whom a node stands for is what its key was registered as, never what it says."""
     config = tiny(rounds__count=1, rounds__min_sites="2")
     federation = grid(config)
     federation.names = {1000: "site-1", 1001: "site-2", 1002: "site-0"}
     folder = run(federation, config)
-    assert "its key is registered as site 'site-0', its site.yaml says 'site-3'" in caplog.text
+    assert (
+        "its key is registered for site 'site-0', but its site.yaml names 'site-3'" in caplog.text
+    )
     assert "1002" in next(iter(events(folder, "sites")[0]["failed"]))
     trains = [m for m in federation.sent if m.metadata.message_type == wire.TRAIN]
     assert {m.metadata.dst_node_id for m in trains} == {1000, 1001}
 
 
-def test_a_second_reply_and_one_to_no_question_are_dropped(tiny, grid, caplog) -> None:
+def test_duplicate_and_unexpected_replies_are_dropped(tiny, grid, caplog) -> None:
     config = tiny(rounds__count=1)
     federation = grid(config)
     pull: Callable = federation.pull_messages
@@ -201,7 +197,7 @@ def test_a_second_reply_and_one_to_no_question_are_dropped(tiny, grid, caplog) -
 
     federation.pull_messages = with_more
     run(federation, config)
-    assert "a reply to no question was dropped" in caplog.text
+    assert "dropped an unexpected reply" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -214,7 +210,7 @@ def test_a_second_reply_and_one_to_no_question_are_dropped(tiny, grid, caplog) -
         (ErrorCode.INVALID_FAB, f"{wire.UNAPPROVED}: 1234", "declined"),
     ],
 )
-def test_flowers_own_errors_are_told_apart(
+def test_flower_error_codes_map_to_outcomes(
     tiny, grid, code: int, reason: str, outcome: str
 ) -> None:
     config = tiny(rounds__count=1, rounds__min_sites="2")
@@ -231,8 +227,8 @@ def test_flowers_own_errors_are_told_apart(
     assert set(getattr(line, outcome)) == {"train", "evaluate"}
 
 
-def test_a_site_that_declines_is_asked_again_and_is_not_set_aside(tiny, grid) -> None:
-    config = tiny(rounds__count=3, rounds__min_sites="2", rounds__set_aside_after=1)
+def test_declining_site_is_asked_again_and_not_suspended(tiny, grid) -> None:
+    config = tiny(rounds__count=3, rounds__min_sites="2", rounds__suspend_after=1)
     federation = grid(config)
 
     def declines(partition: int, reply: Message) -> Message:
@@ -252,7 +248,7 @@ def test_a_site_that_declines_is_asked_again_and_is_not_set_aside(tiny, grid) ->
     assert all(line.asked == ("train", "evaluate") for line in found)
 
 
-def test_sites_are_drawn_for_training_and_all_are_evaluated(tiny, grid) -> None:
+def test_sampled_sites_train_and_all_sites_evaluate(tiny, grid) -> None:
     config = tiny(rounds__count=4, rounds__fraction=0.5, rounds__min_sites="100%")
     folder = run(grid(config), config)
     for number in range(1, 5):
@@ -269,17 +265,17 @@ def test_sites_are_drawn_for_training_and_all_are_evaluated(tiny, grid) -> None:
     ]
 
 
-def test_a_quorum_that_no_sample_can_be_is_refused(tiny, grid) -> None:
+def test_min_sites_above_the_sample_size_is_refused(tiny, grid) -> None:
     config = tiny(rounds__fraction=0.3, rounds__min_sites="2")
-    with pytest.raises(RunRefused, match=r"rounds.min-sites: expected at most 1, which"):
+    with pytest.raises(RunRefused, match=r"rounds.min-sites: expected at most 1, the number that"):
         run(grid(config), config)
 
 
-def test_a_reply_that_never_becomes_whole_holds_up_no_other(tiny, grid, monkeypatch) -> None:
+def test_incomplete_reply_does_not_block_others(tiny, grid, monkeypatch) -> None:
     """A site vanished while it sent; Flower waits for the rest, the round for its deadline."""
     import threading
 
-    monkeypatch.setattr("polyclinic.server.rounds.federation.PULL_S", 0.2)
+    monkeypatch.setattr("polyclinic.server.rounds.replies.PULL_S", 0.2)
     config = tiny(rounds__count=1, rounds__min_sites="2", rounds__deadline_s=10.0)
     federation = grid(config)
     pull: Callable = federation.pull_messages
@@ -296,7 +292,7 @@ def test_a_reply_that_never_becomes_whole_holds_up_no_other(tiny, grid, monkeypa
     finish_phase = Federation.finish_phase
 
     def settle_and_count(self: Federation, *given) -> None:
-        kept.append(len(self._pulls._going))
+        kept.append(len(self._pulls._pending))
         finish_phase(self, *given)
 
     monkeypatch.setattr(Federation, "finish_phase", settle_and_count)
@@ -313,9 +309,9 @@ def answer(status: int) -> httpx.HTTPStatusError:
 
 
 @pytest.mark.parametrize("call", ["get_nodes", "push_messages", "pull_messages"])
-def test_a_superlink_that_cannot_answer_is_asked_again(tiny, grid, monkeypatch, call: str) -> None:
+def test_superlink_error_is_retried(tiny, grid, monkeypatch, call: str) -> None:
     """As when its database was locked for too long by one huge reply."""
-    monkeypatch.setattr("polyclinic.server.rounds.federation.AGAIN_S", 0.01)
+    monkeypatch.setattr("polyclinic.server.rounds.replies.AGAIN_S", 0.01)
     federation = grid(tiny(rounds__count=1))
     calls = 0
     ask: Callable = getattr(federation, call)
@@ -333,10 +329,8 @@ def test_a_superlink_that_cannot_answer_is_asked_again(tiny, grid, monkeypatch, 
     assert calls > 3
 
 
-def test_a_superlink_that_never_answers_again_or_knows_the_run_no_more_ends_it(
-    tiny, grid, monkeypatch
-) -> None:
-    monkeypatch.setattr("polyclinic.server.rounds.federation.AGAIN_S", 0.01)
+def test_permanent_superlink_failure_ends_the_run(tiny, grid, monkeypatch) -> None:
+    monkeypatch.setattr("polyclinic.server.rounds.replies.AGAIN_S", 0.01)
     bounded = DeadlineExecutor(0.2, "the SuperLink")
 
     def ask(status: int) -> object:
@@ -352,7 +346,7 @@ def test_a_superlink_that_never_answers_again_or_knows_the_run_no_more_ends_it(
         run(federation, tiny(rounds__count=1))
 
 
-def test_a_reply_that_is_no_message_is_refused_and_hurts_no_other(tiny, grid) -> None:
+def test_undecodable_reply_is_refused_and_others_are_used(tiny, grid) -> None:
     """What Flower cannot make a message of: a site may send any bytes as a record."""
     config = tiny(rounds__count=1, rounds__min_sites="2")
     federation = grid(config)
@@ -372,10 +366,10 @@ def test_a_reply_that_is_no_message_is_refused_and_hurts_no_other(tiny, grid) ->
     assert lines(folder, "site-2")[-1].train is not None
 
 
-def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) -> None:
+def test_pulling_replies_is_bounded_with_many_stuck_ones(monkeypatch) -> None:
     import threading
 
-    monkeypatch.setattr("polyclinic.server.rounds.federation.PULL_S", 0.2)
+    monkeypatch.setattr("polyclinic.server.rounds.replies.PULL_S", 0.2)
     asked: list[str] = []
 
     class Gone:
@@ -392,12 +386,12 @@ def test_a_look_for_replies_takes_no_longer_the_more_do_not_come(monkeypatch) ->
         assert asked == ids[:look]
     assert list(pulls.take(ids)) == []
     assert asked == ids[:3]  # no more at a time, as each may hold a whole network
-    monkeypatch.setattr("polyclinic.server.rounds.federation.STUCK_S", 0.0)
+    monkeypatch.setattr("polyclinic.server.rounds.replies.STUCK_S", 0.0)
     assert list(pulls.take(["0", "1", "2", "here"])) == []
     assert asked[-1] == "here"  # those before it hold it up no more
 
 
-def test_what_may_wait_for_ever_is_not_waited_for_so_long() -> None:
+def test_deadline_executor_stops_waiting_at_the_deadline() -> None:
     import threading
 
     bounded = DeadlineExecutor(0.2, "the SuperLink")
@@ -410,9 +404,7 @@ def test_what_may_wait_for_ever_is_not_waited_for_so_long() -> None:
         bounded(threading.Event().wait)
 
 
-def test_under_central_privacy_a_site_that_a_resumed_run_began_without_stays_out(
-    tiny, grid, caplog
-) -> None:
+def test_resumed_run_with_central_privacy_admits_no_new_site(tiny, grid, caplog) -> None:
     """Noise and denominator are of the sites that are there when it goes on."""
     config = tiny(rounds__count=1, rounds__min_sites="1", central__mode="fixed")
     run(grid(config), config)
@@ -437,4 +429,4 @@ def test_under_central_privacy_a_site_that_a_resumed_run_began_without_stays_out
     releases = json.loads(folder.central.read_text())["releases"]
     assert [release["sites"] for release in releases] == [3, 2, 2, 2]
     assert all(line.train is None for line in lines(folder, "site-3") if line.round > 1)
-    assert "site 'site-3' was not there when the run began" in caplog.text
+    assert "site 'site-3' was not connected when the run started" in caplog.text

@@ -13,17 +13,18 @@ from pathlib import Path
 import pytest
 
 from polyclinic.configs.errors import ConfigError
+from polyclinic.configs.files import append_line
 from polyclinic.configs.schema.rounds import RoundsConfig
 from polyclinic.server.app import run
-from polyclinic.server.rounds.federation import RunFailed
+from polyclinic.server.rounds.errors import RunFailed
 from polyclinic.server.runs.events import Events
-from polyclinic.server.runs.folder import RunFolder, append_line
+from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.logs import JsonLines, log_to_stream
 from polyclinic.server.runs.watch import longest_silence
 from tests.memory_grid import MemoryGrid
 
 
-def test_a_finished_run_is_shown_from_its_beginning_and_ends_with_0(finished_run, cli) -> None:
+def test_watch_of_a_finished_run_shows_all_rounds_and_exits_0(finished_run, cli) -> None:
     status, out, _ = cli("runs", "watch", finished_run)
     lines = out.splitlines()
     assert status == 0
@@ -33,7 +34,7 @@ def test_a_finished_run_is_shown_from_its_beginning_and_ends_with_0(finished_run
     assert "best round" in lines[-1]
 
 
-def test_a_run_that_goes_on_is_followed_to_its_end(tiny, grid, cli) -> None:
+def test_watch_follows_a_running_run_to_its_end(tiny, grid, cli) -> None:
     config = tiny(rounds__count=2, rounds__min_sites="3", rounds__deadline_s=3)
     federation: MemoryGrid = grid(config)
     trained = 0
@@ -62,30 +63,30 @@ def test_a_run_that_goes_on_is_followed_to_its_end(tiny, grid, cli) -> None:
     assert "0 of 3 sites answered" in out.splitlines()[-1]
 
 
-def test_a_run_that_is_no_longer_heard_of_is_not_watched_for_ever(tiny, cli) -> None:
+def test_watch_of_a_silent_run_exits_1(tiny, cli) -> None:
     folder = RunFolder.create(tiny())
     append_line(folder.progress, {"time": 0.0, "event": "phase", "round": 0} | PHASE)
     status, out, _ = cli("runs", "watch", folder.path, "--silence-s", "1")
     assert status == 1
-    assert "nothing was heard of a-run for 1 s: it was interrupted" in out.splitlines()[-1]
+    assert "no event from a-run for 1 s: it was interrupted" in out.splitlines()[-1]
 
 
 PHASE = {"phase": "describe", "sites": 3}
 
 
-def test_the_silence_of_a_run_is_bounded_by_its_deadlines() -> None:
+def test_longest_silence_follows_from_the_deadlines() -> None:
     rounds = RoundsConfig(deadline_s=100, wait_for_sites_s=10)
     assert longest_silence(rounds) == 410
 
 
-def test_the_end_before_a_resumption_is_not_the_end(tiny, cli) -> None:
+def test_watch_continues_past_the_end_of_a_resumed_run(tiny, cli) -> None:
     folder = RunFolder.create(tiny())
     end = {"time": 1.0, "event": "end", "status": "failed", "reason": "x", "seconds": 1.0}
-    append_line(folder.progress, {**end, "best-round": None})
+    append_line(folder.progress, {**end, "best_round": None})
     append_line(folder.progress, {"time": 2.0, "event": "resumed", "round": 1})
     status, out, _ = cli("runs", "watch", folder.path, "--silence-s", "1")
     assert status == 1
-    assert "nothing was heard" in out
+    assert "no event from" in out
 
 
 def collector(folder: Path, more: str = "") -> str:
@@ -97,7 +98,7 @@ def collector(folder: Path, more: str = "") -> str:
     return f"{sys.executable} {script}"
 
 
-def test_a_command_is_given_every_event_in_order(tiny, grid, tmp_path: Path) -> None:
+def test_on_event_command_receives_every_event_in_order(tiny, grid, tmp_path: Path) -> None:
     config = tiny(rounds__count=1, rounds__on_event=collector(tmp_path))
     folder = run(grid(config), config)
     told = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
@@ -106,17 +107,17 @@ def test_a_command_is_given_every_event_in_order(tiny, grid, tmp_path: Path) -> 
     assert told[-1]["status"] == "completed"
 
 
-def test_a_command_that_fails_is_told_and_ends_nothing(tiny, tmp_path: Path, caplog) -> None:
+def test_failing_on_event_command_is_logged_and_ignored(tiny, tmp_path: Path, caplog) -> None:
     folder = RunFolder.create(tiny())
     for command in (collector(tmp_path, "sys.exit('no such room')"), "/no/such/program"):
         with Events(folder, command) as events:
             events.notify({"event": "phase"})
-    assert "ended with status 1: no such room" in caplog.text
+    assert "exited with status 1: no such room" in caplog.text
     assert "/no/such/program" in caplog.text
     assert len(folder.progress.read_text().splitlines()) == 2
 
 
-def test_a_slow_command_delays_no_round(tiny, tmp_path: Path) -> None:
+def test_slow_on_event_command_does_not_block(tiny, tmp_path: Path) -> None:
     command = collector(tmp_path, "import time; time.sleep(1)")
     with Events(RunFolder.create(tiny()), command) as events:
         began = time.monotonic()
@@ -126,12 +127,12 @@ def test_a_slow_command_delays_no_round(tiny, tmp_path: Path) -> None:
     assert len((tmp_path / "events").read_text().splitlines()) == 3  # the end waits for them
 
 
-def test_a_command_that_is_none_is_refused_before_anything_is_made(tiny) -> None:
+def test_invalid_on_event_command_is_refused(tiny) -> None:
     with pytest.raises(ConfigError, match=r"rounds.on-event: expected a command, got .*say 'half"):
         tiny(rounds__on_event="say 'half")
 
 
-def test_log_lines_are_json_on_request(capsys) -> None:
+def test_log_format_json_writes_json_lines(capsys) -> None:
     log_to_stream("json")
     handler = next(h for h in logging.getLogger("polyclinic.server").handlers if h.name)
     assert isinstance(handler.formatter, JsonLines)
@@ -148,7 +149,7 @@ def test_log_lines_are_json_on_request(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_watching_from_another_process(finished_run: Path) -> None:
+def test_watch_from_another_process_exits_0(finished_run: Path) -> None:
     program = Path(sys.executable).parent / "polyclinic"
     done = subprocess.run(
         [program, "runs", "watch", finished_run], capture_output=True, text=True, check=False

@@ -37,7 +37,7 @@ NETWORK = Case("network", noise_multiplier=2.0, canaries=100, network="small")
 
 
 @pytest.mark.parametrize("guesses", [1, 10, 1000])
-def test_of_guesses_that_are_all_right_the_bound_is_as_by_hand(guesses: int) -> None:
+def test_lower_bound_of_all_correct_guesses_by_hand(guesses: int) -> None:
     """Right with q each: q^guesses = 0.05 where q = e^epsilon / (1 + e^epsilon)."""
     q = 0.05 ** (1 / guesses)
     by_hand = max(0.0, math.log(q / (1 - q)))
@@ -48,14 +48,14 @@ def test_of_guesses_that_are_all_right_the_bound_is_as_by_hand(guesses: int) -> 
     ("canaries", "guesses", "correct", "delta", "published"),
     [(1000, 100, 75, 1e-4, 0.673), (100_000, 1510, 1439, 1e-5, 2.675)],
 )
-def test_bounds_are_those_that_the_paper_prints(
+def test_lower_bound_matches_the_paper(
     canaries: int, guesses: int, correct: int, delta: float, published: float
 ) -> None:
     """Appendix D and section 7 of arXiv 2305.08846v1."""
     assert lower_bound(canaries, guesses, correct, delta) == pytest.approx(published, abs=1e-3)
 
 
-def test_deltas_part_is_the_worst_that_could_come_on_top() -> None:
+def test_p_value_with_delta_by_hand() -> None:
     """Three guesses, two right, at epsilon 0, so that W is Binomial(3, 1/2): P[W >= 2] = 1/2.
 
     One more would do at W = 1 (3/8), two at W = 0 or 1 (4/8, halved): 3/8 is the worse.
@@ -63,7 +63,7 @@ def test_deltas_part_is_the_worst_that_could_come_on_top() -> None:
     assert p_value(4, 3, 2, epsilon=0.0, delta=0.01) == pytest.approx(1 / 2 + 2 * 4 * 0.01 * 3 / 8)
 
 
-def test_the_bound_moves_as_it_should() -> None:
+def test_lower_bound_is_monotonic_in_its_arguments() -> None:
     bounds = [lower_bound(1000, 100, correct, 1e-5) for correct in range(0, 101, 5)]
     assert bounds == sorted(bounds)
     assert bounds[10] == 0.0  # half of them right
@@ -72,13 +72,13 @@ def test_the_bound_moves_as_it_should() -> None:
     assert lower_bound(1000, 100, 90, 1e-5, 0.99) < lower_bound(1000, 100, 90, 1e-5, 0.9)
 
 
-def test_more_right_guesses_than_guesses_are_refused() -> None:
-    with pytest.raises(ValueError, match="none more than the next, got 5, 4, 10"):
+def test_more_correct_guesses_than_guesses_are_refused() -> None:
+    with pytest.raises(ValueError, match="correct guesses <= guesses <= canaries, got 5, 4, 10"):
         lower_bound(10, 4, 5, 1e-5)
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
-def test_of_randomised_response_the_bound_is_wrong_as_rarely_as_it_says(epsilon: float) -> None:
+def test_lower_bound_of_randomised_response_has_its_confidence(epsilon: float) -> None:
     """Every coin is told rightly with e^epsilon / (1 + e^epsilon): epsilon is tight."""
     correct = stats.binom.rvs(200, 1 / (1 + math.exp(-epsilon)), size=2000, random_state=0)
     bounds = {v: [lower_bound(200, 200, v, 0.0, c) for c in (0.95, 0.5)] for v in set(correct)}
@@ -87,7 +87,7 @@ def test_of_randomised_response_the_bound_is_wrong_as_rarely_as_it_says(epsilon:
     assert 0.3 < wrong_at_half < 0.6  # the negative control
 
 
-def test_with_delta_a_mechanism_that_may_tell_everything_is_not_refuted_too_often() -> None:
+def test_p_value_covers_a_mechanism_leaking_with_probability_delta() -> None:
     """Randomised response that tells all coins with probability delta."""
     m, epsilon, delta = 50, 1.0, 0.01
     q = 1 / (1 + math.exp(-epsilon))
@@ -95,7 +95,7 @@ def test_with_delta_a_mechanism_that_may_tell_everything_is_not_refuted_too_ofte
     assert p_value(m, m, m, epsilon, 0.0) < delta  # the negative control
 
 
-def test_a_canarys_part_of_a_step_is_exact() -> None:
+def test_sums_without_noise_recover_canaries_exactly() -> None:
     """Without noise, what is released holds every canary that is there once, and no other."""
     seen = sums_of(replace(STEP, canaries=60), broken(noise_multiplier=0.0))
     np.testing.assert_allclose(seen, seen.round(), atol=1e-4)
@@ -119,26 +119,26 @@ def sums_of(case: Case, train_privately: Callable[..., object]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.network == "linear"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_of_the_honest_mechanism_the_bound_stays_under_the_ledgers(name: str, seed: int) -> None:
+def test_lower_bound_of_the_real_mechanism_stays_below_epsilon(name: str, seed: int) -> None:
     found = audit(CASES[name], seed)
     assert 1.0 < found.at_least < found.accounted
 
 
-def test_where_epsilon_is_large_the_attacker_sees_much() -> None:
+def test_lower_bound_is_large_at_large_epsilon() -> None:
     assert audit(CASES["little-noise"], 0).at_least > 3.0
 
 
-def test_where_epsilon_is_small_the_attacker_sees_little() -> None:
+def test_lower_bound_is_small_at_small_epsilon() -> None:
     found = audit(replace(STEP, noise_multiplier=10.0), 0)
     assert found.at_least <= found.accounted < 0.5
 
 
-def test_with_the_systems_own_randomness_it_holds_too() -> None:
+def test_lower_bound_with_system_randomness_stays_below_epsilon() -> None:
     found = audit(STEP)
     assert 0 < found.at_least < found.accounted
 
 
-def test_who_guesses_at_random_learns_nothing() -> None:
+def test_random_evidence_gives_no_bound() -> None:
     """The negative control of the bound: evidence of other coins."""
     random = np.random.default_rng(0)
     evidence, coins = random.standard_normal(1000), random.random(1000) < 0.5
@@ -195,18 +195,18 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug: str) -> None:
+def test_planted_bug_is_detected(bug: str) -> None:
     found = audit(MORE_NOISE, 0, BUGS[bug])
     assert found.at_least > 1.5 * found.accounted, found
 
 
-def test_noise_that_is_a_third_of_what_is_counted_is_caught_and_a_half_is_not() -> None:
+def test_noise_of_one_third_is_detected_and_one_half_is_not() -> None:
     """How fine the audit is; tests/client/privacy/test_dp_sgd.py measures the noise itself."""
     third, half = (audit(MORE_NOISE, 0, broken(noise_multiplier=2.0 / factor)) for factor in (3, 2))
     assert half.at_least < half.accounted < third.at_least
 
 
-def test_a_sampling_that_does_not_happen_is_caught() -> None:
+def test_missing_sampling_is_detected() -> None:
     """Everyone in every step, where the ledger counts one in ten."""
     always = broken(sample_rate=1.0, units=lambda m: round(m.expected_units))
     case = Case("sampled", noise_multiplier=2.0, sample_rate=0.1, steps=100)
@@ -214,7 +214,7 @@ def test_a_sampling_that_does_not_happen_is_caught() -> None:
     assert honest.at_least < honest.accounted < found.at_least
 
 
-def test_a_patients_images_that_are_clipped_one_by_one_are_caught(
+def test_clipping_patient_images_one_by_one_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -227,34 +227,34 @@ def test_a_patients_images_that_are_clipped_one_by_one_are_caught(
 
 
 @pytest.mark.parametrize("gradients", ["ghost", pytest.param("hooks", marks=pytest.mark.long)])
-def test_in_the_network_the_bound_holds_and_missing_noise_is_caught(gradients: str) -> None:
+def test_network_bound_holds_and_missing_noise_is_detected(gradients: str) -> None:
     case = replace(NETWORK, gradients=gradients)
     honest, found = audit(case, 0), audit(case, 0, BUGS["no noise"])
     assert honest.at_least < honest.accounted < found.at_least
 
 
-def test_no_canary_adds_more_than_the_clipping_norm() -> None:
+def test_canaries_add_at_most_the_clip_norm() -> None:
     model, canaries = audits._small(replace(NETWORK, canaries=5), np.random.default_rng(0))
     norms = directions_of(model, canaries, "example").norm(dim=1)
     assert torch.all(norms <= CLIP_NORM + 1e-5)
     assert torch.all(norms > 0.9 * CLIP_NORM)
 
 
-def test_more_canaries_than_are_orthogonal_are_refused() -> None:
+def test_too_many_canaries_are_refused() -> None:
     with pytest.raises(ValueError, match=r"canaries: expected at most 1023, .* got 1024"):
         audit(replace(STEP, canaries=1024), 0)
 
 
-def test_the_command_prints_a_row_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_command_prints_one_row_per_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_audit("step,patients", 0, as_json=True) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["audits"]
     assert [row["unit"] for row in rows] == ["example", "patient of 8"]
     assert all(0 < row["at_least"] < row["accounted"] for row in rows)
     assert run_audit("step", 0, as_json=False) == 0
-    assert "at least" in capsys.readouterr().out
+    assert "lower bound" in capsys.readouterr().out
 
 
-def test_a_broken_claim_ends_with_1_and_says_so(
+def test_audit_command_exits_1_on_a_violated_bound(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(audits, "audit", lambda case, seed: audit(case, seed, BUGS["no noise"]))
@@ -262,6 +262,6 @@ def test_a_broken_claim_ends_with_1_and_says_so(
     assert "the mechanism or the accounting is wrong" in capsys.readouterr().err
 
 
-def test_a_round_that_is_not_known_is_refused_by_name() -> None:
+def test_unknown_audit_case_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--only: expected names among step, .* got 'stepp'"):
         run_audit("stepp", 0, as_json=True)

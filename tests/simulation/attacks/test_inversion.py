@@ -34,21 +34,21 @@ FEW = 60  # iterations, of which the whole attack takes more
 NOISY = with_noise(1.0)
 
 
-def test_without_privacy_the_picture_comes_back() -> None:
+def test_inversion_without_privacy_recovers_the_image() -> None:
     assert invert(picture_of(0), PLAIN, 0, FEW, QUIET).correlation > 0.85
 
 
-def test_it_comes_back_from_the_weights_that_leave_a_site_too() -> None:
+def test_inversion_from_sent_weights_recovers_the_image() -> None:
     assert invert(picture_of(0), FROM_WEIGHTS, 0, FEW, QUIET).correlation > 0.7
 
 
-def test_with_noise_it_does_not() -> None:
+def test_inversion_with_noise_fails() -> None:
     """Noise alone gives correlations of up to 0.16 either way."""
     found = invert(picture_of(0), NOISY, 0, FEW, QUIET)
     assert abs(found.correlation) < 0.25
 
 
-def test_clipping_alone_hides_nothing() -> None:
+def test_clipping_without_noise_keeps_the_gradient_direction() -> None:
     """What is seen points where the plain gradient does, and the attack asks for no more."""
     seen = [step_seen(case) for case in (PLAIN, CLIPPED, NOISY)]
     plain, clipped, noisy = (torch.cat([part.flatten() for part in parts]) for parts in seen)
@@ -61,7 +61,7 @@ def step_seen(case: Case) -> list[Tensor]:
     return inversions._step(inversions.network(), picture_of(0), case, 0)
 
 
-def test_the_picture_that_comes_back_is_the_one_whose_step_was_seen() -> None:
+def test_inversion_recovers_the_image_of_the_observed_step() -> None:
     """The negative control: the mask and the prior, which the attacker brings, are not enough."""
     seen = step_seen(PLAIN)
     example, other = picture_of(0), picture_of(1)
@@ -74,7 +74,7 @@ def correlation(found: np.ndarray, example: Examples) -> float:
     return np.corrcoef(found.ravel(), example.images.ravel())[0, 1]
 
 
-def test_the_attacker_never_reads_the_picture() -> None:
+def test_attack_does_not_read_the_original_image() -> None:
     example = picture_of(0)
     seen = step_seen(PLAIN)
     without = replace(example, images=255 - example.images)
@@ -85,13 +85,13 @@ def test_the_attacker_never_reads_the_picture() -> None:
     np.testing.assert_array_equal(*found)
 
 
-def test_the_figure_shows_the_original_and_every_inversion(
+def test_figure_shows_original_and_all_inversions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(inversions, "ITERATIONS", 2)
     path = tmp_path / "images" / "inversion.png"
     run_inversion(path, "1", 0, as_json=True)
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["noise_multiplier"] for row in rows] == [None, None, 0.0, 1.0]
     assert all(-1 <= row["correlation"] <= 1 for row in rows)
     first = np.asarray(Image.open(path))[:: inversions.ENLARGED, :: inversions.ENLARGED]
@@ -99,13 +99,13 @@ def test_the_figure_shows_the_original_and_every_inversion(
     assert path.stat().st_size < 100_000
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_another() -> None:
+def test_inversion_is_reproducible_by_seed() -> None:
     once, again, other = (invert(picture_of(0), PLAIN, s, 3, QUIET).picture for s in (0, 0, 1))
     np.testing.assert_array_equal(once, again)
     assert (once != other).any()
 
 
-def test_the_table_has_a_row_a_step(
+def test_inversion_table_has_one_row_per_case(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blank = np.zeros((SIDE, SIDE), np.uint8)
@@ -114,7 +114,7 @@ def test_the_table_has_a_row_a_step(
     )
     run_inversion(None, "0.1,1", 0, as_json=False)
     out = capsys.readouterr().out
-    for said in ("without privacy", "from weights", "clipped alone", "noise 0.1", "noise 1"):
+    for said in ("without privacy", "from weights", "clipping only", "noise 0.1", "noise 1"):
         assert said in out
     assert out.count("0.50") == 5
 
@@ -122,12 +122,12 @@ def test_the_table_has_a_row_a_step(
 @pytest.mark.parametrize(
     ("name", "noise", "said"),
     [
-        ("a.jpg", "1", r"--out: expected a name that ends in .png, got a.jpg"),
-        ("a.png", "1;2", r"--noise: expected numbers above 0 with commas, got '1;2'"),
-        ("a.png", "0", r"--noise: expected numbers above 0 with commas, got '0'"),
+        ("a.jpg", "1", r"--out: expected a file name ending in .png, got a.jpg"),
+        ("a.png", "1;2", r"--noise: expected numbers above 0 separated by commas, got '1;2'"),
+        ("a.png", "0", r"--noise: expected numbers above 0 separated by commas, got '0'"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_computed(
+def test_invalid_inversion_arguments_are_refused(
     tmp_path: Path, name: str, noise: str, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):

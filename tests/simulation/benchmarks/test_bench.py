@@ -42,26 +42,26 @@ def tiny_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", BY_DEFAULT)
-def test_every_contestant_gives_masks_and_can_be_trained(tiny_networks: None, name: str) -> None:
+def test_every_benchmarked_network_predicts_and_trains(tiny_networks: None, name: str) -> None:
     masks, *classes = bench._inference(TINY, CONTESTANTS[name])()
     assert masks.shape == (2, 1, 64, 64)
     assert [c.shape for c in classes] == ([] if name.startswith("swin") else [(2, 3)])
     bench._training(TINY, CONTESTANTS[name])()
 
 
-def test_the_forms_of_the_published_shape_agree(tiny_networks: None) -> None:
+def test_benchmarked_forms_of_one_network_agree(tiny_networks: None) -> None:
     differences = bench._differences(TINY, ["plain", "ours", "ours-bf16", "light", "smp-unet"])
     assert set(differences) == {"ours", "ours-bf16"}
     assert differences["ours"] < 1e-4 < differences["ours-bf16"] < 0.05
 
 
-def test_a_process_of_its_own_tells_its_peak(capsys: pytest.CaptureFixture[str]) -> None:
+def test_peak_memory_is_measured_in_a_separate_process(capsys: pytest.CaptureFixture[str]) -> None:
     run_bench(64, 1, 1, 1, "cpu", "light", as_json=True)
     (row,) = json.loads(capsys.readouterr().out)["networks"]
     assert 100 < row["inference_mb"] < row["training_mb"]
 
 
-def test_an_unknown_contestant_or_device_is_refused() -> None:
+def test_unknown_network_device_or_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--only: expected names among plain, .*got 'unet'"):
         run_bench(64, 1, 1, 1, "cpu", "unet", as_json=True)
     with pytest.raises(ConfigError, match=r"--device cuda:99: .*expected one of"):
@@ -72,7 +72,7 @@ def test_an_unknown_contestant_or_device_is_refused() -> None:
         run_bench(240, 1, 1, 1, "cpu", "light", as_json=True)
 
 
-def test_a_process_that_dies_leaves_a_gap_and_says_why(
+def test_failed_memory_process_leaves_a_gap_and_reason(
     tiny_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench.sys, "executable", "/bin/false")
@@ -81,11 +81,11 @@ def test_a_process_that_dies_leaves_a_gap_and_says_why(
     (row,) = json.loads(out)["networks"]
     assert row["inference_mb"] is None
     assert row["training_ms"] > 0
-    assert "no peak memory of light, training: status 1" in err
+    assert "peak memory of light, training was not measured: status 1" in err
 
 
 @pytest.mark.long
-def test_a_private_step_is_timed_beside_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_privacy_bench_times_private_and_plain_steps(capsys: pytest.CaptureFixture[str]) -> None:
     run_privacy_bench(64, "light", "2", 1, 1, "cpu", "fp32", "plain,ghost", as_json=True)
     rows = json.loads(capsys.readouterr().out)["ways"]
     assert [row["way"] for row in rows] == ["plain", "ghost"]
@@ -99,14 +99,14 @@ def test_a_private_step_is_timed_beside_a_plain_one(capsys: pytest.CaptureFixtur
     assert cells[4:] == [["1000", "-"], ["1.00", "-"]]
 
 
-def test_what_cannot_be_timed_is_refused() -> None:
+def test_invalid_privacy_bench_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"--only: expected some of plain, ghost.*, got 'ghosts'"):
         run_privacy_bench(64, "light", "2", 1, 1, "cpu", "fp32", "ghosts", as_json=True)
-    with pytest.raises(ConfigError, match=r"--images: expected numbers from 1 .* got '2,0'"):
+    with pytest.raises(ConfigError, match=r"--physical-batch-sizes: expected whole .* got '2,0'"):
         run_privacy_bench(64, "light", "2,0", 1, 1, "cpu", "fp32", None, as_json=True)
 
 
-def test_without_hardware_for_bf16_it_is_not_measured_unasked(
+def test_bf16_without_hardware_is_measured_only_on_request(
     tiny_networks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[str, ...]] = []
@@ -126,7 +126,7 @@ def test_without_hardware_for_bf16_it_is_not_measured_unasked(
     assert asked[2] == ("plain", "ours-bf16")
 
 
-def test_a_reply_is_forgotten_once_it_is_in_the_sums(tiny, tmp_path: Path, monkeypatch) -> None:
+def test_replies_are_released_after_aggregation(tiny, tmp_path: Path, monkeypatch) -> None:
     alive = contributions_alive(tiny(run__name=""), monkeypatch)
     assert len(alive) == 20
     assert max(alive[HELD + 1 :]) <= 1  # the first few are held to be compared

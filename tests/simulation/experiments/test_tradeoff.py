@@ -16,7 +16,7 @@ from polyclinic.simulation.experiments.tradeoff import Setting, next_folder, set
 from tests.conftest import TINY
 
 
-def test_every_epsilon_is_run_by_every_unit_but_no_privacy_once() -> None:
+def test_settings_of_combines_epsilons_and_units() -> None:
     assert settings_of("inf,3,1", "example,patient") == [
         Setting(math.inf, "none"),
         Setting(3.0, "example"),
@@ -36,12 +36,12 @@ def test_every_epsilon_is_run_by_every_unit_but_no_privacy_once() -> None:
         ("3", "person", r"--units: expected some of example, patient, got 'person'"),
     ],
 )
-def test_words_that_are_no_setting_are_refused(epsilons: str, units: str, said: str) -> None:
+def test_invalid_epsilons_and_units_are_refused(epsilons: str, units: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         settings_of(epsilons, units)
 
 
-def test_the_table_has_means_and_between_which_values_they_lie() -> None:
+def test_table_shows_means_and_ranges() -> None:
     def values(a: float | None, b: float) -> dict[str, dict[str, float | None]]:
         return {"a": {"dice": a}, "pooled": {"dice": b}}
 
@@ -58,7 +58,7 @@ def test_the_table_has_means_and_between_which_values_they_lie() -> None:
     ]
 
 
-def test_a_stopped_run_is_tried_again_and_one_of_other_settings_is_refused(tiny) -> None:
+def test_next_folder_retries_stopped_runs_and_refuses_other_settings(tiny) -> None:
     wanted = tiny(run__name="t-none-0")
     first = next_folder(wanted)
     assert first.name == "t-none-0"
@@ -70,13 +70,13 @@ def test_a_stopped_run_is_tried_again_and_one_of_other_settings_is_refused(tiny)
     again.config.write_text(to_toml(wanted))
     again.results.write_text("{}")
     assert next_folder(wanted) == again
-    with pytest.raises(ConfigError, match=r"found one with another rounds\.count; give another"):
+    with pytest.raises(ConfigError, match=r"got one with a different rounds\.count; choose a"):
         next_folder(tiny(run__name="t-none-0", rounds__count=7))
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_runs_are_made_once_and_taken_as_they_are_afterwards(tmp_path: Path) -> None:
+def test_tradeoff_reuses_finished_runs(tmp_path: Path) -> None:
     settings = {
         **TINY,
         "phantom.sites": 2,
@@ -100,5 +100,5 @@ def test_runs_are_made_once_and_taken_as_they_are_afterwards(tmp_path: Path) -> 
     assert set(private["spent"]) == {"site-1", "site-2"}
     assert all(7.5 < epsilon <= 8 for epsilon in private["spent"].values())
     assert again.stdout == first.stdout
-    assert again.stderr.count("there already") == 1
+    assert again.stderr.count("already finished") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["tradeoff-8-patient-0"]

@@ -14,14 +14,9 @@ import pytest
 from PIL import Image
 
 from polyclinic.simulation.phantom import writer
-from polyclinic.simulation.phantom.writer import (
-    PhantomExample,
-    PhantomSite,
-    draw_example,
-    phantom_site,
-    write_phantoms,
-    write_site,
-)
+from polyclinic.simulation.phantom.physics import PhantomExample, draw_example
+from polyclinic.simulation.phantom.sites import PhantomSite, phantom_site
+from polyclinic.simulation.phantom.writer import write_phantoms, write_site
 
 
 def draw(number: int, count: int, *, size: int = 64, **options: float) -> list[PhantomExample]:
@@ -66,7 +61,7 @@ def solidity(mask: np.ndarray) -> float:
     return cv2.contourArea(border) / cv2.contourArea(cv2.convexHull(border))
 
 
-def test_an_example_is_the_same_however_often_it_is_drawn() -> None:
+def test_draw_example_is_deterministic() -> None:
     first, second = draw(2, 3), draw(2, 3)
     for one, other in zip(first, second, strict=True):
         assert np.array_equal(one.image, other.image)
@@ -74,7 +69,7 @@ def test_an_example_is_the_same_however_often_it_is_drawn() -> None:
         assert (one.label, one.group) == (other.label, other.group)
 
 
-def test_an_example_does_not_depend_on_the_number_of_examples(tmp_path: Path) -> None:
+def test_example_does_not_depend_on_the_number_of_examples(tmp_path: Path) -> None:
     write(tmp_path / "few", examples=5)
     write(tmp_path / "many", examples=9)
     few, many = contents(tmp_path / "few"), contents(tmp_path / "many")
@@ -84,16 +79,14 @@ def test_an_example_does_not_depend_on_the_number_of_examples(tmp_path: Path) ->
     assert rows_of(tmp_path / "few") == rows_of(tmp_path / "many")[:5]
 
 
-def test_two_writings_give_the_same_bytes(tmp_path: Path) -> None:
+def test_write_phantoms_is_reproducible_bytewise(tmp_path: Path) -> None:
     for name in ("one", "other"):
         write_phantoms(tmp_path / name, sites=2, examples=3, seed=5, size=32)
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
 @pytest.mark.parametrize(("number", "index", "seed"), [(2, 0, 0), (1, 1, 0), (1, 0, 1)])
-def test_another_site_index_or_seed_gives_another_lesion(
-    number: int, index: int, seed: int
-) -> None:
+def test_lesion_differs_by_site_index_and_seed(number: int, index: int, seed: int) -> None:
     scanner = phantom_site(1)  # the same for all, so that only the draw can differ
     base = draw_example(scanner, 0, seed=0, size=48)
     other = draw_example(dataclasses.replace(scanner, number=number), index, seed=seed, size=48)
@@ -101,7 +94,7 @@ def test_another_site_index_or_seed_gives_another_lesion(
     assert not np.array_equal(base.mask, other.mask)
 
 
-def test_a_site_is_the_same_hospital_each_time_and_another_with_another_seed() -> None:
+def test_phantom_site_depends_only_on_number_and_seed() -> None:
     assert phantom_site(7, seed=3) == phantom_site(7, seed=3)
     assert phantom_site(7, seed=3) != phantom_site(7, seed=4)
     assert phantom_site(7).name == "site-7"
@@ -137,12 +130,12 @@ def test_sites_differ_in_class_mix_and_number_of_examples() -> None:
     assert max(site.volume for site in sites) > 1.4 * min(site.volume for site in sites)
 
 
-def test_even_a_small_site_has_both_classes() -> None:
+def test_small_site_has_both_classes() -> None:
     for number in range(1, 9):
         assert {example.label for example in draw(number, 8, size=32)} == {"benign", "malignant"}
 
 
-def test_images_fill_the_size_on_their_long_side_and_are_grey() -> None:
+def test_images_are_grey_and_match_size_on_the_long_side() -> None:
     for number in (1, 2, 3, 4):
         for size in (33, 128):
             image = draw(number, 1, size=size)[0].image
@@ -159,13 +152,13 @@ def test_masks_match_their_image_and_are_binary(lesions: dict[str, list[PhantomE
         assert set(np.unique(example.mask)) == {0, 255}
 
 
-def test_a_lesion_survives_resizing_to_64_pixels(lesions: dict[str, list[PhantomExample]]) -> None:
+def test_lesion_survives_resizing_to_64_pixels(lesions: dict[str, list[PhantomExample]]) -> None:
     for example in lesions["benign"] + lesions["malignant"]:
         small = cv2.resize(example.mask, (64, 64), interpolation=cv2.INTER_NEAREST)
         assert 9 <= min(extent(small)) <= 40
 
 
-def test_benign_is_wider_than_tall_and_malignant_taller_than_wide(
+def test_benign_lesions_are_wide_and_malignant_ones_tall(
     lesions: dict[str, list[PhantomExample]],
 ) -> None:
     def mean_height_to_width(label: str) -> float:
@@ -184,7 +177,7 @@ def test_malignant_borders_are_less_regular(lesions: dict[str, list[PhantomExamp
     assert np.median(malignant) < np.percentile(benign, 10)
 
 
-def test_lesions_are_darker_than_what_surrounds_them(
+def test_lesions_are_darker_than_their_surroundings(
     lesions: dict[str, list[PhantomExample]],
 ) -> None:
     for examples in lesions.values():
@@ -195,7 +188,7 @@ def test_lesions_are_darker_than_what_surrounds_them(
         assert np.mean(darker) > 0.9
 
 
-def test_malignant_lesions_throw_a_shadow(lesions: dict[str, list[PhantomExample]]) -> None:
+def test_malignant_lesions_cast_a_shadow(lesions: dict[str, list[PhantomExample]]) -> None:
     def below_against_beside(example: PhantomExample) -> float:
         rows, columns = np.nonzero(example.mask)
         band = example.image[rows.max() + 2 : rows.max() + 10].astype(float)
@@ -222,7 +215,7 @@ def test_no_global_threshold_segments_the_lesion(
         assert np.mean(found) < 0.5
 
 
-def test_normal_examples_have_empty_masks_and_come_at_the_rate_asked_for() -> None:
+def test_normal_examples_have_empty_masks_and_the_requested_rate() -> None:
     examples = draw(1, 60, size=32, normal_fraction=0.3)
     normal = [example for example in examples if example.label == "normal"]
     assert 0.2 < len(normal) / len(examples) < 0.4
@@ -230,7 +223,7 @@ def test_normal_examples_have_empty_masks_and_come_at_the_rate_asked_for() -> No
         assert example.mask.any() == (example.label != "normal")
 
 
-def test_one_patient_in_five_is_seen_twice_with_one_diagnosis() -> None:
+def test_one_patient_in_five_has_two_images_of_one_class() -> None:
     examples = draw(2, 60, size=32)
     views: dict[str, list[str]] = {}
     for example in examples:
@@ -241,7 +234,7 @@ def test_one_patient_in_five_is_seen_twice_with_one_diagnosis() -> None:
     assert all(group.startswith("site-2-p") for group in views)
 
 
-def test_two_views_of_a_patient_are_two_pictures() -> None:
+def test_images_of_one_patient_differ() -> None:
     examples = draw(1, 6, size=48)
     pairs = [(a, b) for a, b in itertools.pairwise(examples) if a.group == b.group]
     assert len(pairs) == 1
@@ -249,7 +242,7 @@ def test_two_views_of_a_patient_are_two_pictures() -> None:
     assert not np.array_equal(pairs[0][0].mask, pairs[0][1].mask)
 
 
-def test_a_written_site_holds_what_was_drawn(tmp_path: Path) -> None:
+def test_written_site_matches_drawn_examples(tmp_path: Path) -> None:
     folder = tmp_path / "site-1"
     write(folder, examples=6, normal_fraction=0.4)
     rows = rows_of(folder)
@@ -267,7 +260,7 @@ def test_a_written_site_holds_what_was_drawn(tmp_path: Path) -> None:
     assert {row["label"] for row in rows} == {"benign", "malignant", "normal"}
 
 
-def test_a_site_without_masks_has_no_masks_folder_and_blank_cells(tmp_path: Path) -> None:
+def test_site_without_masks_has_no_folder_and_blank_cells(tmp_path: Path) -> None:
     write(tmp_path / "site-1", masks=False)
     assert not (tmp_path / "site-1" / "masks").exists()
     rows = rows_of(tmp_path / "site-1")
@@ -275,14 +268,14 @@ def test_a_site_without_masks_has_no_masks_folder_and_blank_cells(tmp_path: Path
     assert all(row["label"] for row in rows)
 
 
-def test_a_site_without_labels_has_blank_cells_and_keeps_its_masks(tmp_path: Path) -> None:
+def test_site_without_labels_has_blank_cells_and_masks(tmp_path: Path) -> None:
     write(tmp_path / "site-1", labels=False)
     rows = rows_of(tmp_path / "site-1")
     assert [row["label"] for row in rows] == [""] * 4
     assert all((tmp_path / "site-1" / row["mask"]).is_file() for row in rows)
 
 
-def test_phantoms_are_one_folder_a_site_and_blank_where_asked(tmp_path: Path) -> None:
+def test_write_phantoms_writes_one_folder_per_site(tmp_path: Path) -> None:
     write_phantoms(
         tmp_path / "deep" / "root",
         sites=3,
@@ -302,7 +295,7 @@ def test_phantoms_are_one_folder_a_site_and_blank_where_asked(tmp_path: Path) ->
         assert len(rows[f"site-{number}"]) == expected
 
 
-def test_an_existing_site_is_left_alone(tmp_path: Path) -> None:
+def test_existing_site_is_not_changed(tmp_path: Path) -> None:
     folder = tmp_path / "site-1"
     write(folder)
     before = contents(folder)
@@ -310,7 +303,7 @@ def test_an_existing_site_is_left_alone(tmp_path: Path) -> None:
     assert contents(folder) == before
 
 
-def test_a_folder_that_holds_something_else_is_refused_and_kept(tmp_path: Path) -> None:
+def test_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
     folder = tmp_path / "site-1"
     folder.mkdir()
     (folder / "thesis.txt").write_text("do not lose")
@@ -320,7 +313,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_kept(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["site-1"]
 
 
-def test_writers_at_the_same_time_leave_one_complete_site(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_complete_site(tmp_path: Path) -> None:
     folder, alone = tmp_path / "race" / "site-1", tmp_path / "alone"
     write(alone)
     failures: list[BaseException] = []
@@ -343,7 +336,7 @@ def test_writers_at_the_same_time_leave_one_complete_site(tmp_path: Path) -> Non
     assert [path.name for path in folder.parent.iterdir()] == ["site-1"]
 
 
-def test_who_loses_the_last_moment_keeps_the_winner_and_leaves_no_copy(
+def test_writer_losing_the_race_keeps_the_winner_and_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, winner = tmp_path / "root" / "site-1", tmp_path / "winner"
@@ -360,7 +353,7 @@ def test_who_loses_the_last_moment_keeps_the_winner_and_leaves_no_copy(
     assert [path.name for path in folder.parent.iterdir()] == ["site-1"]
 
 
-def test_a_full_disk_raises_untouched_and_leaves_nothing(
+def test_full_disk_raises_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(28, "No space left on device")
@@ -378,7 +371,7 @@ def test_a_full_disk_raises_untouched_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_written_site_is_as_readable_as_any_new_folder(tmp_path: Path) -> None:
+def test_written_site_has_default_permissions(tmp_path: Path) -> None:
     write(tmp_path / "site-1", examples=1)
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "site-1").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -398,7 +391,7 @@ def test_a_written_site_is_as_readable_as_any_new_folder(tmp_path: Path) -> None
         ({"without_labels": ["Site-1"]}, "without_labels: .*site-1, site-2, got Site-1"),
     ],
 )
-def test_refusals_name_what_came_and_write_nothing(
+def test_invalid_arguments_are_refused_and_write_nothing(
     tmp_path: Path, options: dict[str, object], named: str
 ) -> None:
     settings: dict[str, object] = {"sites": 2, "examples": 2, "seed": 0, "size": 32} | options
@@ -407,7 +400,7 @@ def test_refusals_name_what_came_and_write_nothing(
     assert not (tmp_path / "root").exists()
 
 
-def test_sites_and_indices_out_of_range_are_refused() -> None:
+def test_site_and_index_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="site number: expected 1 or more, got 0"):
         phantom_site(0)
     site: PhantomSite = phantom_site(1)
