@@ -57,8 +57,8 @@ def main() -> None:
     from polyclinic.client.data.manifest import DataError
     from polyclinic.client.ledger.hash_chain import LedgerError
     from polyclinic.configs.errors import ConfigError
+    from polyclinic.configs.model_metadata import ModelFileError
     from polyclinic.configs.output import print_message
-    from polyclinic.configs.passport import ModelFileError
 
     try:
         command_line()()

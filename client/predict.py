@@ -23,7 +23,7 @@ from polyclinic.client.data.dataset import normalised
 from polyclinic.client.data.images import Picture, Unusable, read_picture
 from polyclinic.configs import VERSION
 from polyclinic.configs.errors import ConfigError
-from polyclinic.configs.passport import outputs
+from polyclinic.configs.model_metadata import outputs
 from polyclinic.configs.schema.data import DataConfig
 from polyclinic.mtl_model.measure import predicted_masks
 from polyclinic.mtl_model.saved import SavedModel
@@ -98,7 +98,7 @@ def predict(
         out: folder for masks and overlays.
         overlay: also write each image with the outlines of its masks.
     """
-    data = model.passport.data
+    data = model.metadata.data
     for image, name in zip(images, names_of(images), strict=True):
         try:
             picture = read_picture(image, data)
@@ -138,7 +138,7 @@ def find(model: SavedModel, picture: Picture) -> Finding:
         NonFinitePredictionError: if the output contains NaN or infinity, which thresholds would
             silently turn into a negative prediction.
     """
-    data = model.passport.data
+    data = model.metadata.data
     pixels = torch.from_numpy(picture.pixels).unsqueeze(0)
     masks, classes = model.logits(normalised(pixels, data.normalise))
     if not (masks.isfinite().all() and classes.isfinite().all()):
@@ -224,17 +224,17 @@ def write_predictions(
 ) -> dict[str, Any]:
     """Write predictions.json: the model, the prediction for each image, and failed images."""
     outcomes = list(outcomes)
-    passport = model.passport
+    metadata = model.metadata
     content = {
         "polyclinic_version": VERSION,
         "model": {
             "file": str(path),
             "sha256": model.sha256,
             "weights_sha256": model.weights_sha256,
-            "run": passport.run,
-            "round": passport.round,
+            "run": metadata.run,
+            "round": metadata.round,
         },
-        "outputs": outputs(passport.data),
+        "outputs": outputs(metadata.data),
         "images": [o.entry for o in outcomes if o.entry is not None],
         "failed": [{"image": str(o.image), "reason": o.reason} for o in outcomes if o.reason],
     }

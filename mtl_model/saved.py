@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polyclinic.configs.passport import KEYS, ModelFileError, ModelMetadata
+from polyclinic.configs.model_metadata import KEYS, ModelFileError, ModelMetadata
 from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.network import MultiTaskUNet, network_of
 from polyclinic.mtl_model.packing import Layout
@@ -41,14 +41,14 @@ Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 class SavedModel:
     """A model that was loaded from a file and is ready for inference."""
 
-    passport: ModelMetadata
+    metadata: ModelMetadata
     sha256: str  # hexadecimal digest of the file
     logits: Logits
 
     @property
     def weights_sha256(self) -> str:
         """Digest of the checkpoint; the same for every file that was exported from it."""
-        return self.passport.weights_sha256 or self.sha256
+        return self.metadata.weights_sha256 or self.sha256
 
 
 def format_of(path: Path, named: str | None = None) -> Format:
@@ -80,8 +80,8 @@ def open_model(path: Path) -> SavedModel:
     opened = _OPENERS[format_of(path)]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    passport, logits = opened(path)
-    return SavedModel(passport, digest, logits)
+    metadata, logits = opened(path)
+    return SavedModel(metadata, digest, logits)
 
 
 def open_network(path: Path) -> tuple[ModelMetadata, MultiTaskUNet]:
@@ -93,21 +93,21 @@ def open_network(path: Path) -> tuple[ModelMetadata, MultiTaskUNet]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            entries = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
     except SafetensorError as error:
         raise ModelFileError(f"{path}: expected a safetensors file, {error}") from None
-    passport = _passport(path, metadata, network=True)
-    config = passport.config
+    metadata = _metadata_of(path, entries, network=True)
+    config = metadata.config
     try:
         network = network_of(config.model, config.data, config.loss, seed=0)
     except BackboneError as error:
         raise ModelFileError(f"{path}: its network cannot be built here: {error}") from None
     built = Layout.of(network).digest
-    if built != passport.layout:
+    if built != metadata.layout:
         raise ModelFileError(
-            f"{path}: written by polyclinic {passport.version}, which builds a different network "
-            f"from these settings: expected layout {built[:12]}, got {passport.layout[:12]}; open "
+            f"{path}: written by polyclinic {metadata.version}, which builds a different network "
+            f"from these settings: expected layout {built[:12]}, got {metadata.layout[:12]}; open "
             "the file with the version that wrote it"
         )
     try:
@@ -116,25 +116,25 @@ def open_network(path: Path) -> tuple[ModelMetadata, MultiTaskUNet]:
         raise ModelFileError(
             f"{path}: expected weights that match the network of its settings, {error}"
         ) from None
-    return passport, network.eval()
+    return metadata, network.eval()
 
 
-def _passport(path: Path, metadata: dict[str, str], *, network: bool) -> ModelMetadata:
+def _metadata_of(path: Path, entries: dict[str, str], *, network: bool) -> ModelMetadata:
     try:
-        return ModelMetadata.from_metadata(metadata, network=network)
+        return ModelMetadata.from_metadata(entries, network=network)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
 
 
 def _open_safetensors(path: Path) -> tuple[ModelMetadata, Logits]:
-    passport, network = open_network(path)
+    metadata, network = open_network(path)
 
     @torch.inference_mode()
     def logits(images: Tensor) -> tuple[Tensor, Tensor]:
         prediction = network(images)
         return prediction.mask_logits, prediction.class_logits
 
-    return passport, logits
+    return metadata, logits
 
 
 def check_onnx(*packages: str) -> None:
@@ -168,15 +168,15 @@ def _open_onnx(path: Path) -> tuple[ModelMetadata, Logits]:
         errors.InvalidProtobuf,
     ) as error:
         raise ModelFileError(f"{path}: expected an ONNX file, {error}") from None
-    metadata = dict(session.get_modelmeta().custom_metadata_map)
-    passport = _passport(path, metadata, network=False)
+    entries = dict(session.get_modelmeta().custom_metadata_map)
+    metadata = _metadata_of(path, entries, network=False)
 
     def logits(images: Tensor) -> tuple[Tensor, Tensor]:
         values = np.ascontiguousarray(images.numpy())
         masks, classes = session.run(["mask_logits", "class_logits"], {"images": values})
         return torch.from_numpy(masks), torch.from_numpy(classes)
 
-    return passport, logits
+    return metadata, logits
 
 
 def _open_torchscript(path: Path) -> tuple[ModelMetadata, Logits]:
@@ -188,14 +188,14 @@ def _open_torchscript(path: Path) -> tuple[ModelMetadata, Logits]:
         first = str(error).strip().splitlines()[0]
         raise ModelFileError(f"{path}: expected a TorchScript file, {first}") from None
     found = {key: v.decode() if isinstance(v, bytes) else v for key, v in entries.items()}
-    passport = _passport(path, {k: text for k, text in found.items() if text}, network=False)
+    metadata = _metadata_of(path, {k: text for k, text in found.items() if text}, network=False)
 
     @torch.inference_mode()
     def logits(images: Tensor) -> tuple[Tensor, Tensor]:
         masks, classes = module(images)
         return masks, classes
 
-    return passport, logits
+    return metadata, logits
 
 
 @contextmanager

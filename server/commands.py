@@ -270,7 +270,7 @@ def export(
 
 
 def _print_exported(exported: Exported, card: Path, as_json: bool) -> None:
-    number = exported.passport.round
+    number = exported.metadata.round
     if as_json:
         print_json(
             {
@@ -279,7 +279,7 @@ def _print_exported(exported: Exported, card: Path, as_json: bool) -> None:
                 "format": exported.format,
                 "round": number,
                 "sha256": exported.sha256,
-                "weights_sha256": exported.passport.weights_sha256,
+                "weights_sha256": exported.metadata.weights_sha256,
                 "parity": {
                     p.output: {"absolute": p.absolute, "relative": p.relative}
                     for p in exported.parity

@@ -1,4 +1,4 @@
-"""What several tests stand on: tiny settings, a tiny federation in one process, the real images."""
+"""Shared fixtures: tiny settings, a tiny federation in one process, and the real images."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ TINY: dict[str, bool | int | float | str] = {
     "phantom.examples": 12,
     "train.batch-size": 4,
     "rounds.count": 2,
-    "rounds.deadline-s": 240.0,  # real processes on a busy machine
+    "rounds.deadline-s": 240.0,  # enough for real processes on a busy machine
 }
 
 
-# Tests that share what is dear to make, or processes with deadlines: each group in one process.
-GROUPS = ("faults", "containers", "real processes", "exported")  # those that last longest first
+# Tests that share expensive fixtures or start processes with deadlines: one process per group.
+GROUPS = ("faults", "containers", "real processes", "exported")  # slowest first
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which sends a group's tests to one process
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under several processes: three federations of processes at a time at most, and first."""
+    """Under xdist, run each group in one process, and the groups before all other tests."""
     place = {}
     for item in items:
         group = _group_of(item)
@@ -70,19 +70,19 @@ def _group_of(item: pytest.Item) -> str | None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tiny tensors gain nothing from a second thread, and neighbours lose a core."""
+    """Limit torch to one thread: tiny tensors gain nothing from a second one."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phantoms that tests write go into pytest's folder, not into the user's cache."""
+    """Put the phantoms that tests write into pytest's folder instead of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
-    """A config of the smallest useful run, with changes by keyword (``data__root="..."``)."""
+    """Build the config of the smallest useful run, with changes by keyword (``data__root="..."``)."""
 
     def make(**changes: bool | int | float | str) -> RunConfig:
         named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
@@ -94,7 +94,7 @@ def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
 
 @contextlib.contextmanager
 def pretended_task() -> Iterator[None]:
-    """flwr refuses to build a Message outside of a task; pretend to be in one."""
+    """Pretend to be in a task, since flwr builds a Message only within one."""
     from flwr.supercore.task_identity import TaskIdentity
 
     before = {name: getattr(TaskIdentity, name) for name in ("_task_id", "_run_id", "_node_id")}
@@ -115,13 +115,13 @@ def flower_identity() -> Iterator[None]:
 def grid(
     flower_identity: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[RunConfig], MemoryGrid]:
-    """A federation of a config's simulated sites in this process."""
+    """Build a federation of a config's simulated sites in this process."""
     from apps import client
 
     def make(config: RunConfig, sites: int = 3) -> MemoryGrid:
         return MemoryGrid(client, config.to_flat(), sites)
 
-    # nobody comes later than at once
+    # all sites are connected from the start
     monkeypatch.setattr("polyclinic.server.rounds.federation.SETTLE_S", 0.0)
     return make
 
@@ -145,7 +145,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two rounds, its phantoms beside it in ``phantoms``."""
+    """Train a run of two rounds and return its folder; its data are in ``../../phantoms``."""
     from apps import client
     from polyclinic.server.app import run
     from polyclinic.simulation.phantom.writer import write_phantoms
@@ -154,7 +154,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("finished")
     write_phantoms(place / "phantoms", sites=2, examples=14, seed=0, size=48, normal_fraction=0.0)
     named = {"run.output-dir": str(place / "runs"), "run.name": "a-run"}
-    # exporters need a second for every few layers, and dilated enhancement has most of them
+    # exporters need a second for every few layers, and dilated enhancement has the most layers
     named |= {"data.root": str(place / "phantoms"), "model.dfe": "none"}
     config = RunConfig.from_flat({**TINY, **named})
     with pretended_task():
@@ -162,7 +162,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Exports(dict[str, Path]):
-    """A run's model by format, exported as the command line does when it is first asked for."""
+    """A run's model by format, exported by the command line on first access."""
 
     SUFFIXES: ClassVar = {"safetensors": ".safetensors", "torchscript": ".pt", "onnx": ".onnx"}
 
@@ -184,7 +184,7 @@ class Exports(dict[str, Path]):
 
 @pytest.fixture(scope="session")
 def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    """That run's model in every format; ONNX takes most of a minute."""
+    """Export that run's model in every format, on first access; ONNX takes most of a minute."""
     return Exports(finished_run, tmp_path_factory.mktemp("exported"))
 
 
@@ -224,7 +224,7 @@ def write_manifest(folder: Path, rows: list[dict[str, str]]) -> None:
 
 
 def rows_of(count: int, label: str = "benign", prefix: str = "") -> list[dict[str, str]]:
-    """Rows of fully annotated images."""
+    """Return manifest rows of fully annotated images."""
     return [
         {
             "image": f"images/{prefix}{label}{i}.png",

@@ -1,4 +1,4 @@
-"""A consortium as docs/deploy.md sets one up: kits, and polyclinic's own commands to start."""
+"""A consortium set up as in docs/deploy.md: kits, started by polyclinic's own commands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Consortium(Deployment):
         self.release = self.pack(self.app)
 
     def provision(self, names: list[str], *options: str) -> str:
-        """Write federation.yaml, and make kits of it."""
+        """Write federation.yaml and generate kits from it; returns the command's output."""
         file = self.folder / "federation.yaml"
         server = {"address": "127.0.0.1", "port": self.port}
         content = {"name": "tests", "server": server, "sites": [{"name": n} for n in names]}
@@ -42,7 +42,7 @@ class Consortium(Deployment):
         return self.polyclinic("server", "provision", file, "--out", self.kits, *options)[1]
 
     def pack(self, app: Path) -> Path:
-        """A packed app, as the coordinator sends it to sites."""
+        """Pack an app as the coordinator sends it to sites."""
         place = self.folder / f"packed-{app.name}"
         place.mkdir()
         subprocess.run(
@@ -77,7 +77,7 @@ class Consortium(Deployment):
         self.wait_for(lambda: self.well("server"), 240, "the coordinator is well")
 
     def start_site(self, name: str, environment: dict[str, str] | None = None) -> psutil.Popen:
-        again = ("-c", 'while :; do "$@"; sleep 2; done', "site")  # as a container is
+        again = ("-c", 'while :; do "$@"; sleep 2; done', "site")  # restarted like a container
         home = {"FLWR_HOME": str(self.folder / "state" / name / "flwr")}
         self.nodes[name] = self._spawn(
             name,
@@ -92,7 +92,7 @@ class Consortium(Deployment):
         return self.folder / "at" / name / "site.yaml"
 
     def fill_in(self, name: str, **changes: object) -> None:
-        """What a site's engineer does with the kit that came."""
+        """Copy a site's kit and fill in its site.yaml, as a site's engineer does."""
         file = self.site_file(name)
         shutil.rmtree(file.parent, ignore_errors=True)
         shutil.copytree(self.kits / "sites" / name, file.parent)
@@ -105,13 +105,13 @@ class Consortium(Deployment):
         file.write_text(yaml.safe_dump(content | changes))
 
     def write_split_key(self, state: Path) -> None:
-        """The same split in every session: with a random one, few images may leave none to test."""
+        """Write a fixed split key: a random one may leave a small site without test images."""
         state.mkdir(parents=True, exist_ok=True)
         (state / SPLIT_KEY).write_text("07" * 32 + "\n")
         (state / SPLIT_KEY).chmod(0o600)
 
     def well(self, name: str) -> bool:
-        """What the container's health check asks."""
+        """Run the container's health check for a site or the server."""
         if name == "server":
             where = ("server", "health", "--kit", self.kits / "server")
         else:
@@ -119,7 +119,7 @@ class Consortium(Deployment):
         return self.polyclinic(*where, "--health", self.health[name])[0] == 0
 
     def status(self) -> dict[str, Mapping]:
-        """`polyclinic server status`, by site."""
+        """Return the output of `polyclinic server status` by site."""
         said = self.polyclinic(
             *("server", "status", "--kit", self.kits / "server", "--state", self.state),
             *("--control", str(self.control), "--json"),
@@ -130,7 +130,7 @@ class Consortium(Deployment):
         return {name for name, site in self.status().items() if site["status"] == "online"}
 
     def polyclinic(self, *arguments: str | Path) -> tuple[int, str]:
-        """Exit status, and all that was said."""
+        """Run a polyclinic command; returns its exit status and its output."""
         done = subprocess.run(
             [str(PROGRAMS / "polyclinic"), *map(str, arguments)],
             cwd=self.working_folder,
@@ -144,7 +144,7 @@ class Consortium(Deployment):
         return done.returncode, done.stdout
 
     def copy_kit(self, name: str, aside: str) -> Path:
-        """A site's kit, as somebody might copy it; its site.yaml."""
+        """Copy a site's kit to another folder and return the copy's site.yaml."""
         target = self.folder / aside
         shutil.copytree(self.site_file(name).parent, target)
         return target / "site.yaml"

@@ -1,4 +1,4 @@
-"""Settings, networks, files and messages that several test modules share."""
+"""Settings, networks, files and messages shared by several test modules."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def head_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def database(path: Path) -> Iterator[sqlite3.Connection]:
-    """The file as another program sees it, which knows nothing of chains."""
+    """Open a ledger as a plain SQLite database."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as opened:
         yield opened
 
@@ -81,7 +81,7 @@ def without_triggers(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def rewrite(path: Path, texts: list[str]) -> None:
-    """What whoever knows this program would do: all entries anew, with hashes that fit."""
+    """Rewrite all entries with valid hashes, as an attacker who knows this program could."""
     before = "0" * 64
     with without_triggers(path) as opened:
         opened.execute("DELETE FROM entries")
@@ -104,7 +104,7 @@ def trained(reply: Message) -> bool:
 
 
 def signed(key: ec.EllipticCurvePrivateKey, at: datetime | None = None) -> dict[str, bytes]:
-    """A site's headers, as Flower's SuperNode makes them."""
+    """Sign a site's request headers as Flower's SuperNode does."""
     timestamp = (at or datetime.now(UTC)).isoformat()
     public = public_key_to_bytes(key.public_key())
     return {
@@ -173,7 +173,7 @@ SMALL = {
 }
 
 
-WHOLE = {"width": 0, "depths": ()}  # a backbone as timm makes it
+WHOLE = {"width": 0, "depths": ()}  # timm's own width and depths
 
 
 VARIANTS = [
@@ -199,7 +199,7 @@ VARIANTS = [
 
 
 def without_chance(variants: list[dict]) -> list:
-    """Variants without randomness, as parameters; the two whose gradients take longest for long."""
+    """Return variants without drop path as parameters; the two slowest are marked long."""
     slow = ("resnet50", "convnext_atto")
     return [
         pytest.param(v, id=str(v), marks=[pytest.mark.long] if v.get("backbone") in slow else [])
@@ -241,7 +241,7 @@ CPU = torch.device("cpu")
 
 
 def some(n: int = 12, masks: bool = True, labels: bool = True) -> Examples:
-    """Bright squares, tall for class 1 and wide for class 0."""
+    """Make examples with bright rectangles, tall for class 1 and wide for class 0."""
     rng = np.random.default_rng(0)
     mask = np.zeros((n, 32, 32, 1), np.uint8)
     label = np.arange(n) % 2

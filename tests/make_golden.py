@@ -1,7 +1,7 @@
-"""Write tests/golden.json: what tiny networks answer. `python -m tests.make_golden` makes it anew.
+"""Write tests/golden.json, the outputs of tiny networks: `python -m tests.make_golden`.
 
-Weights and images are waves of their own numbers, not random, so that no change of a random
-generator can move the answers; only a change of the network can.
+Weights and images are sine waves instead of random numbers, so that the outputs change only with
+the network and not with a random generator.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def waved(model: MultiTaskUNet) -> MultiTaskUNet:
         for i, parameter in enumerate(model.parameters()):
             wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.7 + i)
             fan = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 1
-            start = 1.0 if parameter.dim() == 1 else 0.0  # scales and shifts around 1
+            start = 1.0 if parameter.dim() == 1 else 0.0  # scales and shifts are around 1
             parameter.copy_((start + wave / fan**0.5).view(parameter.shape))
     return model
 

@@ -1,7 +1,7 @@
-"""A federation in one process: what is asked of Flower's Grid, over ClientApps that are called.
+"""A federation in one process: a Flower Grid that calls ClientApps directly.
 
-Messages are real ones, and pass through Flower's serialisation both ways; only processes, network
-and Ray are left out. tests/end_to_end/test_simulate.py runs the same path through the real runtime.
+Messages are real and pass through Flower's serialisation in both directions; only processes,
+network and Ray are missing. tests/end_to_end/test_simulate.py uses the real runtime.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Tamper = Callable[[int, Message], Message | None]
 
 
 class MemoryGrid:
-    """Asks each node's app at once, and gives the replies out when they are pulled.
+    """Calls each node's app when a message is pushed and returns the replies when they are pulled.
 
     Args:
-        tamper: may change a reply of a partition, or lose it by returning None.
+        tamper: may change a partition's reply, or drop it by returning None.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class MemoryGrid:
         self.app = app
         self.run_config = run_config
         self.nodes = {1000 + partition: partition for partition in range(sites)}
-        self.names: dict[int, str] = {}  # of keys, as a deployment has them registered
+        self.names: dict[int, str] = {}  # registered names by node, as in a deployment
         self.tamper = tamper
         self.run_id = secrets.randbits(31)
         self.sent: list[Message] = []
@@ -47,7 +47,7 @@ class MemoryGrid:
         ids: list[str | None] = []
         for message in messages:
             if message.metadata.dst_node_id not in self.nodes:
-                ids.append(None)  # as Flower does for a node that it does not know
+                ids.append(None)  # as Flower does for an unknown node
                 continue
             identity = f"message-{len(self.sent)}"
             message.metadata.__dict__["_message_id"] = identity
@@ -76,7 +76,7 @@ class MemoryGrid:
         )
         try:
             return self.app(message, context)
-        except Exception as error:  # as Flower's runtime does: the server gets an error reply
+        except Exception as error:  # as in Flower's runtime, the server gets an error reply
             return Message(Error(code=1, reason=repr(error)), reply_to=message)
 
 

@@ -84,14 +84,14 @@ class FederationConfig(Section):
     @model_validator(mode="after")
     def _names_are_different(self) -> Self:
         names = [site.name.lower() for site in self.sites]
-        taken = sorted(set(names) & set(RESERVED))
-        if taken:
+        reserved = sorted(set(names) & set(RESERVED))
+        if reserved:
             raise ValueError(
-                f"sites: expected names other than {', '.join(RESERVED)}, got {taken[0]}"
+                f"sites: expected names other than {', '.join(RESERVED)}, got {reserved[0]}"
             )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"sites: expected distinct names, got {', '.join(twice)} twice")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"sites: expected distinct names, got {', '.join(repeated)} twice")
         keys = [site.public_key for site in self.sites if site.public_key]
         if len(keys) != len(set(keys)):
             raise ValueError("sites: expected distinct public-keys, got the same one for two sites")
@@ -102,7 +102,7 @@ def read_federation(path: Path) -> FederationConfig:
     """Read and check a ``federation.yaml``.
 
     Raises:
-        ConfigError: if it is missing, is not YAML, or has unknown or wrong keys.
+        ConfigError: if the file is missing, is not valid YAML, or has unknown or invalid keys.
     """
     return read_yaml(path, FederationConfig, "federation file", "name, server and sites")
 

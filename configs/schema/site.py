@@ -352,14 +352,14 @@ def read_site_config(path: Path) -> SiteConfig:
     """Read and check a ``site.yaml``.
 
     Raises:
-        ConfigError: if it is missing, is not YAML, or has unknown or wrong keys.
+        ConfigError: if the file is missing, is not valid YAML, or has unknown or invalid keys.
     """
     config = read_yaml(path, SiteConfig, "site file", "name and data-root")
     update: dict[str, object] = {
-        key: _placed(path, getattr(config, key)) for key in ("data_root", "state")
+        key: _resolve(path, getattr(config, key)) for key in ("data_root", "state")
     }
     if config.server is not None:
-        files = {k: _placed(path, getattr(config.server, k)) for k in ("ca", "key", "certificate")}
+        files = {k: _resolve(path, getattr(config.server, k)) for k in ("ca", "key", "certificate")}
         update["server"] = config.server.model_copy(update=files)
     return config.model_copy(update=update)
 
@@ -377,7 +377,7 @@ def read_yaml(path: Path, kind: type[File], what: str, keys: str) -> File:
         keys: required keys in words, for error messages.
 
     Raises:
-        ConfigError: if it is missing, is not YAML, or has unknown or wrong keys.
+        ConfigError: if the file is missing, is not valid YAML, or has unknown or invalid keys.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -396,6 +396,6 @@ def read_yaml(path: Path, kind: type[File], what: str, keys: str) -> File:
         raise ConfigError(f"{path}: {problems}") from None
 
 
-def _placed(site_file: Path, path: Path) -> Path:
+def _resolve(site_file: Path, path: Path) -> Path:
     """Resolve a path of a site.yaml relative to the file's folder."""
     return (site_file.parent / path.expanduser()).resolve()

@@ -170,7 +170,7 @@ def _server_kit(
         key = new_key()
         certificate = authority.issue_server(names, key.public_key(), federation.days)
         _write(key_file, private_pem(key), private=True)
-        _give(key_file)
+        _set_owner(key_file)
         _write(certificate_file, pem(certificate))
         changes.append(KitChange(SERVER, f"{why}; copy the kit to the server and restart it"))
     _write(folder / "ca.crt", pem(authority.certificate))
@@ -208,7 +208,7 @@ def _site_kit(
             key = new_key()
             public = key.public_key()
             _write(key_file, private_openssh(key), private=True)
-            _give(key_file)
+            _set_owner(key_file)
         before = authority.issue_site(member.name, public, federation.days)
         _write(certificate_file, pem(before))
         changes.append(KitChange(member.name, f"{why}; send the kit to the site"))
@@ -299,7 +299,7 @@ def _fill(template: str, target: Path, names: dict[str, str], keep: bool) -> Non
     _write(target, _Template(text).safe_substitute(names).encode())
 
 
-def _give(key_file: Path) -> None:
+def _set_owner(key_file: Path) -> None:
     """Make the container's user the owner of a kit's key, if root makes the kit."""
     if os.getuid() == 0:
         os.chown(key_file, NOBODY, NOBODY)

@@ -16,7 +16,7 @@ from torch import Tensor
 from polyclinic.configs import VERSION
 from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.files import write_atomically
-from polyclinic.configs.passport import ModelFileError, ModelMetadata
+from polyclinic.configs.model_metadata import ModelFileError, ModelMetadata
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.saved import Format, check_onnx, open_model, open_network
 from polyclinic.server.export.formats import OUTPUTS, WRITERS
@@ -53,7 +53,7 @@ class Exported:
 
     path: Path
     format: Format
-    passport: ModelMetadata  # metadata in the file
+    metadata: ModelMetadata  # metadata in the file
     sha256: str  # digest of the file
     parity: tuple[Parity, ...]  # difference from the network, per output
     inputs: tuple[tuple[int, ...], ...]  # shapes (B, C, H, W) of the trial inputs
@@ -106,14 +106,14 @@ def export_model(checkpoint: Path, run: str, kind: Format, out: Path, tolerance:
     """
     if kind == "onnx":
         check_onnx("onnx", "onnxscript", "onnxruntime")
-    passport, network = open_network(checkpoint)
-    passport = replace(passport, run=run, weights_sha256=_sha256(checkpoint), version=VERSION)
+    metadata, network = open_network(checkpoint)
+    metadata = replace(metadata, run=run, weights_sha256=_sha256(checkpoint), version=VERSION)
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = WRITERS[kind](network, passport)
+    content = WRITERS[kind](network, metadata)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent) as place:
         trial = Path(place) / out.name
         trial.write_bytes(content)
-        inputs = trial_images(passport)
+        inputs = trial_images(metadata)
         parity = compare(network, open_model(trial).logits, inputs)
         if not all(found.relative <= tolerance for found in parity):  # also true for nan
             raise ParityError(
@@ -125,7 +125,7 @@ def export_model(checkpoint: Path, run: str, kind: Format, out: Path, tolerance:
     return Exported(
         out,
         kind,
-        passport,
+        metadata,
         hashlib.sha256(content).hexdigest(),
         parity,
         tuple(tuple(images.shape) for images in inputs),
@@ -134,13 +134,13 @@ def export_model(checkpoint: Path, run: str, kind: Format, out: Path, tolerance:
     )
 
 
-def trial_images(passport: ModelMetadata) -> list[Tensor]:
+def trial_images(metadata: ModelMetadata) -> list[Tensor]:
     """Return noise images to verify an exported file with.
 
     They have the size used in training, and other batch and image sizes that are not square and not
     multiples of a stride. One image is half black, as padded images are.
     """
-    data = passport.data
+    data = metadata.data
     h, w = data.image_height, data.image_width
     shapes = [(1, h, w), (3, h, w), (2, h // 2 + 5, w + 11), (1, h + 3, w // 2 + 2)]
     random = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from polyclinic.configs.passport import ModelFileError, ModelMetadata
+from polyclinic.configs.model_metadata import ModelFileError, ModelMetadata
 from polyclinic.mtl_model.network import MultiTaskUNet
 from polyclinic.mtl_model.portable import portable_form
 from polyclinic.mtl_model.saved import Format, torchscript_deprecated
@@ -25,21 +25,21 @@ OPSET = 20  # the first version with Gelu as one operator
 ONNX_LIMIT = 2**31  # bytes; a larger model would need a separate file of weights
 
 
-def _safetensors(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
-    return save(network.state_dict(), passport.to_metadata())
+def _safetensors(network: MultiTaskUNet, metadata: ModelMetadata) -> bytes:
+    return save(network.state_dict(), metadata.to_metadata())
 
 
-def _example(passport: ModelMetadata) -> Tensor:
+def _example(metadata: ModelMetadata) -> Tensor:
     """Return an input for tracing, (2, C, H, W).
 
     No dimension is 1 or the size used in training, because exporters would treat such dimensions as
     constants.
     """
-    data = passport.data
+    data = metadata.data
     return torch.zeros(2, data.channels, data.image_height + 16, data.image_width + 8)
 
 
-def _torchscript(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
+def _torchscript(network: MultiTaskUNet, metadata: ModelMetadata) -> bytes:
     portable = portable_form(network)
     buffer = io.BytesIO()
     with torchscript_deprecated():
@@ -52,8 +52,8 @@ def _torchscript(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
             r"torch\.nn\.functional",
         )
         # The tracer's own check is off, because export.py compares the outputs at several sizes.
-        traced = torch.jit.trace(portable, _example(passport), check_trace=False)
-        torch.jit.save(traced, buffer, _extra_files=passport.to_metadata())
+        traced = torch.jit.trace(portable, _example(metadata), check_trace=False)
+        torch.jit.save(traced, buffer, _extra_files=metadata.to_metadata())
     return _without_source_lines(buffer.getvalue())
 
 
@@ -68,14 +68,14 @@ def _without_source_lines(archive: bytes) -> bytes:
     return out.getvalue()
 
 
-def _onnx(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
+def _onnx(network: MultiTaskUNet, metadata: ModelMetadata) -> bytes:
     import onnx
     from torch.export import Dim
 
     axes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     program = torch.onnx.export(
         portable_form(network),
-        (_example(passport),),
+        (_example(metadata),),
         dynamo=True,
         opset_version=OPSET,
         dynamic_shapes=(axes,),
@@ -91,7 +91,7 @@ def _onnx(network: MultiTaskUNet, passport: ModelMetadata) -> bytes:
     _name_axes(model.graph.output[1], {0: "batch"})
     _drop_source_lines(model.graph)
     model.doc_string = "Polyclinic: segmentation and image class. See metadata_props."
-    onnx.helper.set_model_props(model, passport.to_metadata())
+    onnx.helper.set_model_props(model, metadata.to_metadata())
     if model.ByteSize() >= ONNX_LIMIT:
         raise ModelFileError("onnx: expected less than 2 GiB of weights; use safetensors")
     onnx.checker.check_model(model)

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from polyclinic.configs import wire
-from polyclinic.configs.passport import outputs, preprocessing
+from polyclinic.configs.model_metadata import outputs, preprocessing
 from polyclinic.configs.presets import read_run_config
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.metrics import Metrics
@@ -48,7 +48,7 @@ def model_card(folder: RunFolder, exported: Exported) -> str:
     config = read_run_config(folder.config)
     environment = _json(folder.environment.read_text(encoding="utf-8"))
     sites = dict(environment.get("sites", {}))
-    number = exported.passport.round
+    number = exported.metadata.round
     evaluated = _evaluated(folder, number)
     classes = config.data.classes
     parts = [
@@ -105,11 +105,11 @@ def _json(text: str) -> dict[str, Any]:
 def _details(
     folder: RunFolder, config: RunConfig, exported: Exported, environment: Mapping[str, Any]
 ) -> str:
-    passport = exported.passport
+    metadata = exported.metadata
     outcome = folder.read_outcome()
     best = outcome.get("best_round", outcome.get("best-round"))  # earlier versions wrote best-round
-    how = f"round {passport.round} of {config.rounds.count}"
-    if best == passport.round:
+    how = f"round {metadata.round} of {config.rounds.count}"
+    if best == metadata.round:
         how += f", the best round by {config.evaluate.select_by} on the validation images"
     versions = ", ".join(f"{k} {v}" for k, v in environment.get("versions", {}).items())
     rows = {
@@ -118,8 +118,8 @@ def _details(
         "selected round": how,
         "file": f"{exported.path.name} ({exported.format}, {exported.bytes:,} bytes)",
         "sha256 of the file": f"`{exported.sha256}`",
-        "sha256 of the run's checkpoint": f"`{passport.weights_sha256}`",
-        "network layout": f"`{passport.layout}`",
+        "sha256 of the run's checkpoint": f"`{metadata.weights_sha256}`",
+        "network layout": f"`{metadata.layout}`",
         "parameters": f"{exported.parameters:,}",
         "mask classes": f"{', '.join(config.data.mask_classes)} ({config.data.mask_kind})",
         "image classes": f"{', '.join(config.data.classes)} ({config.data.label_kind})",

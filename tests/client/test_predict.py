@@ -17,7 +17,7 @@ from polyclinic.client.data.dataset import Example, load_site, to_batch
 from polyclinic.client.data.images import Frame, Picture, read_picture
 from polyclinic.client.data.manifest import read_sites
 from polyclinic.client.predict import find, images_in, names_of, predict
-from polyclinic.configs.passport import ModelFileError, ModelMetadata
+from polyclinic.configs.model_metadata import ModelFileError, ModelMetadata
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.backbone import BackboneError
 from polyclinic.mtl_model.measure import predicted_masks
@@ -83,14 +83,14 @@ def test_predictions_are_equal_for_every_format_and_the_run(
 
 def test_predictions_match_the_evaluation_at_sites(finished_run: Path, phantoms: Path) -> None:
     """At the network's input size, evaluation and prediction give the same masks."""
-    passport, network = open_network(finished_run / "best.safetensors")
+    metadata, network = open_network(finished_run / "best.safetensors")
     model = open_model(finished_run / "best.safetensors")
     manifest = read_sites(phantoms.parent.parent)["site-1"]
-    examples = load_site(manifest, passport.data).splits["test"]
+    examples = load_site(manifest, metadata.data).splits["test"]
     images = torch.from_numpy(examples.images)
     unknown = torch.zeros(len(images), 1)
     batch = Example(images, torch.zeros(len(images), 32, 32, 1), unknown, unknown, unknown)
-    x, _ = to_batch(batch, passport.data.normalise, torch.device("cpu"))
+    x, _ = to_batch(batch, metadata.data.normalise, torch.device("cpu"))
     with torch.no_grad():
         expected = network(x)
     masks = predicted_masks(expected.mask_logits, 1).numpy()
@@ -114,7 +114,7 @@ def test_predicted_mask_aligns_with_the_original_image(
     pixels[h // 5 : h // 2, w // 4 : w // 2] = 255
     Image.fromarray(pixels).save(tmp_path / "image.png")
     model = seeing(1, **{"data.resize": resize, "data.mask-classes": "lesion"})
-    picture = read_picture(tmp_path / "image.png", model.passport.data)
+    picture = read_picture(tmp_path / "image.png", model.metadata.data)
     (mask,) = find(model, picture).masks
     bright = pixels > 0
     assert mask.shape == size
@@ -152,7 +152,7 @@ def test_exclusive_classes_write_one_index_mask(tmp_path: Path) -> None:
         masks, classes = by_brightness(x)
         return torch.stack([-masks[:, 1], masks[:, 1], 2 * masks[:, 2]], dim=1), classes
 
-    model = SavedModel(model.passport, model.sha256, exclusive)
+    model = SavedModel(model.metadata, model.sha256, exclusive)
     (outcome,) = predict(model, [shades(tmp_path / "i.png")], tmp_path / "out", overlay=False)
     assert set(outcome.entry["masks"].values()) == {"masks/i.png"}
     assert set(np.unique(pixels_of(tmp_path / "out/masks/i.png"))) == {0, 1, 2}
@@ -162,7 +162,7 @@ def test_exclusive_classes_write_one_index_mask(tmp_path: Path) -> None:
 
 def test_multi_label_probabilities_are_independent(tmp_path: Path) -> None:
     model = seeing(1, **{"data.label-kind": "multi-label", "loss.classification": "soft-margin"})
-    picture = read_picture(shades(tmp_path / "i.png"), model.passport.data)
+    picture = read_picture(shades(tmp_path / "i.png"), model.metadata.data)
     finding = find(model, picture)
     assert finding.classes == ("benign",)
     assert list(finding.probabilities.values()) == pytest.approx([0.8808, 0.2689], abs=1e-4)

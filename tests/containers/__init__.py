@@ -1,1 +1,1 @@
-"""Images built and containers run by the tests, where no Docker daemon and no hub are to be had."""
+"""Build images and run containers without a Docker daemon or a registry."""

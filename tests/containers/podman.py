@@ -25,15 +25,15 @@ from tests import ROOT
 
 TOOLS = ("buildah", "mmdebstrap", "podman", "runc")  # Debian's packages have the same names
 BASE = "localhost/polyclinic-base:bookworm"
-# crun, podman's own choice, asks for more than some machines that are containers themselves allow
+# crun, podman's default, needs more rights than some machines that are containers themselves have
 PODMAN = ("podman", "--cgroup-manager=cgroupfs", "--runtime=runc")
 MOST = 16_384
 SETTINGS = "/mnt"
-EMPTY = ("/media", "/srv", "/home", "/boot")  # in every Debian: a mount there leaves no new folder
+EMPTY = ("/media", "/srv", "/home", "/boot")  # exist in every Debian, so a mount there leaves no new folder
 
 
 def why_no_containers() -> str:
-    """Why no container can be built and run here; nothing if one can."""
+    """Explain why no container can be built and run here; an empty text if one can."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
@@ -48,14 +48,14 @@ def why_no_containers() -> str:
 
 
 class CommandFailed(Exception):
-    """A command and the end of what it said."""
+    """A command failed; the message holds the command and the end of its output."""
 
 
 def build_base() -> None:
-    """Make the base image, once on a machine: Debian's essential packages and its Python 3.11."""
+    """Build the base image once per machine: Debian's essential packages and its Python 3.11."""
     if subprocess.run([*PODMAN, "image", "exists", BASE]).returncode == 0:
         return
-    # libstdc++6, that numpy and torch stand on, is in python:slim as well, by way of apt
+    # libstdc++6, which numpy and torch need, is in python:slim as well, through apt
     packages = "--include=python3,python3-venv,ca-certificates,libstdc++6"
     make = ["mmdebstrap", "--quiet", "--variant=essential", packages, "bookworm", "-"]
     with subprocess.Popen(make, stdout=subprocess.PIPE) as made:
@@ -65,14 +65,14 @@ def build_base() -> None:
 
 
 def build(target: str, version: str, folder: Path) -> str:
-    """Build one of the Dockerfile's targets, and name the image.
+    """Build one of the Dockerfile's targets and return the image's name.
 
     Args:
-        folder: for what the build is lent.
+        folder: where pip's settings for the build are written.
     """
     flags = ["--build-arg", f"BASE={BASE}", *_lent_pip_settings(folder)]
-    # buildah 1.28 finds a stage's layers from an earlier build, and then lends a step nothing of
-    # the stage (RUN --mount=from=...); of an image it does
+    # buildah 1.28 reuses a stage's layers from an earlier build and then mounts nothing of the
+    # stage (RUN --mount=from=...); mounting from an image works
     tools = "localhost/polyclinic-build-tools"
     _bud("tools", tools, flags)
     flags += ["--build-context", f"tools=container-image://{tools}"]
@@ -88,17 +88,17 @@ def _bud(target: str, image: str, flags: Sequence[str]) -> None:
 
 
 def _lent_pip_settings(folder: Path) -> list[str]:
-    """What makes pip in a build find packages as it does on this machine: a secret, and mounts.
+    """Return build flags that make pip find packages as on this machine: a secret and mounts.
 
-    A machine may have indexes and certificates of its own, in files that a build does not see. All
-    of it is mounted where the base image has an empty folder, and leaves no trace in a layer.
+    A machine may have its own indexes and certificates in files that a build does not see. All
+    of them are mounted over empty folders of the base image and leave no trace in a layer.
     """
     folder.mkdir(exist_ok=True)
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
     values = {}
-    # what the environment says is listed first, and is stronger
+    # settings from the environment are listed first and take precedence
     for line in reversed(listed.stdout.splitlines()):
         name, _, quoted = line.partition("=")
         values[name.rpartition(".")[2]] = str(ast.literal_eval(quoted))
@@ -113,7 +113,7 @@ def _lent_pip_settings(folder: Path) -> list[str]:
                 shutil.copy(path, folder / f"{key}-{path.name}")
                 word = f"{SETTINGS}/{key}-{path.name}"
             elif path.is_absolute() and path.is_dir():
-                # an index's pages name files that lie beside it
+                # an index's pages link to files next to it
                 shared = path.parent if "index" in key else path
                 place = next(places)
                 flags += ["--volume", f"{shared}:{place}:ro"]
@@ -130,15 +130,15 @@ def podman_run_arguments(
     *options: str,
     network: str = "host",
 ) -> list[str]:
-    """`podman run` with everything that a compose file of one service says, up to the image.
+    """Translate a compose file of one service into `podman run` arguments, up to the image.
 
-    A key of the file that this does not know is refused, so that what is shipped is what is tested.
+    Unknown keys are refused, so that the shipped file is the tested one.
 
     Args:
         compose: docker/compose.*.yml, or the compose.yml of a kit.
-        variables: what its .env says.
-        options: more of `podman run`, as --rm, --detach, --name or --entrypoint.
-        network: podman's; on the host's the port is open without being published.
+        variables: the values of its .env file.
+        options: further options of `podman run`, such as --rm, --detach, --name or --entrypoint.
+        network: podman's network; on the host network ports need no publishing.
     """
     text = compose.read_text(encoding="utf-8")
     (service,) = yaml.safe_load(filled_in(text, variables))["services"].values()
@@ -153,7 +153,7 @@ def podman_run_arguments(
             case "init":
                 found.append(f"--init={str(value).lower()}")
             case "read_only":
-                # podman alone lays memory over /run, /tmp and /var/tmp unasked
+                # unlike Docker, podman mounts tmpfs over /run, /tmp and /var/tmp by default
                 found += [f"--read-only={str(value).lower()}", "--read-only-tmpfs=false"]
             case "tmpfs" | "cap_drop":
                 found += [f"--{key.replace('_', '-')}={each}" for each in value]
@@ -167,18 +167,18 @@ def podman_run_arguments(
             case "ports":
                 found += [f"--publish={each}" for each in value if network != "host"]
             case "healthcheck":
-                # podman's timers are systemd's: `podman healthcheck run NAME` asks when told to
+                # podman's timers need systemd; the tests call `podman healthcheck run NAME`
                 command = json.dumps(value["test"][1:])
                 found += [f"--health-cmd={command}", "--health-interval=disable"]
             case "restart" | "logging":
-                pass  # what lasts longer than a test
+                pass  # matters only beyond the length of a test
             case _:
                 raise ValueError(f"{compose}: {key}: not known to the tests")
     return [*found, image]
 
 
 def filled_in(text: str, variables: Mapping[str, str]) -> str:
-    """A compose file with its variables filled in, as compose does."""
+    """Fill in a compose file's variables as compose does."""
 
     def value(match: re.Match[str]) -> str:
         name, sign, otherwise = match.groups()
@@ -192,10 +192,10 @@ def filled_in(text: str, variables: Mapping[str, str]) -> str:
 
 
 def limits() -> list[str]:
-    """How many files and processes a container may have open, as flags.
+    """Return flags that limit a container's open files and processes.
 
-    podman asks for a million, and where it may not have them (in a machine that is a container
-    itself) nothing starts. Processes count by user, over all containers.
+    podman asks for a million, and where that is not allowed (on a machine that is a container
+    itself) nothing starts. Processes count per user, over all containers.
     """
     found = []
     for name, kind in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):

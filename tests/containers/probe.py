@@ -1,4 +1,4 @@
-"""Runs inside of a container, and says as JSON what it is like in there."""
+"""Print the properties of the container that this runs in, as JSON."""
 
 import contextlib
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 BUILDERS = ("gcc", "cc", "c++", "g++", "clang", "ld", "as", "make", "pip", "pip3", "uv-build")
 TEST_PACKAGES = ("pytest", "mypy", "hypothesis", "monai", "sklearn", "segmentation_models_pytorch")
 LEFTOVERS = ("/etc/pip.conf", "/etc/xdg/pip", "/opt/tools", "/src", "/tmp/cache/pip")
-LENT = ("/mnt", "/media", "/srv", "/home", "/boot")  # where a build was lent packages
+LENT = ("/mnt", "/media", "/srv", "/home", "/boot")  # mounted during the build
 
 
 def writable(folder: str) -> bool:

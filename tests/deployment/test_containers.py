@@ -1,4 +1,4 @@
-"""The images, built and run: what is in them, and what a process in them may do."""
+"""The container images, built and run: their contents and the rights of their processes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ pytestmark = [
     pytest.mark.timeout(1800),  # the first test builds 7 GB
 ]
 
-USER = 12345  # not the image's own: a site's state belongs to a user of the site
+USER = 12345  # not the image's user: a site's state belongs to one of its own users
 TARGETS = ("coordinator", "site")
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The name of the image of each target."""
+    """Build all images; returns the image's name by target."""
     why = why_no_containers()
     if why and os.environ.get("POLYCLINIC_CONTAINERS") == "required":
         pytest.fail(why)
@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def kits(
     images: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, dict[str, str]]]:
-    """For each image a compose file in a folder of its own, and what its .env says."""
+    """Prepare for each image a folder with its compose file, and the values of its .env file."""
     found = {}
     for target in images:
         place = tmp_path_factory.mktemp(target)
@@ -79,7 +79,7 @@ def run(
     stdin: str = "",
     root: bool = False,
 ) -> str:
-    """What a program says in a container of an image."""
+    """Run a program in a container of an image and return its output."""
     compose, variables = kit
     if root:
         variables = variables | {"POLYCLINIC_UID": "0", "POLYCLINIC_GID": "0"}
@@ -94,7 +94,7 @@ def run(
 def inside(
     request: pytest.FixtureRequest, kits: dict[str, tuple[Path, dict[str, str]]]
 ) -> dict[str, Any]:
-    """What it is like in a container that runs as its compose file says."""
+    """Return the properties of a container that runs by its compose file."""
     probe = (ROOT / "tests" / "containers" / "probe.py").read_text(encoding="utf-8")
     return json.loads(run(kits[request.param], "python", "-", stdin=probe))
 
@@ -213,7 +213,7 @@ class Containers:
                 "POLYCLINIC_STATE": str(place / "state" / name),
                 "POLYCLINIC_DATA": str(place / "data" / f"site-{i}"),
             }
-        for name in sites:  # what a site's engineer fills in
+        for name in sites:  # filled in by a site's engineer
             file = self.kit(name) / "site.yaml"
             file.write_text(file.read_text().replace("min-support: 10", "min-support: 1"))
         for path in place.rglob("*"):
@@ -223,7 +223,7 @@ class Containers:
         return self.kits / "server" if name == "coordinator" else self.kits / "sites" / name
 
     def arguments(self, name: str, *options: str) -> list[str]:
-        # on the host's network two sites want two ports for their health
+        # on the host network, two sites need two health ports
         health = free_port() if name in self.sites[1:] else 0
         more = [f"--env=POLYCLINIC_HEALTH=127.0.0.1:{health}"] if health else []
         compose = self.kit(name) / "compose.yml"
@@ -233,11 +233,11 @@ class Containers:
         self.podman(self.arguments(name, "--detach", f"--name={self.prefix}-{name}"))
 
     def once(self, name: str, *command: str, options: tuple[str, ...] = ()) -> str:
-        """A command in a container of its own, as `docker compose run --rm` does."""
+        """Run a command in a new container, as `docker compose run --rm` does."""
         return self.podman([*self.arguments(name, "--rm", *options), *command])
 
     def inside(self, name: str, *command: str) -> str:
-        """A command in the running container, as `docker compose exec` does."""
+        """Run a command in the running container, as `docker compose exec` does."""
         return self.podman([*PODMAN, "exec", f"{self.prefix}-{name}", *command])
 
     def healthy(self, name: str) -> bool:
@@ -283,7 +283,7 @@ def containers(
 def test_federation_from_kits_survives_a_site_restart(
     containers: Containers, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the kits' README says; podman for docker compose."""
+    """Follows the kits' README, with podman in place of docker compose."""
     place = containers
     place.up("coordinator")
     place.wait_for(lambda: place.healthy("coordinator"), 300, "the coordinator is healthy")
@@ -331,7 +331,7 @@ def test_federation_from_kits_survives_a_site_restart(
     assert all(metrics is not None for metrics in tested.values())
     joined = [e for e in events(folder) if e["event"] == "joined"]
     lost = {phase for line in lines if line.site == "south" for phase in line.lost}
-    assert joined or lost or any(line.left_out for line in lines)  # it was gone, and is told so
+    assert joined or lost or any(line.left_out for line in lines)  # its absence is recorded
     for name in ("coordinator", *place.sites):
         assert place.inside(name, "id", "-u").strip() == str(USER)
         refused = subprocess.run(

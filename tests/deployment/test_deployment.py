@@ -1,8 +1,8 @@
-"""A real coordinator and real sites from generated kits, and everybody who should not come in.
+"""A real coordinator and real sites from generated kits, and unauthorised access attempts.
 
-Processes over TLS, as docs/deploy.md starts them without containers;
-tests/deployment/test_containers.py has the containers. tests/server/deployment/test_front_door.py
-and tests/client/node/test_supernode.py say the same of single parts.
+Processes over TLS, started as in docs/deploy.md without containers;
+tests/deployment/test_containers.py tests the containers.
+tests/server/deployment/test_front_door.py and tests/client/node/test_supernode.py test the parts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]
 
 
 def submit(place: Consortium, name: str, **changes: float | str) -> RunFolder:
-    """Deadlines leave room for the attacks, and for a busy machine."""
+    """Submit a run of one round with a deadline long enough for the attacks on a busy machine."""
     return place.submit(name, rounds__count=1, rounds__deadline_s=300.0, **changes)
 
 
@@ -88,7 +88,7 @@ def node_of(place: Consortium, key) -> tuple[FleetHttpClient, bytes]:
 
 
 def test_run_completes_despite_unauthorised_access_attempts(consortium: Consortium) -> None:
-    """The first run from kits; in its first round, held there, everybody tries to come in."""
+    """The first run from kits; all access attempts happen while its first round is paused."""
     place = consortium
     place.fault("site-1.train.1.received", "wait")
     folder = submit(place, "attacked", rounds__min_sites="all")
@@ -164,7 +164,7 @@ def no_tls(place: Consortium) -> None:
 
 
 def another_authority(place: Consortium) -> None:
-    """A site of other kits does not go on with this server, and this server not with it."""
+    """Check that a site with kits of another federation refuses this server."""
     others = place.folder / "others"
     config = FederationConfig.model_validate(
         {
@@ -182,7 +182,7 @@ def another_authority(place: Consortium) -> None:
 
 
 def an_expired_kit(place: Consortium) -> None:
-    """It says so itself, instead of looking healthy, and the server says so too."""
+    """Check that a site with an expired kit refuses to start and that the server rejects its key."""
     place.provision([*place.names, "late"])
     site_file = place.copy_kit("site-2", "expired")
     authority = Authority(
@@ -197,7 +197,7 @@ def an_expired_kit(place: Consortium) -> None:
     registered = place.kits / "server" / "sites" / "late.crt"
     registered.write_bytes(pem(certificate))
     try:
-        time.sleep(3)  # until the registry looks again
+        time.sleep(3)  # until the registry is read again
         status, said = place.polyclinic("site", "start", site_file, "--health", "127.0.0.1:1")
         assert status == 2
         assert re.search(r"fail +kit +it expired on ", said)
@@ -210,7 +210,7 @@ def an_expired_kit(place: Consortium) -> None:
 
 
 def a_second_coordinator(place: Consortium) -> None:
-    """From outside, runs cannot be started, nor sites registered, nor server apps' work taken."""
+    """Check that nobody can start runs, register sites or acquire tasks through the public port."""
     key = read_private_key(place.kits / "sites" / "site-1" / "site.key")
     for path in ("control/start-run", "control/register-node", "runtime/acquire-task"):
         assert post(place, f"/v1/{path}", signed(key)).status_code == 404
@@ -253,7 +253,7 @@ def connections_that_never_say_anything(place: Consortium) -> None:
 
 
 def flowers_starter_of_server_apps_ends(place: Consortium) -> None:
-    """The run that is on does not notice; the next test's begins by the one that comes after it."""
+    """Kill the process that starts server apps; the current run continues and it is replaced."""
     (first,) = place.starters()
     first.kill()
     place.wait_for(lambda: place.starters() not in ([], [first]), 60, "another one is there")
@@ -263,12 +263,12 @@ def flowers_starter_of_server_apps_ends(place: Consortium) -> None:
 def test_coordinator_under_endless_heads_and_upgrades_serves_its_sites(
     consortium: Consortium,
 ) -> None:
-    """Two attacks that need no key and once stalled or locked the port for everybody."""
+    """Two attacks without a key that once blocked the port for all sites."""
     place = consortium
     began = threading.Barrier(5)
 
     def send_endless_head() -> bool:
-        """Whether the coordinator closed the connection before it had 50 MB."""
+        """Return whether the coordinator closed the connection before it received 50 MB."""
         with tls(place) as connection:
             connection.sendall(ENDLESS_HEAD)
             began.wait(60)
@@ -303,7 +303,7 @@ def test_coordinator_under_endless_heads_and_upgrades_serves_its_sites(
 
 
 def test_release_with_a_modified_policy_check_is_not_run(consortium: Consortium) -> None:
-    """The coordinator ships code that asks nobody; no line of it runs, until a site says so."""
+    """The coordinator ships code without the policy check; it does not run before its approval."""
     place = consortium
     evil = place.folder / "evil"
     shutil.copytree(place.app, evil)
@@ -336,7 +336,7 @@ def test_release_with_a_modified_policy_check_is_not_run(consortium: Consortium)
     place.polyclinic("site", "approve", place.site_file("site-1"), "--withdraw", digest)
 
 
-@pytest.mark.long  # tests/server/deployment/test_front_door.py has a revoked key in CI
+@pytest.mark.long  # in CI, tests/server/deployment/test_front_door.py tests a revoked key
 def test_revoked_site_is_disconnected_and_returns_with_a_new_kit(
     consortium: Consortium,
 ) -> None:
@@ -381,9 +381,9 @@ def test_backup_of_a_running_coordinator_can_be_restored(
 def test_newer_patch_release_runs_and_newer_minor_is_refused(
     consortium: Consortium,
 ) -> None:
-    """Newer releases at sites that stay as they are, which approve them.
+    """Sites keep their version and approve newer releases.
 
-    The one that runs trains privately, and the coordinator sees what is left of the budgets.
+    The one that runs trains privately, and the coordinator sees the remaining budgets.
     """
     place = consortium
     major, minor, _ = VERSION.split(".")
@@ -428,7 +428,7 @@ def test_newer_patch_release_runs_and_newer_minor_is_refused(
 
 
 def of_version(version: str, app: Path) -> Path:
-    """A copy of an app, as another version of Polyclinic would pack it."""
+    """Copy an app with another version number."""
     other = app.parent / f"app-{version}".replace(".", "-")
     shutil.copytree(app, other)
     for file in (other / "pyproject.toml", other / "configs" / "__init__.py"):

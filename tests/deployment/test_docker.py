@@ -1,4 +1,4 @@
-"""What docker/ ships, read as files: every option that hardens a service, and what a build may see.
+"""The files in docker/: hardening options, mounts, and the build context.
 
 tests/deployment/test_containers.py builds the images and runs them.
 """
@@ -36,7 +36,7 @@ def service(name: str, **variables: str) -> dict[str, Any]:
 
 
 def mounts(name: str, **variables: str) -> dict[str, tuple[str, str]]:
-    """Where something is mounted: what, and how."""
+    """Return source and mode of each mount by its target."""
     found = {}
     for each in service(name, **variables)["volumes"]:
         source, target, *how = each.split(":")
@@ -135,7 +135,7 @@ def test_unknown_compose_key_is_refused(tmp_path: Path) -> None:
     "files", [["coordinator"], ["site"], ["site", "gpu"]], ids=lambda files: "-".join(files)
 )
 def test_podman_compose_parses_the_files(files: list[str], tmp_path: Path) -> None:
-    podman = tmp_path / "podman"  # reading asks it for nothing else, and it may be absent here
+    podman = tmp_path / "podman"  # parsing only asks for its version, and podman may be missing
     podman.write_text("#!/bin/sh\necho podman version 4.3.1\n")
     podman.chmod(0o755)
     chosen = [part for name in files for part in ("--file", str(DOCKER / f"compose.{name}.yml"))]

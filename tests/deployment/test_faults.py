@@ -1,9 +1,9 @@
-"""What breaks in a deployment, on purpose: real processes over TLS, with authentication.
+"""Fault injection in a deployment: real processes over TLS, with authentication.
 
-Each test breaks something at a point of a round, sees how that is told, and that the run goes on or
-can be resumed without losing more than the round in flight. The table of all is printed at the end,
-and written to the file that POLYCLINIC_FAULT_TABLE names; docs/reliability.md shows it. One run
-through ten faults is in CI; `make faults` runs them all.
+Each test breaks something at a point of a round and checks that the fault is reported and that the
+run continues or can be resumed without losing more than the current round. The table of all faults
+is printed at the end and written to the file named by POLYCLINIC_FAULT_TABLE; docs/reliability.md
+shows it. CI runs one test with ten faults; `make faults` runs them all.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tests.faults.deployment import Deployment, deployment, events
 pytestmark = pytest.mark.timeout(1500)
 
 DEADLINE_S = 60.0  # a phase without faults takes 15 s
-BUSY_DEADLINE_S = 120.0  # and a minute or more where other tests run beside it
-SLACK_S = 60.0  # beyond deadlines: starting processes on a busy machine
+BUSY_DEADLINE_S = 120.0  # a phase takes a minute or more next to other tests
+SLACK_S = 60.0  # on top of deadlines: starting processes on a busy machine
 
-# Where a round is when something breaks: who has come how far, and waits there.
+# Points of a round at which a fault happens; the process named there waits for the test.
 POINTS = {
     "waiting": "server.waiting.{}",
     "sending train": "server.sending.{}",
@@ -46,7 +46,7 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One fault, and what became of it."""
+    """One fault and its consequences."""
 
     fault: str
     phase: str
@@ -78,11 +78,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 @pytest.fixture
 def there(place: Deployment) -> Deployment:
-    """A deployment whose sites all run, and where nothing is about to break."""
+    """Restore a deployment in which all sites run and no fault is pending."""
     for file in place.faults.iterdir():
         file.unlink()
     if place.superlink is not None and place.superlink.is_running() and not place.starters():
-        place.kill(place.superlink)  # polyclinic server start has another starter ready; Flower not
+        place.kill(place.superlink)  # polyclinic server start replaces this process; Flower does not
     if place.superlink is None or not place.superlink.is_running():
         place.start_superlink()
     for name in place.names:
@@ -129,14 +129,16 @@ def completed(folder: RunFolder, rounds: int) -> None:
 
 
 def no_longer_than(deadlines: int, since: float) -> None:
-    """No fault hangs a run past its deadlines."""
+    """Check that a fault did not delay the run past its deadlines."""
     assert time.time() - since < deadlines * DEADLINE_S + SLACK_S
 
 
 @pytest.mark.slow
 def test_run_with_many_faults_completes(there: Deployment, table: list[Row]) -> None:
-    """Several in each round, each at a site of its own: all are named, none ends the run, and who
-    was hurt takes part again."""
+    """Several faults per round at different sites are reported, and none ends the run.
+
+    All affected sites take part again.
+    """
     late = f"sleep:{BUSY_DEADLINE_S + 8}"
     faults = [
         ("site-1", 1, "train", "nan", "refused", "expected finite values"),
@@ -167,7 +169,7 @@ def test_run_with_many_faults_completes(there: Deployment, table: list[Row]) -> 
     completed(folder, 4)
     for site, number, phase, action, outcome, said in faults:
         found = line(folder, site, number)
-        if outcome == "gone":  # Flower tells so after more than a minute, if the deadline waits
+        if outcome == "gone":  # Flower reports this after more than a minute, if the deadline permits
             outcome, said = ("failed", said) if phase in found.failed else ("late", NO_ANSWER)
         reason = getattr(found, outcome)[phase].replace("\n", " ")
         assert re.search(said, reason)
@@ -179,13 +181,13 @@ def test_run_with_many_faults_completes(there: Deployment, table: list[Row]) -> 
     lost = {(x.site, x.round, phase) for x in _of(folder) for phase in x.lost}
     hurt = {(site, number, phase) for site, number, phase, *_ in faults}
     assert hurt <= lost
-    # a SuperNode comes back when the SuperLink has missed its heartbeats, and not before
+    # a SuperNode returns only after the SuperLink has missed its heartbeats
     assert {(site, number) for site, number, _ in lost - hurt} <= {("site-3", 2), ("site-3", 3)}
     said = there.log("site-1-again").strip().splitlines()[-1]
     table.append(Row("the same site connects twice", "all", said[:80], "at once", "nothing", "0"))
 
 
-# by our clock or by Flower's, whichever is over first
+# whichever ends first: our deadline or Flower's
 NO_ANSWER = r"no answer in \d+ s|the request expired at the SuperLink before an answer came"
 NAMES = {
     "kill": "kill -9 a site's app",
@@ -210,14 +212,14 @@ def _waited(folder: RunFolder, number: int, phase: str) -> float:
 
 
 def rounds_of(phases: list[str]) -> list[tuple[int, str]]:
-    """One fault in each round, from the second on."""
+    """Assign one fault to each round, from the second on."""
     return list(enumerate(phases, 2))
 
 
 def killed(
     place: Deployment, table: list[Row], fault: str, phases: list[str], kill: Callable[[], None]
 ) -> None:
-    """One run whose coordinator's end dies in every round, at another phase, and is resumed."""
+    """Kill the coordinator's side of one run in every round, in another phase each, and resume it."""
     faults = rounds_of(phases)
     for number, phase in faults:
         place.fault(POINTS[phase].format(number), "wait")
@@ -242,7 +244,7 @@ def killed(
     assert resumed == [number - 1 for number, _ in faults]
 
 
-@pytest.mark.long  # tests/end_to_end/test_simulate.py has one killed in CI
+@pytest.mark.long  # in CI, tests/end_to_end/test_simulate.py kills one
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("phases", ["checkpointing", "all others"])
 def test_killed_server_app_is_resumed(there: Deployment, table: list[Row], phases: str) -> None:
@@ -290,11 +292,11 @@ def hurt_site(
     heal: Callable[[], None],
     back: Callable[[], bool] | None = None,
 ) -> None:
-    """One run in which the first site is hurt in every third round, at another phase.
+    """Disturb the first site of one run in every third round, in another phase each.
 
     Args:
-        back: whether it is connected again, for which the second round after is held; without it,
-            it has to be back by then.
+        back: whether the site is connected again; the second round after a fault waits for it.
+            Without it, the site must be back by then.
     """
     faults = [(2 + 3 * i, phase) for i, phase in enumerate(POINTS)]
     for number, phase in faults:
@@ -349,8 +351,10 @@ def test_supernode_killed_in_every_phase_rejoins(there: Deployment, table: list[
 def test_site_disconnected_in_every_phase_rejoins(
     tmp_path_factory: pytest.TempPathFactory, table: list[Row]
 ) -> None:
-    """With `polyclinic site start`, which ends where the connection cannot be made; Flower's own
-    SuperNode, where a handshake takes too long, neither ends nor tries again."""
+    """Uses `polyclinic site start`, which exits when it cannot connect.
+
+    Flower's own SuperNode neither exits nor retries when a handshake takes too long.
+    """
     place = Consortium(tmp_path_factory.mktemp("consortium"), sites=3)
 
     def cut() -> None:
@@ -363,7 +367,7 @@ def test_site_disconnected_in_every_phase_rejoins(
     try:
         place.start()
         fault = "network cut for longer than the deadline"
-        # rounds without it are so short that it may miss several while it starts again
+        # rounds without this site are so short that it may miss several while it restarts
         hurt_site(place, table, "site-cut", fault, cut, join, lambda: "site-1" in place.online())
     finally:
         place.stop()
@@ -399,7 +403,7 @@ def test_site_slower_than_the_deadline_is_late_and_rejoins(
 def test_huge_reply_is_lost_and_run_completes(
     there: Deployment, table: list[Row], phase: str
 ) -> None:
-    """A tenth of the ten gigabytes that a machine of this size could not hold at both ends."""
+    """One gigabyte: ten would not fit into this machine's memory at both ends."""
     there.fault(f"site-2.{phase}.1.reply", "huge:500")
     folder = submit(there, f"huge-{phase}", rounds__count=2)
     there.outcome(folder, 8 * DEADLINE_S)
@@ -432,7 +436,7 @@ def test_two_concurrent_runs_complete_with_equal_weights(
     from safetensors.numpy import load_file
 
     a, b = load_file(one.checkpoint(2)), load_file(other.checkpoint(2))
-    assert all((a[name] == b[name]).all() for name in a)  # neither has a reply of the other
+    assert all((a[name] == b[name]).all() for name in a)  # no reply reached the wrong run
     took = f"{time.time() - since:.0f}"
     table.append(Row("two runs at once", "all", "-", "both complete", "nothing", took))
 
@@ -476,7 +480,7 @@ def test_run_completes_with_a_site_clock_off_by_an_hour(
 
 
 def small_disk(folder: Path, megabytes: int) -> Callable[[], None]:
-    """Put a small disk where a folder is; gives what takes it away again."""
+    """Mount a small disk over a folder; returns a function that unmounts it."""
     folder.mkdir(parents=True, exist_ok=True)
     size = f"size={megabytes}m"
     done = subprocess.run(
@@ -488,7 +492,7 @@ def small_disk(folder: Path, megabytes: int) -> Callable[[], None]:
 
 
 def fill(disk: Path) -> Path:
-    """Leave no room on a disk."""
+    """Fill a disk completely; returns the file to delete afterwards."""
     filler = disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(disk).free))
     assert shutil.disk_usage(disk).free == 0
@@ -523,7 +527,7 @@ def test_full_disk_of_the_run_folder_is_resumed(there: Deployment, table: list[R
 
 @pytest.mark.long
 def test_full_disk_of_a_site_loses_one_round(there: Deployment, table: list[Row]) -> None:
-    """A site that cannot write down what leaves does not answer; it is back once it can."""
+    """A site that cannot log its replies does not answer; it returns once it can."""
     unmount = small_disk(there.folder / "state" / "site-1", 1)
     try:
         there.fault("server.waiting.2", "wait")

@@ -1,4 +1,4 @@
-"""Preflight: each thing that fails in practice is found, said plainly, and told how to mend."""
+"""Preflight checks: common faults are found and reported with advice."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ from tests.factories import app, federation, packed
 
 
 class Coordinator:
-    """A TLS server that says what a coordinator says of itself."""
+    """A TLS server that answers like a coordinator's about endpoint."""
 
     def __init__(self, kit: Path, port: int) -> None:
-        self.cut_short: list[OSError] = []  # connections that the preflight ended
+        self.cut_short: list[OSError] = []  # connections closed by the preflight
         self.about = {"polyclinic": VERSION, "flwr": "1.41.0"}
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(kit / "server.crt", kit / "server.key")
@@ -78,7 +78,7 @@ class Coordinator:
                 if tls.recv(1000):
                     body = json.dumps({"time": now_utc().isoformat(), **self.about}).encode()
                     tls.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
-        except OSError as error:  # the preflight looked whether there is a route, or turned away
+        except OSError as error:  # the preflight only checked the route, or refused the certificate
             self.cut_short.append(error)
 
     def close(self) -> None:
@@ -213,7 +213,7 @@ def test_preflight_reports_mismatched_and_expired_kits(
     (site / "site.key").write_bytes((other / "site.key").read_bytes())
     checks = look()
     assert checks["kit"].seen.endswith(f"does not belong to the key {site / 'site.key'}")
-    assert "key" not in checks  # the coordinator is not asked with it
+    assert "key" not in checks  # the key is not used at the coordinator
     (site / "site.key").write_bytes(key)
     (site / "site.key").chmod(0o644)
     assert "expected a private key that only its owner can read" in look()["kit"].seen
@@ -248,7 +248,7 @@ def test_preflight_stops_at_a_certificate_of_another_authority(
     assert "never connect without" in checks["TLS"].advice
     ends = time.monotonic() + 10
     while not any("alert unknown ca" in str(error) for error in coordinator.cut_short):
-        assert time.monotonic() < ends, coordinator.cut_short  # the server's end of it
+        assert time.monotonic() < ends, coordinator.cut_short  # the error at the server's side
         time.sleep(0.01)
     assert "versions" not in checks
 

@@ -1,4 +1,4 @@
-"""The Flower App Bundle: small, complete, and nothing in it that a site need not run."""
+"""The Flower App Bundle: small, complete and without unneeded files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_bundle_contains_exactly_modules_and_presets(bundle: Path) -> None:
     wanted = {"apps.py", "polyclinic.py", "pyproject.toml", "LICENSE"}
     wanted |= {str(p.relative_to(ROOT)) for room in rooms for p in (ROOT / room).glob("**/*.py")}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.toml")}
-    assert names == wanted  # and nothing of tests/faults, which has an apps.py too
+    assert names == wanted  # excludes tests/faults, which has an apps.py too
     assert bundle.stat().st_size < 1_000_000  # Flower stores without compressing
 
 

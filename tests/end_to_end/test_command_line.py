@@ -37,7 +37,7 @@ COMMANDS = dict(commands())
 
 
 def words(text: str) -> str:
-    """Rendered help as one line of words, without the boxes."""
+    """Join rendered help into one line of words, without the boxes."""
     return " ".join(re.sub(r"[╭╮╰╯│─*]", " ", text).split())
 
 
@@ -55,7 +55,7 @@ def test_help_shows_a_sentence_for_every_parameter_at_80_columns(name: str) -> N
     for parameter in command.params:
         sentence = getattr(parameter, "help", None)
         assert sentence, f"{name} {parameter.name}: no help"
-        # a column of help is narrow: its words are there, perhaps with a line of another column
+        # help columns are narrow, so words of other columns may stand in between
         assert all(word in text for word in sentence.replace("`", "").split()), parameter.name
         if parameter.name != "help":
             assert sentence.endswith("."), f"{name} {parameter.name}: {sentence}"
@@ -110,7 +110,7 @@ def keys_of(value: object) -> Iterator[str]:
             yield from keys_of(inner)
 
 
-# Names that users chose stand as keys below these: sites, classes, tensors.
+# Keys that are names chosen by users: runs and sites.
 CHOSEN = {"a-run", "site-1", "site-2"}
 
 
@@ -151,7 +151,7 @@ def test_stopped_run_is_listed_as_stopped(
     stopped = tmp_path / "runs" / "stopped"
     stopped.mkdir(parents=True)
     (stopped / "config.toml").write_text((finished_run / "config.toml").read_text())
-    for status in ("stopped", "failed"):  # as earlier versions wrote it
+    for status in ("stopped", "failed"):  # "failed": written by earlier versions
         outcome = {"status": status, "reason": "stopped by the user"}
         (stopped / "outcome.json").write_text(json.dumps(outcome))
         out = cli("runs", "--runs", tmp_path / "runs", "--json")[1]

@@ -1,4 +1,4 @@
-"""The command line: exit status, messages, and nothing half-written."""
+"""The command line: exit status, messages, and no partial output."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_comparison_without_validation_images_tests_the_last_round(
     monkeypatch.setattr(module, "train_one_round", train_and_record)
     monkeypatch.setattr(module, "_sums", sums_and_record)
     assert compare_run(folder.path, as_json=True) == 0
-    assert len(trained) == 2 * 4  # two rounds of three sites and of all pooled
+    assert len(trained) == 2 * 4  # two rounds for three sites and the pooled data
     assert tested == [True] * 3 * 4
 
 
@@ -270,7 +270,7 @@ def test_rounds_trained_counts_rounds_per_site() -> None:
 
 
 def test_status_commands_do_not_import_torch() -> None:
-    """Seconds, each time that ``polyclinic server status`` or ``runs show`` is called."""
+    """Importing torch would add seconds to each ``polyclinic server status`` and ``runs show``."""
     code = (
         "import sys; import polyclinic as p; p.command_line(); "
         "from polyclinic.server.deployment import status; "

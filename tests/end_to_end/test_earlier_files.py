@@ -1,4 +1,4 @@
-"""Files that the code before the sub-packages wrote are read with the same result."""
+"""Files written before the sub-packages existed are read with the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs in one process on several mask classes, several labels, and learned task weights."""
+"""Whole runs in one process with several mask classes, multi-label images and learned weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SEVERAL = {
 
 
 def lines_of(folder) -> dict[str, object]:
-    """The lines of the last round on validation images, by site."""
+    """Return the lines of the last round on validation images by site."""
     lines = read_history(folder.history)
     return {line.site: line for line in lines if line.split == "val" and line.round == 2}
 
@@ -113,7 +113,7 @@ def test_overlapping_multi_label_run_with_an_unannotated_class(tiny, grid, tmp_p
 
 
 def test_learned_task_weights_are_averaged_per_task(tiny, grid) -> None:
-    """With masks at sites 2 and 3 alone, s of segmentation is their mean by masks."""
+    """With masks at sites 2 and 3 only, the segmentation weight is their average by masks."""
     config = tiny(
         loss__weighting="uncertainty",
         phantom__without_masks="site-1",
@@ -187,7 +187,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_network_option_trains_and_evaluates(tiny, grid, options: dict[str, object]) -> None:
-    """On images that are neither square nor multiples of 16, of four channels."""
+    """Uses four-channel images that are neither square nor multiples of 16."""
     config = tiny(
         **{f"model__{name}": value for name, value in options.items()},
         data__image_height=40,

@@ -1,4 +1,4 @@
-"""The package from a checkout and from a wheel, where other packages have our folders' names.
+"""The package from a checkout and from a wheel, next to other packages with our folders' names.
 
 In tests/end_to_end/test_simulate.py and in every deployment under tests/, the working folder holds
 such packages too: `simulate`, `flwr run`, `server start` and `site start` work in it.
@@ -33,7 +33,7 @@ def test_foreign_packages_in_the_working_folder_are_not_imported(tmp_path: Path)
 
 
 def test_planted_packages_raise_when_they_are_imported(tmp_path: Path) -> None:
-    """The negative control of all tests in such a folder."""
+    """Negative control of all tests in such a folder."""
     elsewhere = plant_foreign_packages(tmp_path)
     for name in ("client", "configs", "mtl_model", "server", "simulation"):
         done = subprocess.run(
@@ -71,7 +71,7 @@ def test_wheel_in_a_clean_environment_trains_provisions_and_predicts(tmp_path: P
     constraints = ROOT / "constraints.txt"
     call(*pip, "install", "--no-compile", "-c", constraints, wheel)
 
-    # a wheel has nothing at top level but its own package
+    # a wheel contains only its own package at top level
     listing = "from importlib.metadata import files; print(*files('polyclinic'), sep='\\n')"
     tops = {name.split("/")[0] for name in call(programs / "python", "-c", listing).split()}
     assert {top for top in tops if ".." not in top and ".dist-info" not in top} == {"polyclinic"}

@@ -1,4 +1,4 @@
-"""Layers that stay at the sites: on their disks, across rounds and restarts, and never sent."""
+"""Personal layers: stored at the sites across rounds and restarts, and never sent."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_personal_layers_are_never_sent_and_train_at_each_site(tiny, grid, kind:
         own = [arrays[key] for arrays in kept.values()]
         assert not np.array_equal(own[0], own[1])
         assert not np.array_equal(own[0], initial[key])
-    # at the server they stand as they were initialised
+    # at the server they keep their initial values
     saved = load_file(folder.checkpoint(3))
     state = fresh.state_dict()
     assert all(np.array_equal(saved[e.name], state[e.name].numpy()) for e in personal.entries)
@@ -115,7 +115,7 @@ def test_site_memory_recalls_latest_round_and_prunes_old_ones(tmp_path: Path) ->
     assert memory.recall(7)["encoder/float32"][0] == 7
     assert memory.recall(6)["encoder/float32"][0] == 6
     assert memory.recall(4)["encoder/float32"][0] == 2
-    memory.keep(6, arrays(60), best=2)  # the server went back; round 7 has not been
+    memory.keep(6, arrays(60), best=2)  # the server was set back before round 7
     assert memory.recall(9)["encoder/float32"][0] == 60
 
 

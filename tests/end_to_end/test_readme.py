@@ -1,4 +1,4 @@
-"""The README's commands exist and do what it says; the long ones have tests of their own."""
+"""The documented commands exist and have tests; long ones are run elsewhere."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ PAGES = (
     "SECURITY.md",
     *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").glob("*/*.md")),
 )
-# where the command is run for real
+# where each command is actually run
 RUN_ELSEWHERE = {
     "make demo": "tests/end_to_end/test_readme.py::test_demo_completes_its_first_round",
     "make test": ".ci/run",
+    "make lint": ".ci/run",
     "make quick": ".ci/run",  # the same tests and more
     "make containers": "",  # by hand: too long for CI
     "make long": "",  # by hand: too long for CI
-    "make faults": "",  # likewise; a dozen of them in .ci/run
+    "make faults": "",  # too long for CI as well; .ci/run has a dozen of them
     "polyclinic simulate": "tests/end_to_end/test_simulate.py",
     "polyclinic runs": "tests/end_to_end/test_commands.py",
     "polyclinic compare": "tests/end_to_end/test_commands.py",
@@ -119,7 +120,7 @@ def test_documented_files_exist(page: str) -> None:
 
 
 def demo(out: Path, *more: str) -> dict:
-    """What ``make demo`` runs after installing: its results."""
+    """Run what ``make demo`` runs after installing, and return its results."""
     done = subprocess.run(
         [
             *(str(Path(sys.executable).parent / "polyclinic"), "simulate", "--json"),
@@ -148,5 +149,5 @@ def test_demo_reaches_the_documented_accuracy(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_completes_its_first_round(tmp_path: Path) -> None:
-    """Its first round; all fifteen, and how good they are, are a long test."""
+    """Runs the first round; a long test runs all fifteen and checks their accuracy."""
     assert demo(tmp_path, "--rounds", "1")["round"] == 1

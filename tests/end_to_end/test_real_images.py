@@ -1,4 +1,4 @@
-"""The real images of three hospitals, where they lie beside the checkout; skipped where not."""
+"""The real images of three hospitals next to the checkout; skipped where they are missing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_normal_images_have_an_empty_mask_and_no_lesion(real_images: Path) -> No
     assert counts.tolist() == [40, 40, 20]
 
 
-def test_a_federation_trains_on_the_real_hospitals(real_images: Path, tiny, grid) -> None:
+def test_federation_trains_on_real_images(real_images: Path, tiny, grid) -> None:
     config = tiny(
         data__root=str(real_images),
         data__drop_labels="normal",

@@ -1,4 +1,4 @@
-"""A run that was interrupted, and goes on as if it had not been."""
+"""Resuming an interrupted run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Killed(BaseException):
 
 
 def killed_in(federation, number: int, kind: str) -> None:
-    """Have a federation end its server in a round, on the first reply of a kind."""
+    """Make a federation's server die in a round at the first reply of a kind."""
 
     def tamper(_partition: int, reply: Message) -> Message:
         about = reply.content.config_records[wire.SITE] if reply.has_content() else {}
@@ -93,7 +93,7 @@ def test_resumed_run_matches_an_uninterrupted_run(
     whole = run(grid(whole_config), whole_config)
     interrupted(tiny, grid, number, kind, **changes)
     resumed = tiny(run__name="", run__resume="a-run")
-    # as Flower hands it over: the release's defaults, and what was given with -c
+    # as Flower passes it: the release's defaults and the settings given with -c
     federation = grid(RunConfig.from_flat({"run.resume": "a-run"}))
     folder = run(federation, resumed_from_defaults(resumed))
     assert same(whole, folder, 3)
@@ -188,7 +188,7 @@ def test_run_without_valid_checkpoint_is_refused(tiny, grid) -> None:
 
 
 def test_best_round_weights_outlive_checkpoint_pruning(tiny, grid) -> None:
-    """Its file is kept while a kept state names it, and best.safetensors is made of it again."""
+    """The best round's file is kept as long as a kept state refers to it."""
     config = tiny(rounds__count=4, rounds__keep_checkpoints=1, evaluate__select_by="dice")
     federation = grid(config)
     evaluated = 0

@@ -27,7 +27,7 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def flower_processes(out: Path) -> set[psutil.Process]:
-    """Processes that were started with their FLWR_HOME under a folder, and their descendants."""
+    """Find processes whose FLWR_HOME is under a folder, and their descendants."""
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -90,7 +90,7 @@ def test_failed_run_exits_1_with_reason(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_simulation_exits_1_and_can_be_resumed(tmp_path: Path) -> None:
-    """On the README's data of one's own: written with `polyclinic phantom`, given as --data."""
+    """Uses the README's own-data example: written by `polyclinic phantom`, passed as --data."""
     data, out = tmp_path / "my-phantoms", tmp_path / "runs"
     elsewhere = plant_foreign_packages(tmp_path / "elsewhere")
     written = [PROGRAM, "phantom", "--out", str(data), "--sites", "3", "--examples", "12"]
@@ -139,7 +139,7 @@ def test_killed_simulation_exits_1_and_can_be_resumed(tmp_path: Path) -> None:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a simulation in the way that it cleans up after, whatever state it is in."""
+    """Terminate a simulation so that it cleans up, in whatever state it is."""
     process.terminate()
     process.wait(timeout=60)
     for stream in (process.stdout, process.stderr):
@@ -157,7 +157,7 @@ def wait_for(happened, process: subprocess.Popen[str], seconds: float = 300.0) -
 
 @pytest.mark.slow
 def test_flwr_run_streams_a_local_run(tmp_path: Path) -> None:
-    """The README's `flwr run . --stream`, on a local SuperLink of its own FLWR_HOME."""
+    """The README's `flwr run . --stream` on a local SuperLink with its own FLWR_HOME."""
     folder = Path(sys.executable).parent
     environment = {
         **os.environ,

@@ -1,8 +1,8 @@
-"""The apps of a release that fails on command: tests/deployment/test_faults.py starts them.
+"""The apps of a release with injected faults, started by tests/deployment/test_faults.py.
 
-It takes the place of the project's apps.py in a copy of the project; everything else is what is
-shipped. A fault is a file in the folder that POLYCLINIC_FAULTS names, called after a point in a
-round (``site-2.train.3.reply``), which holds what is to happen there (``nan``). It happens once.
+This file replaces the project's apps.py in a copy of the project; everything else is as shipped.
+A fault is a file in the folder named by POLYCLINIC_FAULTS. Its name is a point in a round
+(``site-2.train.3.reply``) and its content is the action to take there (``nan``), once.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from polyclinic.server.rounds.loop import Rounds
 from polyclinic.simulation.local.sites import ledger_folder, memory_folder, phantom_root
 
 FAULTS = Path(os.environ["POLYCLINIC_FAULTS"])
-WAIT_S = 250.0  # that a process waits for a test to let it go on
+WAIT_S = 250.0  # how long a process waits for the test's permission to continue
 
 
 def reached(point: str) -> str:
-    """Note that a process has come to a point; do what is to happen there, or say what it is."""
+    """Record that a process has reached a point; run the action ordered there and return it."""
     (FAULTS / f"{point}.reached").write_text(str(os.getpid()))
     order = FAULTS / point
     if not order.exists():
@@ -56,7 +56,7 @@ def reached(point: str) -> str:
 
 
 def spoiled(reply: Message, action: str) -> Message:
-    """A reply as a broken site might send it."""
+    """Modify a reply as a broken site might."""
     record = reply.content.array_records.get(wire.WEIGHTS)
     sums = reply.content.metric_records[wire.SUMS]
     if action == "nan":
@@ -84,11 +84,11 @@ def spoiled(reply: Message, action: str) -> Message:
 
 
 class FaultyClientApp(ClientApp):
-    """Our client app, with a point before and after what it does."""
+    """Our client app with a fault point before and after each message."""
 
     def __call__(self, message: Message, context: Context) -> Message:
         file = Path(str(context.node_config["site-config"]))
-        site = file.parent.name if file.stem == "site" else file.stem  # of a kit, or of its own
+        site = file.parent.name if file.stem == "site" else file.stem  # site.yaml of a kit, or NAME.yaml
         asked = message.content.config_records[wire.ROUND]
         point = f"{site}.{message.metadata.message_type.split('.')[0]}.{asked[wire.NUMBER]}"
         if wire.SPLIT in asked and asked[wire.SPLIT] == wire.TEST_SPLIT:
@@ -100,7 +100,7 @@ class FaultyClientApp(ClientApp):
 
 
 def pausing(point: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the server's, with a point before it."""
+    """Wrap a server function with a fault point before it."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
         reached(f"server.{point}.{current[0]}")

@@ -1,6 +1,6 @@
 """A deployment on loopback: SuperLink and SuperNodes as processes, over TLS, with authentication.
 
-Each site reaches the SuperLink through a wire that a test can cut.
+Each site reaches the SuperLink through a proxy connection that a test can cut.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LEFT_OUT = (
 
 
 class Wire:
-    """A TCP connection from a site to the SuperLink that can be cut: silence, as on a dead line."""
+    """A TCP proxy from a site to the SuperLink; when cut, it forwards nothing."""
 
     def __init__(self, target: int) -> None:
         self.target = target
@@ -120,7 +120,7 @@ class Wire:
 
 
 def plant_foreign_packages(folder: Path) -> Path:
-    """Write packages that have our folders' names and raise when they are imported."""
+    """Write packages with our folders' names that raise when they are imported."""
     for name in ("client", "configs", "mtl_model", "server", "simulation"):
         (folder / name).mkdir(parents=True)
         code = f'raise RuntimeError("the foreign package {name} was imported")\n'
@@ -129,10 +129,10 @@ def plant_foreign_packages(folder: Path) -> Path:
 
 
 def _reset(end: socket.socket) -> None:
-    """Close a connection as a machine does whose program is gone.
+    """Reset a connection, as happens when the other program has died.
 
-    Flower takes a TLS connection that ends in good order for a wrong certificate, and its SuperNode
-    then stops without ending.
+    Flower mistakes an orderly end of a TLS connection for a wrong certificate, and its SuperNode
+    then hangs.
     """
     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     end.close()
@@ -208,7 +208,7 @@ class Deployment:
         self.wait_for(lambda: _listens(self.port), 180, "the SuperLink listens")
 
     def start_wire(self, name: str) -> Wire:
-        """A site's way to the SuperLink, which is the same as long as the deployment is there."""
+        """Return a site's proxy to the SuperLink, started on first use."""
         if name not in self.wires:
             self.wires[name] = Wire(self.port)
         return self.wires[name]
@@ -230,8 +230,8 @@ class Deployment:
             f"name: {name}\ndata-root: data/{name}\nstate: state/{name}\n"
             "policy: {min-support: 1}\n"
         )
-        # started again and again, as a container is: the SuperLink takes a node back only when it
-        # has missed its heartbeats, a minute after it was killed
+        # restarted like a container: the SuperLink accepts a killed node again only after it
+        # has missed its heartbeats, a minute later
         again = ("-c", f'while :; do "$@"; sleep {rest_s}; done', "site")
         return self._spawn(
             log,
@@ -245,7 +245,7 @@ class Deployment:
         )
 
     def submit(self, name: str, **changes: bool | float | str) -> RunFolder:
-        """Start a run; its folder comes when its server app does."""
+        """Start a run; its folder appears when its server app starts."""
         named = {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}
         settings = {
             **TINY,
@@ -263,20 +263,20 @@ class Deployment:
         return RunFolder(self.runs / name)
 
     def said(self) -> str:
-        """What the server app of the last run that was submitted has said."""
+        """Return the server app's log of the run submitted last."""
         return self.flwr("log", self.last_run, self.connection, "--show")
 
     def resume(self, folder: RunFolder) -> None:
-        """Go on with a run, in the words of docs/reliability.md."""
+        """Resume a run with the command of docs/reliability.md."""
         self.flwr("run", str(self.app), self.connection, "-c", f"run.resume='{folder.path}'")
 
     def finished(self) -> bool:
-        """Whether Flower says that every run has ended."""
+        """Return whether Flower reports every run as ended."""
         runs = json.loads(self.flwr("ls", self.connection, "--format", "json"))["runs"]
         return all(str(run["status"]).startswith("finished") for run in runs)
 
     def outcome(self, folder: RunFolder, seconds: float = 600.0) -> dict:
-        """How a run ended, once it has."""
+        """Wait for a run's end and return its outcome."""
         self.wait_for(folder.outcome.exists, seconds, f"{folder.name} ends")
         return folder.read_outcome()
 
@@ -284,7 +284,7 @@ class Deployment:
         (self.faults / point).write_text(action)
 
     def reached(self, point: str, seconds: float = 400.0) -> int:
-        """Wait until a process has come to a point; its process number."""
+        """Wait until a process has reached a point; returns its process id."""
         file = self.faults / f"{point}.reached"
         self.wait_for(lambda: file.exists() and file.read_text(), seconds, f"{point} is reached")
         return int(file.read_text())
@@ -306,7 +306,7 @@ class Deployment:
         return done.stdout
 
     def kill(self, process: psutil.Popen | psutil.Process) -> None:
-        """End a process and all that it started, at once."""
+        """Kill a process and its descendants."""
         with contextlib.suppress(psutil.NoSuchProcess):
             family = [process, *process.children(recursive=True)]
             for member in family:
@@ -315,20 +315,20 @@ class Deployment:
             psutil.wait_procs(family, timeout=10)
 
     def server_app(self) -> psutil.Process:
-        """The process that runs the server app."""
+        """Find the process that runs the server app."""
         found = self._started_by_superlink("flwr-serverapp")
         assert found, "no server app runs"
         return found[0]
 
     def starters(self) -> list[psutil.Process]:
-        """Flower's processes that start server apps; a SuperLink without one starts no run."""
+        """Find Flower's processes that start server apps; a SuperLink needs one to start a run."""
         return self._started_by_superlink("flower-superexec")
 
     def _started_by_superlink(self, program: str) -> list[psutil.Process]:
         assert self.superlink is not None
         found = []
         for process in psutil.Process(self.superlink.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # which a zombie is, for its command
+            with contextlib.suppress(psutil.NoSuchProcess):  # raised for the command line of a zombie
                 if program in " ".join(process.cmdline()):
                     found.append(process)
         return found
@@ -418,7 +418,7 @@ def _key(path: Path) -> None:
 
 
 def _certificates(folder: Path) -> None:
-    """A certificate authority of a day, and the server's certificate for loopback."""
+    """Write a certificate authority valid for a day and a server certificate for loopback."""
     now = datetime.datetime.now(datetime.UTC)
     authority = ec.generate_private_key(ec.SECP384R1())
     issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test authority")])

@@ -215,7 +215,7 @@ def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("not weights")
     refused("text.safetensors", "text.safetensors: expected")
     torch.save({"a": Surprise()}, tmp_path / "code.pth")
-    refused("code.pth", "or a pickle of more than that, which could run")
+    refused("code.pth", "a pickle with other objects, which could execute")
     torch.save([1, 2], tmp_path / "list.pth")
     refused("list.pth", "expected a state dict of tensors")
     torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pth")

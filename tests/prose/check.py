@@ -127,9 +127,13 @@ def findings(prose: Prose, table: Table) -> list[str]:
         path, _, kept = place.partition(": ")
         if path in (prose.path, "*"):
             text = text.replace(kept, "")
-    found = []
+    found: list[str] = []
+    covered: list[tuple[int, int]] = []
     for pattern, plain in table.patterns:
         for hit in pattern.finditer(text):
+            if any(start < hit.end() and hit.start() < end for start, end in covered):
+                continue
+            covered.append(hit.span())
             line = prose.line + text[: hit.start()].count("\n")
             words = " ".join(hit[0].split())
             found.append(f"{prose.path}:{line}: {prose.category}: {words!r}: write {plain}")

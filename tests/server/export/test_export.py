@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from polyclinic.configs import VERSION
-from polyclinic.configs.passport import KEYS, ModelFileError, ModelMetadata
+from polyclinic.configs.model_metadata import KEYS, ModelFileError, ModelMetadata
 from polyclinic.configs.run import RunConfig
 from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.packing import Layout
@@ -116,7 +116,7 @@ def test_every_network_option_exports_as_onnx(tiny, tmp_path: Path, options: str
 
 
 def test_trial_images_cover_several_batches_and_sizes(exported: dict[str, Path]) -> None:
-    shapes = [images.shape for images in trial_images(open_model(exported["onnx"]).passport)]
+    shapes = [images.shape for images in trial_images(open_model(exported["onnx"]).metadata)]
     assert {shape[0] for shape in shapes} == {1, 2, 3}
     assert any(shape[2] != shape[3] and shape[2] % 16 and shape[3] % 16 for shape in shapes)
     assert any(shape[2] > 32 for shape in shapes)
@@ -130,12 +130,12 @@ def test_exported_file_has_metadata_and_no_local_path(
     content = exported[kind].read_bytes()
     for path in (str(ROOT), str(finished_run.parent), str(Path(torch.__file__).parent)):
         assert path.encode() not in content
-    passport = open_model(exported[kind]).passport
-    assert (passport.run, passport.version) == ("a-run", VERSION)
-    assert passport.weights_sha256 == open_model(finished_run / "best.safetensors").sha256
-    assert passport.round == json.loads((finished_run / "outcome.json").read_text())["best_round"]
-    assert passport.data.classes == ("benign", "malignant")
-    assert passport.data.root == ""
+    metadata = open_model(exported[kind]).metadata
+    assert (metadata.run, metadata.version) == ("a-run", VERSION)
+    assert metadata.weights_sha256 == open_model(finished_run / "best.safetensors").sha256
+    assert metadata.round == json.loads((finished_run / "outcome.json").read_text())["best_round"]
+    assert metadata.data.classes == ("benign", "malignant")
+    assert metadata.data.root == ""
 
 
 def test_onnx_metadata_describes_inputs_and_outputs(exported: dict[str, Path]) -> None:
@@ -167,8 +167,8 @@ def test_export_with_differing_outputs_is_not_kept(cli, finished_run: Path, tmp_
 
 
 def test_nan_outputs_fail_the_parity_check(exported: dict[str, Path]) -> None:
-    passport, network = open_network(exported["safetensors"])
-    inputs = trial_images(passport)[:2]
+    metadata, network = open_network(exported["safetensors"])
+    inputs = trial_images(metadata)[:2]
     mute = torch.full((1, 1, 32, 32), float("nan"))
     found = compare(network, lambda x: (mute.expand(len(x), -1, -1, -1), torch.zeros(1, 2)), inputs)
     assert not found[0].relative <= 1e9

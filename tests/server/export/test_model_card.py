@@ -107,11 +107,11 @@ def test_card_code_matches_predict(
         exec(compile(code, "card", "exec"), said)
     assert "malignant" in capsys.readouterr().out
     model = open_model(exported[kind])
-    picture = read_picture(image, model.passport.data)
+    picture = read_picture(image, model.metadata.data)
     finding = find(model, picture)
     np.testing.assert_allclose(said["probabilities"], list(finding.probabilities.values()), 1e-4)
     logits, _ = model.logits(normalised(torch.from_numpy(picture.pixels)[None], "image"))
-    assert model.passport.data.normalise == "image"
+    assert model.metadata.data.normalise == "image"
     wanted = predicted_masks(logits, 1).numpy()
     assert said["masks"].shape == wanted.shape == (1, 1, 32, 32)
     assert 0 < (said["masks"] != ~wanted).sum() >= wanted.size - 3  # but for rounding at 0

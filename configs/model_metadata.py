@@ -37,7 +37,7 @@ _SECTIONS = ("model", "data", "loss")
 _PERSONAL = "strategy.personal"  # says whether parts of the model stayed at the sites
 # Settings in these sections that a trained model does not need. All other keys are kept, so that
 # settings unknown to this version are not lost silently.
-_OF_THE_RUN = {
+_NOT_NEEDED = {
     "data.root",
     "data.sites",
     "data.drop-labels",
@@ -143,7 +143,7 @@ def _needed(flat: Flat) -> dict[str, Any]:
     return {
         key: value
         for key, value in flat.items()
-        if key == _PERSONAL or (key.partition(".")[0] in _SECTIONS and key not in _OF_THE_RUN)
+        if key == _PERSONAL or (key.partition(".")[0] in _SECTIONS and key not in _NOT_NEEDED)
     }
 
 
