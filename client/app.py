@@ -65,7 +65,7 @@ from polyclinic.client.site import (
     load,
     memory_folder,
     open_site,
-    standing,
+    privacy_declaration,
 )
 from polyclinic.client.training.device import DeviceError, find_device
 from polyclinic.client.training.evaluate import EvaluationError, evaluate
@@ -123,7 +123,7 @@ class RequestContext:
     config: RunConfig
     site: Site
     data: SiteData
-    standing: PrivacyDeclaration | None  # None: the run uses no differential privacy
+    privacy_declaration: PrivacyDeclaration | None  # None: the run uses no differential privacy
     memories: Path  # folder of the state that the site keeps between rounds, per run
 
 
@@ -184,7 +184,7 @@ def _respond(
             check_private_site(site.config, config)
         data = load(site, config.data)
         private = config.privacy.mode != "off"
-        declared = standing(site, data, run, simulated.ledgers()) if private else None
+        declared = privacy_declaration(site, data, run, simulated.ledgers()) if private else None
         memories = memory_folder(site, simulated.memories())
         return handle(RequestContext(message, run, config, site, data, declared, memories))
     except Decline as error:
@@ -206,14 +206,14 @@ def _describe(context: RequestContext) -> Response:
         log.warning("skipped: %s", row)
     versions = {"polyclinic": VERSION, "flwr": flwr.__version__, "torch": torch.__version__}
     versions["release"] = own_release()[:12]
-    policy, declared = context.site.policy, context.standing
+    policy, declared = context.site.policy, context.privacy_declaration
     return Response(
         describe_reply(context.message, context.data, policy, str(device), versions, declared)
     )
 
 
 def _train(context: RequestContext) -> Response:
-    config, policy, declared = context.config, context.site.policy, context.standing
+    config, policy, declared = context.config, context.site.policy, context.privacy_declaration
     examples = context.data.splits[wire.TRAIN_SPLIT]
     check_hours(policy, datetime.now())
     if declared is None:

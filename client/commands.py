@@ -204,9 +204,7 @@ def lower_delta_command(site_file: SiteFile) -> None:
     """
     config = read_site_config(site_file)
     if config.budget is None:
-        raise ConfigError(
-            f"{site_file}: expected a section `budget` with the smaller delta, got none"
-        )
+        raise ConfigError(f"{site_file}: expected a section budget with the smaller delta")
     lower_delta(config.state / LEDGER, config.cohort_name, config.budget.delta)
     print_result(f"cohort {config.cohort_name}: delta is {config.budget.delta:g} from now on")
 
@@ -418,13 +416,13 @@ def status(site_file: SiteFile, as_json: JsonOption = False) -> None:
     """Show what this site is doing, what its policy allows, and how much budget is left."""
     from polyclinic.client.node.status import site_status
 
-    found = site_status(read_site_config(site_file))
+    found = asdict(site_status(read_site_config(site_file)))
     if as_json:
         print_json(found)
         return
     width = max(map(len, found))
     for key, value in found.items():
-        print_result(f"{key:<{width}}  {'-' if value is None else value}")
+        print_result(f"{key.replace('_', ' '):<{width}}  {'-' if value is None else value}")
 
 
 def _counted(words: Any) -> Any:  # noqa: ANN401

@@ -107,7 +107,7 @@ class BudgetReport:
     cap: float | None  # largest total epsilon; None: the site has no budget
 
 
-def standing(site: Site, data: SiteData, run: str, ledgers: Path) -> PrivacyDeclaration:
+def privacy_declaration(site: Site, data: SiteData, run: str, ledgers: Path) -> PrivacyDeclaration:
     """Collect the numbers that a site declares for private training.
 
     Args:

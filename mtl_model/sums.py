@@ -140,7 +140,7 @@ def empty_sums(classes: Classes) -> MetricSums:
     k = len(classes.images)
     per_mask = (len(classes.masks),)
     shapes: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(("images", "lesions", "labelled", "right"), (1,)),
+        **dict.fromkeys(("images", "lesions", "labelled", "exact_matches"), (1,)),
         "confusion": (k, k),
         "scores": (k, 2, BINS),
     }

@@ -82,7 +82,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
-    """Build the config of the smallest useful run, with changes by keyword (``data__root="..."``)."""
+    """Build the config of the smallest useful run; changes by keyword (``data__root="..."``)."""
 
     def make(**changes: bool | int | float | str) -> RunConfig:
         named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}

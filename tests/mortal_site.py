@@ -1,22 +1,22 @@
-"""A site that trains privately, round after round, until it is killed; a program, not a test.
+"""A program that trains privately, round after round, until it is killed.
 
-``client.private_round.train_within_budget`` is what it does, with a tiny network. It says where it
-is, a line each on stdout, before a thing begins and after it is done, and what was said stays in
-the pipe when it is dead. Each line begins with the name of the run:
+It calls ``client.private_round.train_within_budget`` with a tiny network. It prints one line on
+stdout before and after each step of a round, and the lines stay in the pipe after its death. Each
+line begins with the name of the run:
 
-    a pid 4711              a life begins (forked, so that imports are paid for once)
-    a ready 0               first round not begun
+    a pid 4711              process id of a forked site
+    a ready 0               before the first round
     a reserving 1           round 1
     a reserved 1
-    a step 1                about to be taken; so said once for each
+    a step 1                before each training step
     a settling 1
     a settled 1
-    a released 1            weights have left, and a line in the file ``released`` is on the disk
-    a refused 2             by the budget; the life ends
-    a dead 9                of which signal; 0: by itself
+    a released 1            weights were sent, and a line in the file ``released`` is on the disk
+    a refused 2             refused by the budget; the site ends
+    a dead 9                signal that killed it; 0: exited by itself
 
-Each line on stdin begins a life: ``{"state": folder, "run": "a", "cap": 9.0, "late": false}``.
-``late`` is a ledger that writes a round down after it, as one might think to be enough.
+Each line on stdin starts a site: ``{"state": folder, "run": "a", "cap": 9.0, "late": false}``.
+``late`` uses a faulty ledger that records a round only after it.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from polyclinic.configs.schema.site import BudgetConfig
 from tests.conftest import TINY
 from tests.factories import small, some
 
-STEPS = 2  # of a round
+STEPS = 2  # per round
 PATIENTS, EXAMPLES = 6, 12
 NOISE = 8.0
-DELTA = 1e-11  # below what PRV is asked for: RDP's bound takes milliseconds, PRV's up to a second
+DELTA = 1e-11  # too small for PRV: the RDP bound takes milliseconds, PRV up to a second
 
 CONFIG = RunConfig.from_flat(
     {
@@ -72,7 +72,7 @@ def say(word: str, number: int) -> None:
 
 
 class ReportingLedger(Ledger):
-    """A ledger that says what it is doing."""
+    """A ledger that reports its operations."""
 
     def reserve(self, run: str, round: int, spent: DpEvent) -> Reservation:
         say("reserving", round)
@@ -87,7 +87,7 @@ class ReportingLedger(Ledger):
 
 
 class LateLedger(ReportingLedger):
-    """What must not be: a round is written down when it is over."""
+    """A faulty ledger that records a round only after it."""
 
     def reserve(self, run: str, round: int, spent: DpEvent) -> Reservation:
         return Reservation(0, run, round, spent)
@@ -99,7 +99,7 @@ class LateLedger(ReportingLedger):
 
 
 def live(state: Path, run: str, cap: float, late: bool) -> None:
-    """Train until killed, or refused."""
+    """Train until killed or refused by the budget."""
     global round_now
     polyclinic.client.private_round.Ledger = LateLedger if late else ReportingLedger  # type: ignore[misc]
     budget = BudgetConfig(epsilon=cap, delta=DELTA, unit="patient")
@@ -121,7 +121,7 @@ def live(state: Path, run: str, cap: float, late: bool) -> None:
         except Decline:
             say("refused", round_now)
             return
-        with (state / "released").open("a") as file:  # where the weights would leave
+        with (state / "released").open("a") as file:  # at this point the weights would be sent
             file.write(json.dumps({"run": run, "round": round_now, "steps": STEPS}) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -133,7 +133,7 @@ def tell_step(*_: Any) -> None:
 
 
 def begin(state: str, run: str, cap: float, late: bool) -> None:
-    """Live and die in a process of its own, below one that waits to tell of it."""
+    """Run a site in a child process and report its process id and exit status."""
     global run_now
     run_now = run
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -149,7 +149,7 @@ def begin(state: str, run: str, cap: float, late: bool) -> None:
 
 
 def rehearse() -> None:
-    """Train a round unheard: what torch does once in a process need not be done in each life."""
+    """Train one round silently, so that torch's one-time setup happens before forking."""
     with tempfile.TemporaryDirectory() as folder:
         budget = BudgetConfig(epsilon=100.0, delta=DELTA, unit="patient")
         standing = PrivacyDeclaration(
@@ -167,7 +167,7 @@ def rehearse() -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # others would not survive the fork
+    torch.set_num_threads(1)  # other threads would not survive the fork
     rehearse()
     register_optimizer_step_pre_hook(tell_step)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -1,8 +1,8 @@
-"""Compare the weights of three runs between two commits: a refactoring must not change a number.
+"""Compare the weights of three runs between two commits, to show that a refactoring changed none.
 
 ``python -m tests.same_numbers COMMIT`` checks COMMIT out into a temporary worktree and runs there
 and in this tree, on this machine and with this environment: three rounds on phantoms, the same
-stopped after round 1 and resumed, and two rounds of DP-SGD whose noise comes from a fixed seed.
+stopped after round 1 and resumed, and two rounds of DP-SGD with noise from a fixed seed.
 It prints one hash per saved round and exits with 1 if any differs.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests import ROOT
 
-# Runs in either tree, so it may not rely on where a later commit keeps a module.
+# This runs in either tree, so it must not depend on where a later commit keeps a module.
 CHILD = """
 import hashlib, importlib, itertools, json, os, sys
 from pathlib import Path
@@ -74,7 +74,7 @@ print(json.dumps(found))
 
 
 def hashes_of(tree: Path, place: Path) -> dict[str, dict[str, str]]:
-    """Run the three trainings with a tree's code; the hash of each round's weights by run."""
+    """Run the three trainings with a tree's code and return each round's weight hash by run."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache"), "PYTHONPATH": str(tree)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, str(place / "runs")],

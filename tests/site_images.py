@@ -1,7 +1,6 @@
-"""Tiny sites whose images show three things, for masks and labels of every kind.
+"""Tiny sites with images of up to three objects, for all kinds of masks and labels.
 
-An image is grey noise with up to three squares in colours of their own; which squares there are
-is what its labels say.
+An image is grey noise with up to three squares of different colours; its labels name the squares.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from PIL import Image
 from tests.conftest import write_manifest
 
 THINGS = ("fluid", "scar", "cyst")
-_CORNERS = ((2, 2), (2, 22), (22, 10))  # of squares that do not touch
+_CORNERS = ((2, 2), (2, 22), (22, 10))  # (top, left) of squares that do not touch
 SIDE = 40
 
 
 def shown_in(number: int) -> list[str]:
-    """The things in an image: every combination in turn, none first."""
+    """Return the objects in an image: every combination in turn, none first."""
     return [thing for k, thing in enumerate(THINGS) if number >> k & 1]
 
 
 def planes_of(number: int) -> NDArray[np.uint8]:
-    """(SIDE, SIDE, 3) of 0 and 1: where each thing is."""
+    """Return the mask of each object, (SIDE, SIDE, 3) of 0 and 1."""
     planes = np.zeros((SIDE, SIDE, len(THINGS)), np.uint8)
     for k, thing in enumerate(THINGS):
         if thing in shown_in(number):
@@ -35,13 +34,13 @@ def planes_of(number: int) -> NDArray[np.uint8]:
 
 
 def image_of(number: int) -> NDArray[np.uint8]:
-    """(SIDE, SIDE, 3)."""
+    """Return an image, (SIDE, SIDE, 3)."""
     noise = np.random.default_rng(number).integers(0, 60, (SIDE, SIDE, 3))
     return (noise + 180 * planes_of(number)).astype(np.uint8)
 
 
 def write_exclusive_site(folder: Path, images: int) -> None:
-    """One index mask an image, and its one class: the last thing in it, or fluid."""
+    """Write a site with one index mask per image and one class: its last object, or fluid."""
     (folder / "masks").mkdir(parents=True)
     rows = []
     for number in range(images):
@@ -54,7 +53,7 @@ def write_exclusive_site(folder: Path, images: int) -> None:
 
 
 def write_overlapping_site(folder: Path, images: int, annotated: tuple[str, ...] = THINGS) -> None:
-    """A mask for each annotated thing, and the names of all things in the image."""
+    """Write a site with a mask per annotated object and labels of all objects in an image."""
     (folder / "masks").mkdir(parents=True)
     rows = []
     for number in range(images):

@@ -1,4 +1,4 @@
-"""Ask a deployed site's app one message at a time, as a coordinator would, in this process."""
+"""Send single messages to a deployed site's app in this process, as a coordinator would."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ class Person:
 
     group: str
     label: str
-    side: int = 10  # of the square lesion, pixels
+    side: int = 10  # side of the square lesion in pixels
     mask: bool = True
 
 
 def people(count: int) -> list[Person]:
-    """Patients P000, P001, ..., a third of whom are malignant."""
+    """Make patients P000, P001, ...; a third of them are malignant."""
     return [Person(f"P{i:03d}", "benign" if i % 3 else "malignant") for i in range(count)]
 
 
 def write_images(folder: Path, persons: Sequence[Person], size: int = 40) -> None:
-    """Write a site's folder: an image a person that follows from the person's group only."""
+    """Write a site's folder with one image per person, determined by the person's group."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for person in persons:
@@ -89,25 +89,25 @@ def write_images(folder: Path, persons: Sequence[Person], size: int = 40) -> Non
 
 
 def run_config(**changes: object) -> RunConfig:
-    """A config of a tiny network, with changes by keyword (``data__split_seed=1``)."""
+    """Build a config of a tiny network, with changes by keyword (``data__split_seed=1``)."""
     named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
     return RunConfig.from_flat({**TINY, **named})
 
 
 def private_config(**changes: object) -> RunConfig:
-    """The same with differential privacy at the sites."""
+    """Build the same config with differential privacy at the sites."""
     named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
     return RunConfig.from_flat({**TINY, **PRIVATE, **named})
 
 
 def network_weights(config: RunConfig, seed: int = 0) -> tuple[Layout, Packed, MultiTaskUNet]:
-    """Weights as the server sends them, their layout, and the network they are of."""
+    """Return layout and weights as the server sends them, and their network."""
     network = network_of(config.model, config.data, config.loss, seed=seed)
     return *packed(config, network), network
 
 
 def packed(config: RunConfig, network: torch.nn.Module) -> tuple[Layout, Packed]:
-    """A network's weights as the server sends them."""
+    """Pack a network's weights as the server sends them."""
     shared, _ = Layout.of(network).parts(personal_names(network, config.strategy.personal))
     return shared, shared.pack(network.state_dict())
 
@@ -122,7 +122,7 @@ def ask(
     split: str = wire.VAL_SPLIT,
     run: str = RUN,
 ) -> Message:
-    """Send a message of a kind (``query.describe``, ``train``, ``evaluate``); the site's reply."""
+    """Send a message of a kind (``query.describe``, ``train``, ``evaluate``); returns the reply."""
     from apps import client
 
     asked: dict[str, object] = {wire.NUMBER: number, wire.RUN: run, wire.SPLIT: split}
@@ -144,7 +144,7 @@ def ask(
 
 
 def shown(reply: Message) -> Mapping[str, object]:
-    """Everything in a reply but its weights and the seconds that it took."""
+    """Return everything in a reply except its weights and its duration."""
     content = reply.content
     found = {**content.config_records[wire.SITE], **content.metric_records[wire.SUMS]}
     return {key: value for key, value in found.items() if key != wire.SECONDS}

@@ -1,4 +1,4 @@
-"""Which package may import which: cycles and imports across a boundary are found here."""
+"""Import rules between packages and sub-packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "server": {"configs", "mtl_model"},
     "simulation": {"configs", "mtl_model", "client", "server"},
 }
-# Of the same package; "" is the package's own modules, which may import all of its sub-packages.
+# Allowed imports within a package. The package's own modules may import all its sub-packages.
 SUB_PACKAGES = {
     "client.data": set(),
     "client.training": {"client.data"},
@@ -63,7 +63,7 @@ FLOWER_IN = {
 
 
 def imports_of(source: str) -> set[str]:
-    """Names that a module imports, ours without the leading ``polyclinic.``."""
+    """Return the names that a module imports, ours without the leading ``polyclinic.``."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -75,7 +75,7 @@ def imports_of(source: str) -> set[str]:
 
 
 def forbidden(package: str, imported: set[str]) -> set[str]:
-    """Of the imported names' first parts, those that a module of this package must not import."""
+    """Return the top-level packages among the imports that a package must not import."""
     tops = {name.partition(".")[0] for name in imported}
     walls = (set(MAY_IMPORT) | {"apps", "polyclinic"}) - MAY_IMPORT[package] - {package}
     walls |= {library for library, packages in KEPT_IN.items() if package not in packages}
@@ -83,21 +83,21 @@ def forbidden(package: str, imported: set[str]) -> set[str]:
 
 
 def sub_package_of(name: str) -> str:
-    """``client.data`` of ``client.data.splits.place``; "" of a module beside the sub-packages."""
+    """Return ``client.data`` for ``client.data.splits.place``; "" outside of all sub-packages."""
     return next((sub for sub in SUB_PACKAGES if f"{name}.".startswith(f"{sub}.")), "")
 
 
 def crossed(module: str, imported: set[str]) -> set[str]:
-    """Imports within a package that its sub-package rules do not allow."""
+    """Return imports within a package that its sub-package rules do not allow."""
     package, own = module.partition(".")[0], sub_package_of(module)
-    if not own or package == "configs":  # whose own modules are the base of its sub-packages
+    if not own or package == "configs":  # sub-packages of configs may import its own modules
         return set()
     found = {name for name in imported if name.startswith(f"{package}.")}
     return {n for n in found if sub_package_of(n) not in SUB_PACKAGES[own] | {own}}
 
 
 def modules_of(package: str) -> dict[str, str]:
-    """Source of every module by its dotted name."""
+    """Read the source of every module of a package, by dotted name."""
     paths = sorted((ROOT / package).rglob("*.py"))
     assert paths
     named = {path.relative_to(ROOT).with_suffix(""): path for path in paths}

@@ -199,7 +199,7 @@ class Ledger:
         self._chain = HashChain(path, timeout_s=timeout_s)
         try:
             if not self._agreed(self.account()):
-                with self._chain.turn():
+                with self._chain.transaction():
                     self._agree(self.account())
         except BaseException:
             self._chain.close()
@@ -264,7 +264,7 @@ class Ledger:
         # it reserved, so only the check in the transaction refuses the round.
         with contextlib.suppress(BudgetExceeded):
             self._afford(self.account(), spent)
-        with self._chain.turn():
+        with self._chain.transaction():
             account = self.account()
             if not self._agreed(account):
                 raise LedgerError(
@@ -306,7 +306,7 @@ class Ledger:
                 "result must not leave the site"
             )
         _epsilon_of(self.account().settled(number, steps_taken))
-        with self._chain.turn():
+        with self._chain.transaction():
             self._chain.append(
                 "settle",
                 cohort=self.cohort.name,
@@ -406,7 +406,7 @@ def lower_delta(path: Path, cohort: str, delta: float) -> None:
     """
     if cohort not in read_accounts(path):
         raise LedgerError(f"{path}: the ledger has no cohort {cohort}")
-    with HashChain(path) as chain, chain.turn():
+    with HashChain(path) as chain, chain.transaction():
         now = accounts_in(chain.entries, path)[cohort].now
         if not 0 < delta < now.delta:
             raise LedgerError(

@@ -167,7 +167,7 @@ class HashChain:
         return _head(self._entries)
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
         """Open a write transaction, in which ``entries`` is complete and ``append`` is allowed.
 
         All appended entries are committed together at the end, or none of them after an error.
@@ -198,7 +198,7 @@ class HashChain:
             self._note()
 
     def append(self, kind: str, **content: object) -> Entry:
-        """Append an entry inside ``turn``; values must be valid JSON with finite numbers."""
+        """Append an entry inside ``transaction``; values must be valid JSON with finite numbers."""
         if not self._database.in_transaction:
             raise RuntimeError("append: expected a call within turn(), was called outside")
         self._check_clock()  # an entry before its predecessor would make the file invalid forever

@@ -54,7 +54,7 @@ def write_down(state: Path, sent: Sent) -> None:
     Raises:
         LedgerError: if it cannot be written; then the reply must not be sent.
     """
-    with HashChain(state / OUTGOING) as chain, chain.turn():
+    with HashChain(state / OUTGOING) as chain, chain.transaction():
         chain.append(
             "sent",
             message=sent.kind,

@@ -31,7 +31,7 @@ from polyclinic.configs.errors import ConfigError
 from polyclinic.configs.files import read_lines, write_atomically, write_json
 from polyclinic.configs.run import RunConfig
 
-STOPPED = "stopped by the user"  # reason in outcome.json of a run that the user interrupted
+STOPPED_REASON = "stopped by the user"  # reason in outcome.json of a run that the user interrupted
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.configs.presets import read_run_config
-from polyclinic.server.runs.folder import STOPPED
+from polyclinic.server.runs.folder import STOPPED_REASON
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def summary_of(folder: Path) -> RunSummary:
     return RunSummary(
         run=folder.name,
         started=_read(folder / "environment.json").get("started"),
-        status="stopped" if reason == STOPPED else status,
+        status="stopped" if reason == STOPPED_REASON else status,
         rounds=_read(states[-1])["round"] if states else 0,
         best_round=outcome.get("best_round"),
         best_value=outcome.get("best_value"),

@@ -40,6 +40,7 @@ from polyclinic.simulation.local.sites import simulated_sites
 
 log = logging.getLogger(__name__)
 
+LOCAL = "local"  # suffix of a model that one site trained by itself
 FEDERATED = "federated"
 _SHOWN = {"Dice": "dice", "balanced accuracy": "balanced_accuracy", "AUC": "auc"}
 
@@ -83,22 +84,27 @@ def compare_run(run: Path, as_json: bool) -> int:
                 name,
             )
             nothing = compute(empty_sums(Classes.of(config.data)), Classes.of(config.data))
-            comparison[f"{name} alone"] = dict.fromkeys([*sites, POOLED], nothing)
+            comparison[f"{name} {LOCAL}"] = dict.fromkeys([*sites, POOLED], nothing)
             continue
         steps = config.train.steps(len(site.splits[wire.TRAIN_SPLIT]))
-        comparison[f"{name} alone"] = _trained_and_tested(
+        comparison[f"{name} {LOCAL}"] = _trained_and_tested(
             config, name, site.splits, sites, steps, trained[name]
         )
-    comparison["all pooled"] = _trained_and_tested(
-        *(config, "all pooled", pool(list(sites.values())), sites),
+    comparison[f"all {POOLED}"] = _trained_and_tested(
+        *(config, f"all {POOLED}", pool(list(sites.values())), sites),
         _mean_steps(config, sites),
         sorted({number for numbers in trained.values() for number in numbers}),
     )
     federated = {**results["sites"], POOLED: results[POOLED]}
     comparison[FEDERATED] = {site: Metrics.from_json(values) for site, values in federated.items()}
     content = {
-        model: {site: asdict(metrics) for site, metrics in tested.items()}
-        for model, tested in comparison.items()
+        "models": [
+            {
+                "model": model,  # "site-1 local", "all pooled", "federated"
+                "sites": {site: asdict(metrics) for site, metrics in tested.items()},
+            }
+            for model, tested in comparison.items()
+        ]
     }
     write_json(folder.path / "compare.json", content)
     if as_json:

@@ -39,7 +39,7 @@ from polyclinic.mtl_model.distance import check_distances
 from polyclinic.server.aggregation.initial import initial_network
 from polyclinic.server.rounds.errors import RunRefused
 from polyclinic.server.rounds.federation import check_classes, sites_needed
-from polyclinic.server.runs.folder import STOPPED, RunFolder, to_toml
+from polyclinic.server.runs.folder import STOPPED_REASON, RunFolder, to_toml
 from polyclinic.simulation.local.sites import simulated_sites
 
 START_S = 60.0  # longest wait for the SuperLink to accept connections, in seconds
@@ -144,7 +144,7 @@ def launch(plan: Plan, follow: Callable[[Event], None]) -> Event:
     except BaseException as error:
         if not plan.folder.outcome.exists():
             stopped = isinstance(error, KeyboardInterrupt)
-            status, reason = ("stopped", STOPPED) if stopped else ("failed", str(error))
+            status, reason = ("stopped", STOPPED_REASON) if stopped else ("failed", str(error))
             write_json(plan.folder.outcome, {"status": status, "reason": reason})
         raise
 

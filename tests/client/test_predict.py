@@ -207,9 +207,9 @@ def test_images_with_equal_names_get_distinct_outputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nothing", "."], "nothing: expected a model's file or a run"),
+        (["nothing", "."], "nothing: expected a model file or a run"),
         (["MODEL", "empty"], "empty: expected images"),
-        (["MODEL", ".", "--out", "taken"], "taken holds predictions already"),
+        (["MODEL", ".", "--out", "taken"], "taken already contains predictions.json"),
         (
             ["image.txt", "image.txt"],
             "image.txt: expected a file ending in .safetensors, .onnx, .pt",

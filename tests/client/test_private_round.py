@@ -157,13 +157,13 @@ def _training_images(folder: Path, config: RunConfig) -> list[str]:
 def budgets(monkeypatch: pytest.MonkeyPatch) -> dict[str, BudgetConfig]:
     """Give simulated sites budgets as if their site.yaml named them; by site name."""
     given: dict[str, BudgetConfig] = {}
-    declared = polyclinic.client.app.standing
+    declared = polyclinic.client.app.privacy_declaration
 
-    def standing(*arguments: object) -> PrivacyDeclaration:
+    def privacy_declaration(*arguments: object) -> PrivacyDeclaration:
         found = declared(*arguments)
         return replace(found, budget=given.get(found.cohort))
 
-    monkeypatch.setattr(polyclinic.client.app, "standing", standing)
+    monkeypatch.setattr(polyclinic.client.app, "standing", privacy_declaration)
     return given
 
 

@@ -1,8 +1,8 @@
 """Build the images with buildah and run them with podman, as root, without a daemon or a hub.
 
-The base image is bootstrapped from the machine's Debian mirror. What is built stays in podman's
-storage, layer by layer, so that the next time only what changed is built; `buildah rmi --all` and
-`buildah prune` remove it.
+The base image is bootstrapped from the machine's Debian mirror. All layers stay in podman's
+storage, so that later builds only rebuild changed ones; `buildah rmi --all` and `buildah prune`
+remove them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BASE = "localhost/polyclinic-base:bookworm"
 PODMAN = ("podman", "--cgroup-manager=cgroupfs", "--runtime=runc")
 MOST = 16_384
 SETTINGS = "/mnt"
-EMPTY = ("/media", "/srv", "/home", "/boot")  # exist in every Debian, so a mount there leaves no new folder
+EMPTY = ("/media", "/srv", "/home", "/boot")  # exist in every Debian: mounts leave no trace
 
 
 def why_no_containers() -> str:

@@ -182,7 +182,7 @@ def another_authority(place: Consortium) -> None:
 
 
 def an_expired_kit(place: Consortium) -> None:
-    """Check that a site with an expired kit refuses to start and that the server rejects its key."""
+    """Check that a site with an expired kit does not start and that the server rejects its key."""
     place.provision([*place.names, "late"])
     site_file = place.copy_kit("site-2", "expired")
     authority = Authority(
@@ -253,7 +253,7 @@ def connections_that_never_say_anything(place: Consortium) -> None:
 
 
 def flowers_starter_of_server_apps_ends(place: Consortium) -> None:
-    """Kill the process that starts server apps; the current run continues and it is replaced."""
+    """Kill the process that starts server apps: it is replaced, and the current run continues."""
     (first,) = place.starters()
     first.kill()
     place.wait_for(lambda: place.starters() not in ([], [first]), 60, "another one is there")

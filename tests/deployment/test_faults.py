@@ -82,7 +82,7 @@ def there(place: Deployment) -> Deployment:
     for file in place.faults.iterdir():
         file.unlink()
     if place.superlink is not None and place.superlink.is_running() and not place.starters():
-        place.kill(place.superlink)  # polyclinic server start replaces this process; Flower does not
+        place.kill(place.superlink)  # unlike polyclinic server start, Flower does not replace it
     if place.superlink is None or not place.superlink.is_running():
         place.start_superlink()
     for name in place.names:
@@ -169,7 +169,7 @@ def test_run_with_many_faults_completes(there: Deployment, table: list[Row]) -> 
     completed(folder, 4)
     for site, number, phase, action, outcome, said in faults:
         found = line(folder, site, number)
-        if outcome == "gone":  # Flower reports this after more than a minute, if the deadline permits
+        if outcome == "gone":  # Flower reports it after a minute, if at all
             outcome, said = ("failed", said) if phase in found.failed else ("late", NO_ANSWER)
         reason = getattr(found, outcome)[phase].replace("\n", " ")
         assert re.search(said, reason)
@@ -219,7 +219,7 @@ def rounds_of(phases: list[str]) -> list[tuple[int, str]]:
 def killed(
     place: Deployment, table: list[Row], fault: str, phases: list[str], kill: Callable[[], None]
 ) -> None:
-    """Kill the coordinator's side of one run in every round, in another phase each, and resume it."""
+    """Kill the coordinator's side of one run in each round, in a new phase, and resume it."""
     faults = rounds_of(phases)
     for number, phase in faults:
         place.fault(POINTS[phase].format(number), "wait")

@@ -22,7 +22,7 @@ SHORT = {"-c": "--config", "-s": "--set", "-o": "--out", "-d": "--data", "-r": "
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Every command of the tree with its full name."""
+    """Yield every command of the tree with its full name."""
 
     def walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
         yield name, command

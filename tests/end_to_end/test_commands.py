@@ -115,7 +115,7 @@ def test_phantom_command_does_not_overwrite(cli, tmp_path: Path) -> None:
     assert cli("phantom", "--out", "p", "--sites", 1, "--examples", 10)[0] == 0
     status, _, err = cli("phantom", "--out", "p", "--sites", 2, "--examples", 20)
     assert status == 2
-    assert "site-1 is there already" in err
+    assert "site-1 already exists" in err
 
 
 def test_unwritable_run_folder_exits_1_without_traceback(cli, tmp_path) -> None:
@@ -159,8 +159,9 @@ def test_compare_tests_local_pooled_and_federated_models(
     folder = run(grid(config), config)
     capsys.readouterr()
     assert compare_run(folder.path, as_json=True) == 0
-    comparison = json.loads(capsys.readouterr().out)
-    models = ["site-1 alone", "site-2 alone", "site-3 alone", "all pooled", "federated"]
+    found = json.loads(capsys.readouterr().out)["models"]
+    comparison = {each["model"]: each["sites"] for each in found}
+    models = ["site-1 local", "site-2 local", "site-3 local", "all pooled", "federated"]
     assert list(comparison) == models
     tested = {model: list(sites) for model, sites in comparison.items()}
     assert set(map(tuple, tested.values())) == {("site-1", "site-2", "site-3", "pooled")}
@@ -214,7 +215,8 @@ def test_comparison_of_a_site_that_never_trained_has_no_values(
     monkeypatch.setattr(module, "rounds_trained", lambda h: {**found(h), "site-2": []})
     capsys.readouterr()
     assert compare_run(folder.path, as_json=True) == 0
-    row = json.loads(capsys.readouterr().out)["site-2 alone"]
+    found = json.loads(capsys.readouterr().out)["models"]
+    row = next(each["sites"] for each in found if each["model"] == "site-2 local")
     assert {values["dice"] for values in row.values()} == {None}
     assert "site-2, local training: no values, because the site trained in no round" in caplog.text
 

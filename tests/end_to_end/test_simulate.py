@@ -27,7 +27,7 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def flower_processes(out: Path) -> set[psutil.Process]:
-    """Find processes whose FLWR_HOME is under a folder, and their descendants."""
+    """Find processes with their FLWR_HOME under a folder, and their descendants."""
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -66,7 +66,7 @@ def test_stopped_simulation_leaves_no_process(tmp_path: Path, sign: signal.Signa
     assert not running(before | flower_processes(tmp_path))
     (outcome,) = out.glob("*/outcome.json")
     assert json.loads(outcome.read_text()) == {
-        "status": "failed",
+        "status": "stopped",
         "reason": "stopped by the user",
     }
 

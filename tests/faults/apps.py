@@ -88,7 +88,7 @@ class FaultyClientApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         file = Path(str(context.node_config["site-config"]))
-        site = file.parent.name if file.stem == "site" else file.stem  # site.yaml of a kit, or NAME.yaml
+        site = file.parent.name if file.stem == "site" else file.stem  # site.yaml or NAME.yaml
         asked = message.content.config_records[wire.ROUND]
         point = f"{site}.{message.metadata.message_type.split('.')[0]}.{asked[wire.NUMBER]}"
         if wire.SPLIT in asked and asked[wire.SPLIT] == wire.TEST_SPLIT:

@@ -328,7 +328,7 @@ class Deployment:
         assert self.superlink is not None
         found = []
         for process in psutil.Process(self.superlink.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # raised for the command line of a zombie
+            with contextlib.suppress(psutil.NoSuchProcess):  # the process is a zombie
                 if program in " ".join(process.cmdline()):
                     found.append(process)
         return found

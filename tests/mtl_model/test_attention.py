@@ -1,4 +1,4 @@
-"""Window attention against the plain form: every token attends to its window, pair by pair."""
+"""Window attention against a reference that handles every pair of tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyclinic.mtl_model.swin import SwinLayer
 
 
 def plain(attention: WindowAttention, x: Tensor) -> Tensor:
-    """The same by its definition: which window a token is in, token by token, one example."""
+    """Compute window attention of one example by definition, token by token."""
     h, w, c = x.shape
     side, shift, heads = attention.window, attention.shift, attention.heads
     qkv = attention.qkv(x).view(h, w, 3, heads, c // heads)

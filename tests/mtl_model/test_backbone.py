@@ -1,4 +1,4 @@
-"""Any timm model with four stages as the convolutional path, cut where timm says its maps lie."""
+"""timm models with four stages as the convolutional path."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every faster way of computing the network gives the plain way's numbers.
+"""Every optimised computation of the network matches the reference implementation.
 
-Tolerances: 1e-5 for outputs and 1e-4 of the largest gradient, in float64, where a batch's rounding
-flips no ReLU; of the published sizes in fp32, 1e-4 of the largest logit. bf16 keeps 8 bits, so its
-logits are held to 0.05 of the largest.
+Tolerances in float64, where rounding flips no ReLU: 1e-5 for outputs and 1e-4 of the largest
+gradient. For the published sizes in fp32: 1e-4 of the largest logit. bf16 keeps 8 bits, so its
+logits may differ by 0.05 of the largest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from polyclinic.simulation.benchmarks.plain import reference_implementation
 from tests.factories import losses_of, small, some_targets
 
 SIZE = (64, 64)
-# windows of 4 at sides 32, 16, 8 and 4: shifted ones at three stages
+# windows of 4 on maps of 32, 16, 8 and 4: three stages have shifted windows
 VARIANTS = [
     {"window": 4},
     {"window": 4, "norm": "batch"},
@@ -38,7 +38,7 @@ def some_images(batch: int = 2) -> Tensor:
 
 
 def livened(model: MultiTaskUNet) -> MultiTaskUNet:
-    """Biases of a size that shows, which fresh ones do not have."""
+    """Give position biases a noticeable size, since initial ones are tiny."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias.table"):
@@ -53,7 +53,7 @@ def gradients(model: MultiTaskUNet, images: Tensor) -> dict[str, Tensor]:
 
 
 def side_by_side(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of joined convolutions as of the one that they stand for, where plain has one."""
+    """Join the gradients of split convolutions where the reference has a single one."""
     joined: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         whole = re.sub(r"\.parts\.\d+\.", ".conv.", name)
@@ -100,7 +100,7 @@ def test_full_network_in_fp32_matches_the_reference(norm: str) -> None:
 
 
 def test_comparison_detects_a_changed_bias() -> None:
-    """The negative control of the comparison above."""
+    """Negative control of the comparison above."""
     ours = livened(small(window=4))
     plain = reference_implementation(ours)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_bf16_outputs_are_close_to_fp32(changes: dict[str, object]) -> None:
         torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * largest)
 
 
-# one of each kind that stands in tests/mtl_model/test_backbone.py
+# one of each kind in tests/mtl_model/test_backbone.py
 BACKBONES = (
     *("resnet34d", "resnet50", "efficientnet_lite0", "tf_efficientnet_lite0"),
     *("mobilenetv3_small_050", "regnety_002", "convnext_atto", "densenet121"),
@@ -155,7 +155,7 @@ BACKBONES = (
 FOLDED = [
     *VARIANTS,
     {"norm": "batch", "dfe": "sum"},
-    # whose norms take sums of convolutions
+    # its norms follow sums of convolutions
     {"norm": "batch", "stride": 4, "backbone": "repvit_m0_9", "width": 0, "depths": ()},
     {"norm": "batch", "upsample": "bilinear", "block_order": "parallel"},
     *(
@@ -171,7 +171,7 @@ FOLDED = [
 @pytest.mark.parametrize("changes", FOLDED, ids=str)
 def test_inference_form_matches_the_network(changes: dict[str, object]) -> None:
     plain = livened(small(**changes)).double()
-    plain.train()(some_images(4).double())  # running statistics of some images
+    plain.train()(some_images(4).double())  # sets the running statistics
     ready = InferenceForm(plain, torch.float64)
     with torch.no_grad():
         expected = plain.eval()(some_images().double())
@@ -193,8 +193,8 @@ def test_inference_form_leaves_the_network_unchanged() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)  # two minutes of a C++ compiler on two cores
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo asks a view for it
+@pytest.mark.timeout(900)  # the C++ compiler takes two minutes on two cores
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo reads it
 def test_compiled_network_matches_in_training_and_evaluation() -> None:
     plain = livened(small(window=4, swin_depth=1, dfe="none")).double()
     ours = copy.deepcopy(plain)
@@ -223,11 +223,11 @@ def test_compiled_network_matches_in_training_and_evaluation() -> None:
 def test_torch_compile_builds_one_graph_and_counts_a_batch_once(
     changes: dict[str, object],
 ) -> None:
-    """With all but the C++ compiler, which takes minutes; activations are computed again."""
+    """Uses all of torch.compile but the C++ compiler, with gradient checkpointing."""
     plain = livened(small(**{"swin_depth": 2, **changes})).double()
     ours = copy.deepcopy(plain)
     ours.set_grad_checkpointing(True)
-    torch.compiler.reset()  # it keeps few networks in a process
+    torch.compiler.reset()  # it caches only a few networks per process
     one_graph = torch.compile(ours, fullgraph=True, backend="aot_eager")
     equal_gradients(one_graph, plain, some_images().double())
     statistics = dict(plain.named_buffers())

@@ -1,4 +1,4 @@
-"""Tiny networks answer what they answered when tests/make_golden.py was last run."""
+"""Outputs of tiny networks against those recorded by tests/make_golden.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def test_tiny_network_matches_golden_outputs(name: str) -> None:
 
 
 def test_golden_outputs_differ_between_networks() -> None:
-    """A golden answer that did not depend on the network would hold nothing."""
+    """Golden outputs that did not depend on the network would prove nothing."""
     first, *others = [json.loads(GOLDEN.read_text())[name]["class"] for name in MEMBERS]
     assert all(other != pytest.approx(first, rel=1e-3) for other in others)

@@ -1,4 +1,4 @@
-"""Losses: by hand, against independent implementations, and masked where nothing is known."""
+"""Losses: by hand, against independent implementations, and with missing annotations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ["one binary", "overlapping", "exclusive"]
 
 
 def some_masks(kind: str, n: int = 4) -> tuple[Tensor, Tensor]:
-    """Logits and masks; example 0 shows no mask class at all."""
+    """Make random logits and masks; example 0 has only empty masks."""
     generator = torch.Generator().manual_seed(1)
     classes = 1 if kind == "one binary" else 3
     if kind == "exclusive":
@@ -75,7 +75,7 @@ def dice_settings() -> dict[str, object]:
 def test_focal_loss_agrees_with_monai(kind: str, gamma: float) -> None:
     logits, masks = some_masks(kind)
     if kind == "exclusive":
-        # MONAI keeps a pixel's loss at its class and 0 at the others; one pixel costs their sum
+        # MONAI puts a pixel's loss at its class and 0 at the others; their sum is the pixel's loss
         reference = FocalLoss(use_softmax=True, gamma=gamma, reduction="none")
         expected = reference(logits, with_background(masks)).sum(1, keepdim=True)
     else:

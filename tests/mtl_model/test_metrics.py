@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, torchmetrics and MONAI, by hand, and where they are undefined."""
+"""Metrics: against scikit-learn, torchmetrics and MONAI, by hand, and undefined values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ SIZE = (8, 8)
 
 
 def random_batch(seed: int, n: int = 60, classes: Classes = THREE) -> tuple[Prediction, Targets]:
-    """Some masks are empty, some not annotated, some images without a label."""
+    """Make a random batch in which some masks are empty and some annotations are missing."""
     generator = torch.Generator().manual_seed(seed)
     k, m = len(classes.images), len(classes.masks)
     if classes is EXCLUSIVE:
@@ -73,7 +73,7 @@ def part(prediction: Prediction, targets: Targets, s: slice) -> tuple[Prediction
     [(1, 0), (10, 0), (30, 0), (0.1, 0), (0.001, 0), (0.3, 6), (0.1, -0.5)],
 )
 def test_classification_agrees_with_scikit_learn(confidence: float, lean: float) -> None:
-    """Of networks that are sure, that have hardly begun, or that lean to one class."""
+    """Covers confident, nearly untrained and biased classifiers."""
     prediction, targets = random_batch(0, n=400)
     logits = prediction.class_logits.double() * confidence + lean * torch.eye(3)[1]
     prediction = prediction._replace(class_logits=logits)
@@ -81,7 +81,7 @@ def test_classification_agrees_with_scikit_learn(confidence: float, lean: float)
     known = targets.has_label
     true = targets.labels[known].argmax(1).numpy()
     guess = prediction.class_logits[known].argmax(1).numpy()
-    # log odds: shares of 1 that differ are told apart
+    # log odds distinguish probabilities that round to 1
     others = torch.stack(
         [logits[:, [j for j in range(3) if j != k]].logsumexp(1) for k in range(3)], 1
     )
@@ -163,7 +163,7 @@ def test_segmentation_agrees_with_scikit_learn_and_torchmetrics(classes: Classes
 
 
 def circles(seed: int, n: int, masks: int) -> Tensor:
-    """(n, masks, 24, 24) of 0 and 1, some empty."""
+    """Make random circles of 0 and 1, some empty, (n, masks, 24, 24)."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
     centre = torch.randint(4, 20, (2, n, masks, 1, 1), generator=generator)
@@ -195,7 +195,7 @@ def test_hd95_by_hand() -> None:
     targets = Targets(actual, torch.ones(2, 1, dtype=torch.bool), torch.eye(2), torch.ones(2) > 0)
     sums = batch_sums(Prediction(predicted - 0.5, None), targets, TWO, hd95=True)
     assert sums.hd95.tolist() == [3.0]
-    assert sums.hd95_images.tolist() == [1.0]  # the other image has no outline
+    assert sums.hd95_images.tolist() == [1.0]  # the other image has empty masks
     nothing = batch_sums(Prediction(torch.zeros(2, 1, 12, 12), None), targets, TWO, hd95=True)
     assert compute(nothing, TWO).hd95 is None
 
@@ -289,8 +289,8 @@ def test_means_skip_classes_absent_from_all_images() -> None:
     masks = torch.zeros(2, 3, 4, 4)
     masks[:, 0, :2] = 1
     logits = torch.full((2, 3, 4, 4), -1.0)
-    logits[:, 0, :1] = 1  # half of x; y and z nowhere
-    logits[0, 1, 0, 0] = 1  # a pixel of y where there is none
+    logits[:, 0, :1] = 1  # half of x, nothing of y and z
+    logits[0, 1, 0, 0] = 1  # one false-positive pixel of y
     has_mask = torch.tensor([[True, True, False], [True, True, False]])
     labels = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
     scores = torch.tensor([[1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
@@ -301,7 +301,7 @@ def test_means_skip_classes_absent_from_all_images() -> None:
     assert ours.mask_classes["z"] == MaskClass(0, 0, None, None, None, None, None, 0)
     assert ours.dice == pytest.approx(2 / 3)
     assert ours.lesions == 2
-    # a and c have no negatives, so that b alone has a balanced accuracy
+    # a and c have no negatives, so only b has a balanced accuracy
     assert ours.image_classes["a"] == ImageClass(2, 0, 1.0, None, None)
     assert ours.image_classes["c"] == ImageClass(2, 0, 0.5, None, None)
     assert ours.balanced_accuracy == 1.0
@@ -350,7 +350,7 @@ def test_score_averages_the_defined_metrics() -> None:
 
 
 def test_area_under_curve_by_hand() -> None:
-    # scores: one positive above, one tied with, one below the single negative
+    # one positive above, one equal to and one below the single negative
     assert area_under_curve(np.array([1.0, 1.0, 1.0]), np.array([0.0, 1.0, 0.0])) == 0.5
     assert area_under_curve(np.array([0.0, 2.0]), np.array([3.0, 0.0])) == 1.0
     assert area_under_curve(np.array([0.0, 0.0]), np.array([3.0, 0.0])) is None
@@ -389,3 +389,14 @@ def test_confusion_with_multi_label_classes_is_refused() -> None:
     lists["confusion"][0] = 1.0
     with pytest.raises(ValueError, match="confusion: expected at most 0"):
         MetricSums.from_lists(lists, SEVERAL, SIZE)
+
+
+@pytest.mark.parametrize("classes", [TWO, EXCLUSIVE, SEVERAL], ids=["one", "exclusive", "several"])
+def test_empty_sums_have_the_documented_shapes(classes: Classes) -> None:
+    """One number, one per mask class, or by image class; a wrong shape would be sent as it is."""
+    single = {"images", "lesions", "labelled", "exact_matches"}
+    k, masks = len(classes.images), len(classes.masks)
+    for field in fields(MetricSums):
+        wanted = (1,) if field.name in single else (masks,)
+        wanted = {"confusion": (k, k), "scores": (k, 2, BINS)}.get(field.name, wanted)
+        assert getattr(empty_sums(classes), field.name).shape == wanted, field.name

@@ -1,4 +1,4 @@
-"""The whole network: published sizes, independence of examples, gradients, odd sizes."""
+"""The whole network: published sizes, independent examples, gradients and odd image sizes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_operation_count_matches_the_publication(
         image = torch.empty(1, 3, side, side)
         plainly, ours = operations(reference_implementation(model), image), operations(model, image)
     assert plainly / 1e9 == pytest.approx(gmacs, abs=0.05 if side == 224 else 0.5)
-    assert 0.985 * plainly < ours < plainly  # no pairs of tokens that a mask would throw away
+    assert 0.985 * plainly < ours < plainly  # ours skips token pairs that a mask would discard
 
 
 def operations(model: nn.Module, image: Tensor) -> float:
@@ -67,7 +67,7 @@ def operations(model: nn.Module, image: Tensor) -> float:
 
 @pytest.mark.parametrize("changes", [*VARIANTS, {"norm": "batch"}], ids=str)
 def test_every_parameter_gets_a_gradient(changes: dict[str, object]) -> None:
-    torch.manual_seed(3)  # which paths are dropped
+    torch.manual_seed(3)  # fixes which paths are dropped
     model = small(**changes).train()
     generator = torch.Generator().manual_seed(0)
     losses_of(
@@ -102,7 +102,7 @@ def test_examples_of_a_batch_are_independent(changes: dict[str, object]) -> None
 
 
 def test_batch_norm_makes_examples_dependent() -> None:
-    """The negative control: the check above can fail."""
+    """Negative control of the test above."""
     model = small(norm="batch").train()
     images = torch.randn(3, 1, 64, 64, requires_grad=True)
     prediction = model(images)

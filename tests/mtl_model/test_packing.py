@@ -1,4 +1,4 @@
-"""Packing weights into few arrays, and refusing what does not fit."""
+"""Packing weights into few arrays and refusing invalid ones."""
 
 from __future__ import annotations
 

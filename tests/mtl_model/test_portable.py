@@ -1,4 +1,4 @@
-"""The form of the network that exporters can follow says what the network says."""
+"""The exportable form of the network matches the network."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from polyclinic.mtl_model.attention import WindowAttention
 from polyclinic.mtl_model.network import network_of
 from polyclinic.mtl_model.portable import PortableAttention, portable_form
 
-# larger and smaller than the windows below, multiples of them and not, one row, one column
+# larger and smaller than the windows below, multiples of them or not, single rows and columns
 SIZES = [(1, 1), (1, 9), (2, 3), (3, 10), (4, 4), (5, 2), (7, 6), (8, 8), (11, 1), (12, 13)]
 
 
 def attention(window: int, shift: int) -> WindowAttention:
     torch.manual_seed(window)
     fast = WindowAttention(channels=8, heads=2, window=window, shift=shift)
-    nn.init.normal_(fast.bias.table)  # as made, it is too small to tell places apart
+    nn.init.normal_(fast.bias.table)  # initial biases are too small to distinguish positions
     return fast
 
 
@@ -35,7 +35,7 @@ def test_portable_attention_matches_window_attention(window: int, shift: int) ->
 
 @torch.no_grad()
 def test_portable_attention_with_and_without_shift_differ() -> None:
-    """Negative control: windows elsewhere give other numbers, also with the same weights."""
+    """Negative control: other windows give different outputs with the same weights."""
     shifted, straight = attention(4, 2), attention(4, 0)
     straight.load_state_dict(shifted.state_dict())
     x = torch.randn(1, 8, 8, 8)

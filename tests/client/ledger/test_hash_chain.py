@@ -40,13 +40,13 @@ def append(path: Path, *kinds: str) -> None:
     """Append one entry per turn, as training does."""
     with HashChain(path) as chain:
         for kind in kinds:
-            with chain.turn():
+            with chain.transaction():
                 chain.append(kind, note=f"of kind {kind}")
 
 
 def append_in(chain: HashChain, *kinds: str) -> None:
     """Append all entries in one turn."""
-    with chain.turn():
+    with chain.transaction():
         for kind in kinds:
             chain.append(kind)
 
@@ -59,7 +59,7 @@ def kinds(path: Path) -> list[str]:
 def test_entries_persist_after_reopening(path: Path) -> None:
     started = datetime.now(UTC)
     with HashChain(path) as chain:
-        with chain.turn():
+        with chain.transaction():
             first = chain.append("terms", cap=8.0, unit="patient")
             second = chain.append("reserve", steps=3)
         assert chain.entries == (first, second)
@@ -101,12 +101,12 @@ def test_failed_turn_writes_nothing(path: Path) -> None:
         before = chain.entries
         with pytest.raises(TypeError, match="JSON"):
             append_in(chain, "two", b"three")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="JSON"), chain.turn():
+        with pytest.raises(ValueError, match="JSON"), chain.transaction():
             chain.append("two", epsilon=float("nan"))
         assert chain.entries == before
         assert kinds(path) == ["one"]
         assert head_of(path).read_bytes() == noted
-        with chain.turn():
+        with chain.transaction():
             chain.append("three")
     assert kinds(path) == ["one", "three"]
 
@@ -409,7 +409,7 @@ import os, signal, sys
 from pathlib import Path
 from polyclinic.client.ledger.hash_chain import HashChain
 chain = HashChain(Path(sys.argv[1]))
-with chain.turn():
+with chain.transaction():
     chain.append("kept")
 chain._database.execute("BEGIN IMMEDIATE")
 chain.append("lost")
@@ -437,13 +437,13 @@ def test_lost_write_ahead_log_is_found(path: Path) -> None:
 
 def test_turn_sees_entries_of_other_processes(path: Path) -> None:
     with HashChain(path) as one, HashChain(path) as other:
-        with one.turn():
+        with one.transaction():
             first = one.append("one")
         assert other.entries == ()
-        with other.turn():
+        with other.transaction():
             assert other.entries == (first,)
             second = other.append("two")
-        with one.turn():
+        with one.transaction():
             assert one.entries == (first, second)
     assert kinds(path) == ["one", "two"]
 
@@ -456,7 +456,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 with HashChain(Path(sys.argv[1]), timeout_s=60) as chain:
     for number in range(int(sys.argv[2])):
-        with chain.turn():
+        with chain.transaction():
             chain.append("by " + sys.argv[3], count=number)
 """
 
@@ -573,7 +573,7 @@ def test_locked_file_is_refused_after_the_timeout(path: Path) -> None:
             HashChain(path, timeout_s=0.05)
         assert kinds(path) == ["one"]  # readers do not wait
         other.execute("ROLLBACK")
-        with chain.turn():
+        with chain.transaction():
             chain.append("two")
     assert kinds(path) == ["one", "two"]
 
@@ -589,7 +589,7 @@ def test_entry_is_kept_when_the_head_update_fails(
 
     with HashChain(path) as chain:
         monkeypatch.setattr(Path, "replace", refuse)
-        with chain.turn():
+        with chain.transaction():
             chain.append("two")
         monkeypatch.undo()
     assert "not updated to the newest entry" in caplog.text
@@ -726,7 +726,7 @@ def test_clock_set_back_is_refused_for_writing(path: Path, clock: Callable[[floa
             HashChain(path)
         assert kinds(path) == ["one"]  # reading does not depend on the clock
         clock(0)
-        with chain.turn():
+        with chain.transaction():
             chain.append("two")
     assert kinds(path) == ["one", "two"]
 
@@ -737,7 +737,7 @@ def test_clock_set_back_within_a_turn_writes_nothing(
     append(path, "one")
 
     def be_late(chain: HashChain) -> None:
-        with chain.turn():
+        with chain.transaction():
             clock(-120)
             chain.append("two")
 
@@ -838,7 +838,7 @@ def test_full_disk_for_head_refuses_before_the_entry(path: Path) -> None:
             append_in(chain, "two")
         path.with_name(".ledger.db.head").unlink()
         assert [entry.kind for entry in chain.entries] == kinds(path) == ["one"]
-        with chain.turn():
+        with chain.transaction():
             chain.append("three")
     assert kinds(path) == ["one", "three"]
 

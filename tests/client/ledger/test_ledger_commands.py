@@ -52,14 +52,14 @@ def test_ledger_command_shows_spent_and_left_by_round(cli, site: Path, path: Pat
     assert (status, err) == (0, "")
     history = [TEN, replace(TEN, steps=4), TEN]
     after = [epsilon(history[:i], DELTA) for i in (1, 2, 3)]
-    rows = [re.split(r"\s*[│┃|]\s*|\s{2,}", line.strip(" │")) for line in out.splitlines()]
-    assert ["4711", "1", "10", "10", "1", "0.05", f"{after[0]:.4g}"] in rows
-    assert ["4711", "2", "10", "4", "1", "0.05", f"{after[1]:.4g}"] in rows
-    assert ["4712", "1", "10", "all, not settled", "1", "0.05", f"{after[2]:.4g}"] in rows
+    words = " ".join(out.split())
+    assert words.index("run 4711") < words.index("run 4712")
+    assert f"1 10 10 1 0.05 {after[0]:.4g} 2 10 4 1 0.05 {after[1]:.4g} run 4712" in words
+    assert f"1 10 all, not settled 1 0.05 {after[2]:.4g}" in words
     spent, rdp = after[2], epsilon_rdp(history, DELTA)
-    assert f"epsilon {spent:.4g} of 8, left {8 - spent:.4g} (RDP alone: {rdp:.4g})" in out
-    assert "at delta 0.001" in out
-    assert "for each patient of cohort north (400 declared)" in out
+    assert f"epsilon {spent:.4g} of 8, left {8 - spent:.4g}, at delta 0.001" in out
+    assert f"(an RDP accountant would report {rdp:.4g})" in out
+    assert "per patient of cohort north (400 declared)" in out
     assert "verified" not in out
 
 
@@ -174,7 +174,7 @@ def test_ledger_command_works_during_training(cli, site: Path, path: Path) -> No
         status, out, _ = cli("site", "ledger", site, "--verify")
         assert status == 0
         assert "all, not settled" in out
-        with ledger._chain.turn():
+        with ledger._chain.transaction():
             status, _, err = cli("site", "ledger", site, "--verify")
         assert (status, err) == (0, "")
         ledger.settle(reservation, 3)
@@ -197,7 +197,7 @@ def test_lower_delta_is_recorded_and_applies_to_past_spending(cli, site: Path, p
     site.write_text(SITE.format(patients=4000, delta=1e-4))
     status, out, err = cli("site", "lower-delta", site)
     assert (status, err) == (0, "")
-    assert out == "cohort north: delta 0.0001 from now on\n"
+    assert out == "cohort north: delta is 0.0001 from now on\n"
     status, out, _ = cli("site", "ledger", site, "--verify")
     assert status == 0
     spent = epsilon([TEN, replace(TEN, steps=4), TEN], 1e-4)

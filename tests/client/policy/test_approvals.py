@@ -148,12 +148,12 @@ def test_approve_command_shows_changes_asks_and_records(site_file: Path, cli, mo
     monkeypatch.setattr("typer.confirm", lambda text: False)
     status, out, _ = cli("site", "approve", site_file, changed)
     assert status == 1
-    assert f"against {digest[:12]}, version {VERSION}, approved before" in out
+    assert f"compared with approved release {digest[:12]}, version {VERSION}:" in out
     assert "changed  client/policy/site_policy.py" in out
     assert "    -check()" in out
     _, out, _ = cli("site", "approve", site_file)
     assert [line.split()[0] for line in out.splitlines()] == [digest]
-    assert "it is approved already" in cli("site", "approve", site_file, fab)[1]
+    assert "it is already approved" in cli("site", "approve", site_file, fab)[1]
     assert cli("site", "approve", site_file, "--withdraw", digest)[0] == 0
     assert cli("site", "approve", site_file)[1] == ""
     status, _, err = cli("site", "approve", site_file, "missing.fab")

@@ -84,7 +84,7 @@ def gradients_of(
     random: int = 0,
     kind: str = "ghost",
 ) -> list[Tensor]:
-    """Compute the released gradient of one step; each entry of ``xs`` holds the rows of one unit."""
+    """Compute the released gradient of one step; each entry of ``xs`` holds one unit's rows."""
     torch.manual_seed(0)
     network = Linear()
     parameters = list(network.parameters())

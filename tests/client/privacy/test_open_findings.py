@@ -136,11 +136,11 @@ def test_sensitivity_with_augmentation_or_drop_path_is_the_clip_norm(
 @open_finding("H3")
 @pytest.mark.long
 def test_membership_guesses_stay_within_epsilon_with_augmentation() -> None:
-    """An attacker who knows all other images searches the one augmentation seed of a round.
+    """An attacker who knows all other images searches for the augmentation seed of a round.
 
-    What units before and after the target add shows the seed; behind a missing target it is
-    shifted by one position. All of it is drawn from the Gram matrix of the sums, so that no noise
-    of the network's size is needed.
+    The contributions of units before and after the target reveal the seed; without the target,
+    those after it are shifted by one position. All quantities are drawn from the Gram matrix of
+    the sums, so that no noise of the network's size is needed.
     """
     count, seeds, sigma, trials = 240, 12, 2.0, 400
     middle = count // 2
@@ -227,7 +227,7 @@ def test_candidates_hold_every_small_normal_that_numpy_draws() -> None:
 
 
 def impossible(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> int:
-    """Count the weights whose change cannot come from noise only."""
+    """Count the weights with a change that noise by itself cannot produce."""
     count = 0
     for key in (k for k in before if "float32" in k and "encoder" in k):
         old, new = before[key].ravel(), after[key].ravel()

@@ -1,4 +1,4 @@
-"""Averaging by task: on paper, and as properties."""
+"""Averaging by task: by hand, and by properties."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_average_weights_each_group_by_its_examples() -> None:
         [contribution("a", 1.0, 30, 0, 30), contribution("b", 5.0, 10, 10, 0)], NOW
     )
     assert averaged["encoder/float32"].tolist() == [2.0, 2.0]  # (30 * 1 + 10 * 5) / 40
-    assert averaged["segmentation/float32"].tolist() == [5.0, 5.0]  # b alone has masks
-    assert averaged["classification/float32"].tolist() == [1.0, 1.0]  # a alone has labels
+    assert averaged["segmentation/float32"].tolist() == [5.0, 5.0]  # only b has masks
+    assert averaged["classification/float32"].tolist() == [1.0, 1.0]  # only a has labels
 
 
 def test_untrained_group_stays_unchanged() -> None:

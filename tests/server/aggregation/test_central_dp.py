@@ -1,4 +1,4 @@
-"""Central differential privacy: what a site can change, how much noise there is, what it costs."""
+"""Central differential privacy: sensitivity to one site, noise, adaptive clipping and epsilon."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ from tests.factories import network, trained
 
 pytestmark = pytest.mark.usefixtures("flower_identity")
 
-QUIET = 1e-20  # a noise multiplier that cannot be seen in what is asserted
+QUIET = 1e-20  # a noise multiplier too small to affect the assertions
 ALL = (2, 2, 2)
 
 
 def packed(*groups: Sequence[float] | np.ndarray) -> Packed:
-    """Weights of encoder, segmentation, classification; in float64, so that nothing is rounded."""
+    """Make weights of encoder, segmentation and classification in float64, to avoid rounding."""
     return {
         f"{group}/float32": np.array(values, np.float64)
         for group, values in zip(GROUPS, groups, strict=True)
@@ -76,7 +76,7 @@ ZERO = packed([0.0], [0.0], [0.0])
 
 @pytest.fixture
 def central(tmp_path: Path) -> Callable[..., CentralPrivacy]:
-    """Central privacy of so many sites that train each group; noise is the same for one random."""
+    """Build CentralPrivacy for a number of sites per group, with noise seeded by ``random``."""
     made = 0
 
     def make(
@@ -134,7 +134,7 @@ def test_missing_site_adds_zero_and_stays_in_the_denominator(central, caplog) ->
 
 def test_task_is_divided_by_its_declared_sites(central) -> None:
     sites = [
-        update("a", [1.0], [7.0], [1.0], counts=(9, 0, 9)),  # no masks: the 7 was never trained
+        update("a", [1.0], [7.0], [1.0], counts=(9, 0, 9)),  # no masks, so the 7 was never trained
         update("b", [1.0], [1.0], [1.0]),
         update("c", [1.0], [1.0], [1.0]),
     ]
@@ -175,7 +175,7 @@ def test_zero_update_is_averaged_without_error(central, mode: str) -> None:
     sites = [update("a", [1.0], [0.0], [0.0]), update("b", [0.0], [0.0], [0.0])]
     averaged = central(mode=mode, clip_norm=9.0).average(1, sites, ZERO)
     assert values(averaged) == pytest.approx([0.5, 0.0, 0.0])
-    with pytest.raises(ZeroDivisionError):  # once Flower no longer does: pass such sites on
+    with pytest.raises(ZeroDivisionError):  # once Flower no longer raises, pass such sites on
         clip_inputs_inplace([np.zeros(3)], 1.0)
 
 
@@ -185,7 +185,7 @@ def test_integer_arrays_are_refused_by_name(central) -> None:
         central().average(1, [], counted)
 
 
-# What one site can change
+# Sensitivity to one site
 
 
 def noise_free_change(
@@ -194,10 +194,10 @@ def noise_free_change(
     declared: tuple[int, int, int],
     **settings: object,
 ) -> float:
-    """The largest change of the released sum that one site's taking part can make.
+    """Compute the largest change of the released sum caused by one site's participation.
 
-    The noise on a group's sum has one deviation whatever the group, so that changes of an average
-    count by the number that the group was divided by.
+    The noise on a group's sum has the same deviation for every group, so changes of an average are
+    multiplied by the group's denominator.
     """
     size = {key: np.zeros(array.shape) for key, array in sites[0].weights.items()}
     whole = make(declared, **settings).average(1, sites, size)
@@ -224,22 +224,22 @@ def test_one_site_changes_the_sum_by_at_most_the_clip_norm(
     settings = {"mode": mode, "clip_norm": 2.0, "random": 3, "noise": 0.5}
     change = noise_free_change(central, [*others, one], declared, **settings)
     assert change <= 2.0 * (1 + 1e-9)
-    assert change > 2.0 * (1 - 1e-9)  # the others' are clipped: the bound is met
+    assert change > 2.0 * (1 - 1e-9)  # the other updates are clipped, so the bound is tight
 
 
 def test_average_by_examples_exceeds_the_clip_norm_bound() -> None:
-    """The negative control: clipped updates, weighted as without central privacy."""
+    """Negative control: clipped updates weighted as without central privacy."""
     few = [update(s, [1.0], [0.0], [0.0], counts=(1, 1, 1)) for s in "abc"]
     many = update("d", [-1.0], [0.0], [0.0], counts=(997, 1, 1))
     whole, without = (average_by_task(c, ZERO)["encoder/float32"] for c in ([*few, many], few))
-    assert abs(4 * (whole - without)[0]) > 7.9  # where the norm is 1
+    assert abs(4 * (whole - without)[0]) > 7.9  # with a clip norm of 1
 
 
 # Noise
 
 
 def p_value(noise: np.ndarray, claimed: float) -> float:
-    """How likely noise as strange as this is, if its deviation were the claimed one (two sides)."""
+    """Return the two-sided p-value of the noise under the claimed standard deviation."""
     below = stats.chi2.cdf(((noise / claimed) ** 2).sum(), noise.size)
     return 2 * min(below, 1 - below)
 
@@ -258,13 +258,13 @@ def test_noise_deviation_matches_the_accounted_one(
     private = central((5, 2, 5), noise=sigma, **settings)
     exact = central((5, 2, 5), **settings).average(1, sites, MANY)
     noisy = private.average(1, sites, MANY)
-    # of the weights alone: the adaptive count's noise has its part of the multiplier
+    # noise of the weights only; the adaptive count's noise uses part of the multiplier
     of_weights = sigma if mode == "fixed" else (sigma**-2 - (2 * 2.0) ** -2) ** -0.5
     for key, sites_of_group in zip(noisy, (5, 2, 5), strict=True):
         noise = noisy[key] - exact[key]
         deviation = of_weights * clip / sites_of_group
         assert p_value(noise, deviation) > 1e-3
-        for wrong in (2 / 3, 3 / 2):  # the negative controls
+        for wrong in (2 / 3, 3 / 2):  # negative controls
             assert p_value(noise, wrong * deviation) < 1e-9
 
 
@@ -278,7 +278,7 @@ def test_noise_scale_uses_the_clip_norm_of_the_same_round(central) -> None:
 
 
 def test_flower_scales_noise_by_the_next_clip_norm() -> None:
-    """Once this fails, Flower has mended it, and AdaptiveClipping need not hold the norm back."""
+    """When this fails, Flower has fixed it, and AdaptiveClipping need not delay the norm."""
     theirs = DifferentialPrivacyServerSideAdaptiveClipping(
         AverageByTask(lambda _, current: current), 0.5, 2, 1.0, 0.5, 3.0, 0.5
     )
@@ -295,12 +295,12 @@ def test_flower_scales_noise_by_the_next_clip_norm() -> None:
 
 
 def test_noise_does_not_depend_on_the_global_seed(tmp_path: Path) -> None:
-    """Flower draws from NumPy's global generator, which anything in the process may have seeded."""
+    """Flower draws from NumPy's global generator, which any code in the process may have seeded."""
     config = CentralConfig(mode="fixed")
 
     def noise(name: str) -> list[float]:
         np.random.seed(0)
-        np.random.normal()  # of a pair, whose second the generator keeps
+        np.random.normal()  # normals come in pairs; the generator keeps the second
         private = CentralPrivacy(config, dict.fromkeys(GROUPS, 2), tmp_path / name)
         return values(private.average(1, [], ZERO))
 
@@ -312,11 +312,11 @@ def test_noise_does_not_depend_on_the_global_seed(tmp_path: Path) -> None:
     np.random.seed(0)
     np.random.random()
     CentralPrivacy(config, dict.fromkeys(GROUPS, 2), tmp_path / "third").average(1, [], ZERO)
-    assert np.random.random() == expected  # the process's own goes on as if nothing had been
+    assert np.random.random() == expected  # the global generator is unaffected
 
 
 def test_flower_noise_repeats_with_the_global_seed() -> None:
-    """The negative control of the test above."""
+    """Negative control of the test above."""
 
     def noise() -> list[float]:
         theirs = DifferentialPrivacyServerSideFixedClipping(
@@ -342,7 +342,7 @@ def of_norms(*norms: float) -> list[Contribution]:
         ((0.5, 2.0, 3.0, 4.0), 0.5, 3 / 4),
         ((0.5, 0.6, 0.7, 0.8), 0.5, 0.0),
         ((0.5, 2.0, 3.0, 4.0), 0.75, 3 / 4),
-        ((0.5, 2.0, 3.0), 0.5, 2.5 / 4),  # the missing one counts a half
+        ((0.5, 2.0, 3.0), 0.5, 2.5 / 4),  # a missing site counts one half
         ((), 0.5, 1 / 2),
     ],
 )
@@ -359,11 +359,12 @@ def test_adaptive_clip_norm_converges_to_the_quantile(central) -> None:
         private = central((5, 5, 5), mode="adaptive", clip_norm=start, target_clipped_quantile=0.4)
         for number in range(45):
             private.average(number, of_norms(1.0, 2.0, 3.0, 4.0, 5.0), ZERO)
-        assert 2.9 < private.clip_norm < 4.1  # at 3 three of five are clipped, at 4 one
+        # a norm below 3 clips three of the five sites, a norm above 4 one
+        assert 2.9 < private.clip_norm < 4.1
 
 
 def test_flower_adaptive_clip_norm_diverges() -> None:
-    """Once this fails, Flower has mended it, and AdaptiveClipping must not turn the sign."""
+    """When this fails, Flower has fixed it, and AdaptiveClipping must not flip the sign."""
     for start, ends in ((1.0, 0.0), (100.0, math.inf)):
         theirs = DifferentialPrivacyServerSideAdaptiveClipping(
             AverageByTask(), 1e-12, 4, start, clipped_count_stddev=1e-11
@@ -382,7 +383,7 @@ def test_one_site_changes_the_clip_count_by_one_half(central) -> None:
         for norms in ((0.5, 2.0, norm), (0.5, 2.0)):
             private = central((3, 3, 3), mode="adaptive", clip_norm_lr=1.0)
             private.average(1, of_norms(*norms), ZERO)
-            moved.append(3 * math.log(private.clip_norm))  # the count, and what is the same in both
+            moved.append(3 * math.log(private.clip_norm))  # the count plus a constant
         assert abs(moved[0] - moved[1]) == pytest.approx(0.5)
 
 
@@ -391,13 +392,14 @@ def test_weight_and_count_noise_compose_to_the_multiplier(central, count_noise: 
     private = central(noise=1.3, mode="adaptive", clipped_count_stddev=count_noise)
     wrapper = private.wrapper
     assert isinstance(wrapper, AdaptiveClipping)
-    assert wrapper.clipped_count_stddev == (count_noise or 1.3)  # 0: more than a twentieth of 2
-    # both are normal: of the weights' sum with a change of the clip norm, of the count with 1/2
+    # 0 means max(sites / 20, noise multiplier)
+    assert wrapper.clipped_count_stddev == (count_noise or 1.3)
+    # both are Gaussian: the weights' sum changes by the clip norm, the count by 1/2
     together = math.hypot(1 / wrapper.noise_multiplier, 0.5 / wrapper.clipped_count_stddev)
     assert together == pytest.approx(1 / 1.3)
 
 
-# What it costs
+# Epsilon
 
 
 def test_epsilon_matches_normal_distribution_tables() -> None:
@@ -436,10 +438,10 @@ def test_epsilon_agrees_with_google_pld_accountant(name: str) -> None:
     theirs = pld.PLDAccountant(value_discretization_interval=1e-3)
     for noise in HISTORIES[name]:
         theirs.compose(dp_event.GaussianDpEvent(noise))
-    reference = theirs.get_epsilon(1e-5)  # an upper bound, by at most its grid
+    reference = theirs.get_epsilon(1e-5)  # an upper bound, too large by at most its grid
     found = central_epsilon(HISTORIES[name], 1e-5)
     assert found <= reference <= 1.02 * found + 2e-3 * len(HISTORIES[name])
-    wrong = central_epsilon(HISTORIES[name][:-1] or [2.0], 1e-5)  # one release forgotten
+    wrong = central_epsilon(HISTORIES[name][:-1] or [2.0], 1e-5)  # one release is missing
     assert wrong < 0.998 * found or name == "much noise"
 
 
@@ -471,7 +473,7 @@ def test_epsilon_at_extreme_noise_multipliers() -> None:
     assert central_epsilon([1.0, 0.0], 1e-5) == math.inf
     assert central_epsilon([1e-200], 1e-5) == math.inf
     for mu in (1e4, 1e5, 1e7, 1e20):
-        bound = mu**2 / 2 + mu * math.sqrt(2 * math.log(1e5))  # by RDP, always above
+        bound = mu**2 / 2 + mu * math.sqrt(2 * math.log(1e5))  # the RDP bound, always larger
         assert mu**2 / 2 <= central_epsilon([1 / mu], 1e-5) <= bound * (1 + 1e-12)
     with pytest.raises(ValueError, match="delta: expected a number between 0 and 1, got 1"):
         central_epsilon([1.0], 1.0)
@@ -482,7 +484,7 @@ def test_epsilon_at_extreme_noise_multipliers() -> None:
 
 
 def test_noise_to_update_ratio_matches_the_documentation() -> None:
-    """What docs/privacy.md says of the default network's 56.3 million weights and ten rounds."""
+    """Checks the values in docs/privacy.md for 56.3 million weights and ten rounds."""
     weights = {"encoder/float32": np.broadcast_to(np.float32(0), (56_300_000,))}
     config = CentralConfig(mode="fixed", noise_multiplier=2.0)
     for sites, ratio in ((3, 5002), (100, 150), (15_000, 1.0)):
@@ -494,7 +496,7 @@ def test_noise_to_update_ratio_matches_the_documentation() -> None:
         assert found == pytest.approx(epsilon, rel=0.01)
 
 
-# What is remembered
+# Saved releases
 
 
 def test_every_release_is_counted_and_saved(central) -> None:
@@ -541,7 +543,7 @@ def test_releases_round_trip_through_the_file(tmp_path: Path) -> None:
     assert read_releases(tmp_path / "central.json") == releases
 
 
-# The seam
+# Flower messages
 
 
 def test_contribution_round_trips_through_a_message() -> None:
@@ -562,7 +564,7 @@ def test_flower_strategy_can_extend_average_by_task() -> None:
         update("b", [5.0], [2.0], [0.0], counts=(1, 1, 1)),
     ]
     arrays, _ = strategy.aggregate_train(0, [message_of(c) for c in sites])
-    # the encoder's mean by examples is 2, of masks b's alone; a step is eta * d / (|d| + tau)
+    # the encoder's mean by examples is 2; only b has masks; a step is eta * d / (|d| + tau)
     assert values(packed_of(arrays)) == pytest.approx([0.5 * 2 / 3, 0.5 * 2 / 3, 0.0])
 
 
@@ -580,7 +582,7 @@ def test_settings_that_break_the_privacy_bound_are_refused() -> None:
         ({"model__norm": "batch"}, r"model.norm: expected group with central.mode fixed.*batch"),
         ({"central__noise_multiplier": 0.0}, r"central.noise-multiplier .*greater than 0"),
         ({"central__clip_norm": 0.0}, r"central.clip-norm .*greater than 0"),
-        ({"central__delta": 1.0}, r"central.delta: .*less than 1"),
+        ({"central__delta": 1.0}, r"central.delta .*less than 1"),
         ({"central__mode": "local"}, r"central.mode: .*'adaptive', got 'local'"),
         ({"central__target_clipped_quantile": 1.5}, r"central.target-clipped-quantile: .*to 1"),
         (
@@ -600,7 +602,7 @@ CENTRAL = {"central__mode": "fixed", "central__delta": 1e-3, "train__local_steps
 
 
 def contributions_of(federation) -> list[Contribution]:
-    """What sites will send home, as the server reads it; filled while a run goes on."""
+    """Record the contributions of the sites as the server reads them, during a run."""
     kept: list[Contribution] = []
 
     def keep(partition: int, reply: Message) -> Message:
@@ -646,7 +648,7 @@ def test_run_with_central_privacy_records_epsilon_everywhere(tiny, grid, mode: s
     events = [json.loads(text) for text in folder.progress.read_text().splitlines()]
     rounds = [event["central"]["epsilon"] for event in events if event["event"] == "round"]
     assert rounds == [release.epsilon for release in told]
-    assert not any(line.train.epsilon for line in lines if line.train)  # the sites' own is off
+    assert not any(line.train.epsilon for line in lines if line.train)  # local privacy is off
 
 
 def test_run_with_little_noise_averages_sites_equally_by_task(tiny, grid) -> None:
@@ -728,7 +730,7 @@ def test_central_privacy_off_changes_nothing(tiny, grid) -> None:
     assert {line.central for line in read_history(folder.history)} == {None}
 
 
-# Words
+# Texts
 
 
 def test_central_and_local_epsilon_have_distinct_texts() -> None:

@@ -1,4 +1,4 @@
-"""Each strategy on a case small enough for a pencil, against its paper's arithmetic."""
+"""Each strategy on a small case computed by hand from its paper."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_average_does_not_depend_on_arrival_order() -> None:
 
 
 def test_plain_sum_depends_on_order() -> None:
-    """What the test above would not see if float64 were enough for its numbers."""
+    """Negative control: summing in float64 depends on the order."""
     values = np.array([1e16, 1.0, -1e16])
     assert (values[0] + values[1]) + values[2] != (values[0] + values[2]) + values[1]
 
@@ -81,7 +81,7 @@ def test_running_average_keeps_no_reference_to_added_weights() -> None:
         ("fedavg", {}, 21.9),  # (1 + 2 + 3 + 3.5 + 100) / 5
         ("fedmedian", {}, 3.0),  # Yin et al., 2018
         ("trimmed-mean", {"trim_fraction": 0.2}, 8.5 / 3),  # (2 + 3 + 3.5) / 3
-        # to the n - f - 2 = 2 nearest: 5, 2, 1.25, 2.5, and far (Blanchard et al., 2017)
+        # scores by the n - f - 2 = 2 nearest: 5, 2, 1.25, 2.5, large (Blanchard et al., 2017)
         ("krum", {"malicious_sites": 1}, 3.0),
         ("multi-krum", {"malicious_sites": 1}, 2.375),  # 1, 2, 3, 3.5
         ("multi-krum", {"malicious_sites": 1, "krum_sites": 2}, 2.5),  # 2, 3
@@ -98,7 +98,7 @@ def test_combination_with_one_outlier_by_hand(name: str, settings: dict, expecte
 
 @pytest.mark.parametrize("name", ["fedmedian", "trimmed-mean", "krum", "multi-krum"])
 def test_robust_strategies_use_only_sites_that_trained_the_task(name: str) -> None:
-    """Sites without masks stand still in the decoder; they do not outvote those that have some."""
+    """Sites without masks leave the decoder unchanged and must not outvote the others."""
     settings = {"malicious_sites": 0, "trim_fraction": 0.0}
     with_masks = [site(f"mask-{i}", weights(1.0, 5.0)) for i in range(2)]
     without = [site(f"none-{i}", weights(1.0, 0.0), masks=0) for i in range(5)]
@@ -109,7 +109,7 @@ def test_robust_strategies_use_only_sites_that_trained_the_task(name: str) -> No
 
 
 def test_krum_separates_close_updates_of_large_weights() -> None:
-    """Flower takes distances from squares, in which weights of float32 would drown them."""
+    """Flower computes distances from squared weights, which loses them in float32."""
     current = {ENCODER: np.full(1000, 100.0, np.float32)}
     steps = [0.001, 0.0011, 0.0012, 0.05]
     strategy = StrategyConfig(name="krum", malicious_sites=1)
@@ -132,7 +132,7 @@ def test_integers_come_from_the_largest_site(name: str) -> None:
 
 
 def steps_of(name: str, averages: list[float], **settings: float) -> list[float]:
-    """One weight from 0 on, whose sites' average is said for each round."""
+    """Return the path of one weight, starting at 0, for given average changes per round."""
     optimiser = optimiser_of(StrategyConfig(name=name, **settings))
     assert optimiser is not None
     sent, path = {ENCODER: np.zeros(1, np.float32)}, []
@@ -153,8 +153,10 @@ def test_fedavgm_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["fedadagrad", "fedyogi", "fedadam"])
 def test_adaptive_strategies_by_hand(name: str) -> None:
-    """Reddi et al., 2021, algorithm 2, from moments of 0 as Flower begins; its FedAdam also
-    corrects their bias, as Kingma and Ba, with the round's number plus one."""
+    """Reddi et al., 2021, algorithm 2, with zero initial moments as in Flower.
+
+    Flower's FedAdam also corrects their bias, as Kingma and Ba do, with the round number plus one.
+    """
     eta, tau, b1, b2 = 0.1, 0.01, 0.9, 0.99
     settings = {"server_learning_rate": eta, "tau": tau}
     if name != "fedadagrad":

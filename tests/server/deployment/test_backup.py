@@ -1,4 +1,4 @@
-"""Backup of a coordinator's state, and laying it down again."""
+"""Backup and restore of a coordinator's state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_backup_restores_the_saved_state(state: Path, tmp_path: Path) -> None:
 
 
 def test_backup_during_a_run_is_consistent(state: Path, tmp_path: Path, monkeypatch) -> None:
-    """A file that is replaced while it is packed is left out; one that grows is taken as it is."""
+    """A file that disappears during the backup is skipped; a growing one is saved as it is."""
     vanishing = state / "runs" / "one" / "vanishing"
     vanishing.touch()
     growing = state / "runs" / "one" / "history.jsonl"
@@ -53,7 +53,7 @@ def test_backup_during_a_run_is_consistent(state: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(tarfile.TarFile, "gettarinfo", busy)
     with sqlite3.connect(state / "state.db") as database:
-        database.execute("INSERT INTO runs VALUES ('open')")  # in a transaction of its own
+        database.execute("INSERT INTO runs VALUES ('open')")  # uncommitted
         back_up(state, tmp_path / "backup.tar.gz")
     restore(tmp_path / "backup.tar.gz", tmp_path / "new")
     assert (tmp_path / "new" / "runs" / "one" / "history.jsonl").read_text() == "1\n2\n"
@@ -75,7 +75,7 @@ def test_backup_and_restore_do_not_overwrite(state: Path, tmp_path: Path) -> Non
     archive.write_bytes(whole[: len(whole) - 40])
     with pytest.raises(ConfigError, match="cannot be restored"):
         restore(archive, tmp_path / "new")
-    assert not (tmp_path / "new" / "state.db").exists()  # half a state is none
+    assert not (tmp_path / "new" / "state.db").exists()  # no partial state is left
     archive.write_bytes(b"rubbish")
     with pytest.raises(ConfigError, match="cannot be restored"):
         restore(archive, tmp_path / "new")

@@ -1,6 +1,6 @@
-"""The coordinator's public port: registered sites reach what sites need; nobody reaches more.
+"""The coordinator's public port: site authentication and limits on requests.
 
-tests/deployment/test_deployment.py has the same with real processes over TLS.
+tests/deployment/test_deployment.py tests the same with real processes over TLS.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def registry(kits: Path) -> Registry:
 
 
 class Inside:
-    """The SuperLink behind the door: what came through to it."""
+    """The application behind the middleware; records the requests that reach it."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -165,11 +165,11 @@ def test_registered_site_is_admitted(kits: Path, registry: Registry) -> None:
     ],
 )
 def test_paths_not_for_sites_return_404(kits: Path, registry, path: str) -> None:
-    """Not even for a registered site."""
+    """This holds for registered sites, too."""
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
     status, _ = ask(door, path, signed(key_of(kits, "site-a")))
-    if path.startswith("/v1/fleet/"):  # Starlette does not resolve dots: no route has this path
+    if path.startswith("/v1/fleet/"):  # Starlette does not resolve dots, so no route has this path
         assert inside.paths == [path]
         assert path not in {route.path for route in (*fleet_router.routes, *control_router.routes)}
         return
@@ -187,7 +187,7 @@ def test_coordinator_on_loopback_reaches_every_path(registry: Registry) -> None:
 def test_unauthorised_requests_are_refused_with_reason(kits: Path, registry, caplog) -> None:
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
-    door._log_refused = lambda scope, reason: logging.warning(reason)  # every time
+    door._log_refused = lambda scope, reason: logging.warning(reason)  # log every refusal
     unknown = ec.generate_private_key(ec.SECP384R1())
     good = signed(key_of(kits, "site-a"))
     other = signed(key_of(kits, "site-b"))
@@ -214,14 +214,14 @@ def test_unauthorised_requests_are_refused_with_reason(kits: Path, registry, cap
 def test_malformed_credentials_are_refused(kits: Path, registry) -> None:
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
-    odd = signed(ec.generate_private_key(ec.SECP256K1()))  # a curve that no site has
+    odd = signed(ec.generate_private_key(ec.SECP256K1()))  # a curve that no site uses
     assert ask(door, "/v1/fleet/x", odd)[0] == 401
     good = signed(key_of(kits, "site-a"))
-    endless = {**good, "content-length": b"9" * 5000}  # more digits than Python takes
+    endless = {**good, "content-length": b"9" * 5000}  # more digits than Python converts
     assert ask(door, "/v1/fleet/x", endless)[0] == 413
     name = FLEET_HTTP_PUBLIC_KEY_HEADER
     twice = {name.upper(): signed(ec.generate_private_key(ec.SECP384R1()))[name], **good}
-    assert ask(door, "/v1/fleet/x", twice)[0] == 401  # Flower would take the first
+    assert ask(door, "/v1/fleet/x", twice)[0] == 401  # Flower would use the first
     assert inside.paths == []
 
 
@@ -315,7 +315,7 @@ def test_superlink_nodes_follow_the_registry(kits: Path, registry, monkeypatch, 
     registrar.bring_in_step(superlink)
     assert superlink.standing()[0] == ("site-a", "unregistered")
     left_behind = kits / "server" / "sites" / "site-a.crt"
-    left_behind.write_bytes(aside)  # by a kit that is copied over an older one
+    left_behind.write_bytes(aside)  # as when a kit is copied over an older one
     registrar.bring_in_step(superlink)
     assert superlink.standing()[0] == ("site-a", "unregistered")
     assert "site-a.crt: ignored, expected NAME.crt of a site in federation.yaml" in caplog.text
@@ -357,14 +357,14 @@ class Connections(set[IdleTimeout]):
             self._changed.notify_all()
 
     def all_ended(self, added: int) -> bool:
-        """Wait until so many connections were counted, and none is any more."""
+        """Wait until the given number of connections was counted and all of them have ended."""
         with self._changed:
             return self._changed.wait_for(lambda: self.added >= added and not self, 10)
 
 
 @dataclass(frozen=True)
 class Served:
-    """uvicorn with both ports over TLS, in a thread, before the application ``inside``."""
+    """uvicorn with both ports over TLS, in a thread, serving the application ``inside``."""
 
     public: int
     private: int
@@ -379,7 +379,7 @@ class Served:
         return context.wrap_socket(raw)
 
     def exchange(self, data: bytes, port: int | None = None) -> bytes:
-        """Send, and read until the server closes the connection."""
+        """Send data and read until the server closes the connection."""
         with self.connect(port) as connection:
             send(connection, data)
             return read_all(connection)
@@ -398,9 +398,9 @@ def served(kits: Path, registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Se
     }
     app = SiteAuthMiddleware(inside, registry, doors.port)
     running, sockets = polyclinic.server.deployment.superlink._server(app, doors, options)
-    running.config.load()  # here, so that an error of it is the test's
+    running.config.load()  # here, so that its errors fail the test
     for each in sockets:
-        each.listen()  # so that nobody needs to wait for the thread
+        each.listen()  # so that clients need not wait for the thread
     thread = threading.Thread(target=running.run, kwargs={"sockets": sockets})
     thread.start()
     yield Served(doors.port, doors.control, kit / "ca.crt", inside, connections)
@@ -481,7 +481,7 @@ def test_about_during_endless_heads_answers_within_a_second(served: Served) -> N
     began = threading.Barrier(5)
 
     def attack() -> bool:
-        """Whether the server closed the connection, before 50 MB and 20 s."""
+        """Return whether the server closed the connection before 50 MB and 20 s."""
         ends = time.monotonic() + 20
         with served.connect() as connection:
             connection.sendall(ENDLESS_HEAD)
@@ -588,7 +588,7 @@ def test_connections_that_are_closing_do_not_count_at_the_limit(
 def test_pipelined_requests_are_all_served(served: Served, kits: Path) -> None:
     request = signed_request(kits, b"Content-Length: 3") + b"abc"
     last = signed_request(kits, b"Content-Length: 3", b"Connection: close") + b"abc"
-    count = 3 * MOST_HEAD // len(request)  # more than one head may have
+    count = 3 * MOST_HEAD // len(request)  # together more than the limit of one head
     answer = served.exchange(request * count + last)
     assert answer.count(b"HTTP/1.1 200") == count + 1
     assert served.inside.got == 3 * (count + 1)

@@ -1,4 +1,4 @@
-"""Kits: what each holds, who may read it, and that the second call changes nothing."""
+"""Kits: contents, file modes, renewal, and repeated provisioning."""
 
 from __future__ import annotations
 

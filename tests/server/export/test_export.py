@@ -1,4 +1,4 @@
-"""A run's model in other programs' formats: equal to the network, or not there."""
+"""Exporting a run's model: equal to the network, or refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from polyclinic.server.runs.checkpoint import ServerState, save_round
 from polyclinic.server.runs.folder import RunFolder
 from tests import ROOT
 
-# Together, every option of the network that changes what a graph is made of.
+# Together these cover every network option that changes the exported graph.
 CHEAP = {
     "no attention": {
         "model.swin-depth": 0,
@@ -65,7 +65,7 @@ DEAR = {
 
 
 def checkpoint_of(config: RunConfig, folder: Path) -> Path:
-    """Random weights, saved as a run's first round."""
+    """Save random weights as a run's first round."""
     network = network_of(config.model, config.data, config.loss, seed=0)
     layout, run = Layout.of(network), RunFolder(folder)
     (folder / "checkpoints").mkdir()
@@ -80,7 +80,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def rewritten(exported: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """The safetensors export with other metadata; None takes an entry away."""
+    """Copy the safetensors export with changed metadata; None removes an entry."""
 
     def make(**changes: str | None) -> Path:
         metadata: dict[str, str | None] = dict(metadata_of(exported["safetensors"]))
@@ -109,7 +109,7 @@ def test_every_network_option_exports_as_torchscript(tiny, tmp_path, options: st
     "options", [*CHEAP, *(pytest.param(name, marks=pytest.mark.long) for name in DEAR)]
 )
 def test_every_network_option_exports_as_onnx(tiny, tmp_path: Path, options: str) -> None:
-    """Up to a minute each; CI has the cheapest, ``exported``, and all as TorchScript."""
+    """Takes up to a minute each; CI tests the cheapest, ``exported``, and all as TorchScript."""
     config = tiny(**{k.replace(".", "__"): v for k, v in {**CHEAP, **DEAR}[options].items()})
     checkpoint = checkpoint_of(config, tmp_path)
     assert agrees(export_model(checkpoint, "a-run", "onnx", tmp_path / "model.onnx", 1e-4))
@@ -201,8 +201,8 @@ def test_kept_rounds_can_be_exported(cli, finished_run: Path, tmp_path: Path) ->
         (["--out", "m.onnx", "--format", "torchscript"], "expected a file ending in .pt"),
         (["--out", "m.onnx", "--format", "caffe"], "expected one of safetensors, onnx"),
         (["--out", "m.bin"], "expected a file ending in .safetensors, .onnx, .pt"),
-        (["--out", "there.onnx"], "there.onnx: is there already"),
-        (["--out", "new.onnx", "--card", "there.onnx"], "there.onnx: is there already"),
+        (["--out", "there.onnx"], "there.onnx already exists"),
+        (["--out", "new.onnx", "--card", "there.onnx"], "there.onnx already exists"),
     ],
 )
 def test_export_user_errors_exit_2(
@@ -242,7 +242,7 @@ def test_export_without_a_best_round_lists_kept_rounds(cli, finished_run, tmp_pa
 def test_missing_onnx_error_names_the_extra(
     cli, finished_run: Path, exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = exported["onnx"]  # made before its packages seem gone
+    model = exported["onnx"]  # exported before its packages are hidden
     there = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
@@ -304,7 +304,7 @@ def test_foreign_models_are_refused(tmp_path: Path, exported: dict[str, Path]) -
     for suffix, said in (
         (".onnx", "its metadata has no entry"),
         (".safetensors", "its metadata has no entry"),
-        (".pt", "expected a TorchScript file"),  # a pickle is never opened
+        (".pt", "expected a TorchScript file"),  # pickles are never opened
     ):
         with pytest.raises(ModelFileError, match=said):
             open_model(tmp_path / f"stranger{suffix}")

@@ -1,4 +1,4 @@
-"""A model card says what the run says, leaves the rest to its owner, and its code runs."""
+"""Model cards: they match the run, mark the owner's sections, and contain working code."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_card_code_matches_predict(
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70), dtype=np.uint8)
     Image.fromarray(pixels).save(image)
     said: dict[str, object] = {}
-    with torchscript_deprecated():  # that warning is for whoever runs the code
+    with torchscript_deprecated():  # the warning is meant for users of the code
         exec(compile(code, "card", "exec"), said)
     assert "malignant" in capsys.readouterr().out
     model = open_model(exported[kind])
@@ -114,7 +114,7 @@ def test_card_code_matches_predict(
     assert model.metadata.data.normalise == "image"
     wanted = predicted_masks(logits, 1).numpy()
     assert said["masks"].shape == wanted.shape == (1, 1, 32, 32)
-    assert 0 < (said["masks"] != ~wanted).sum() >= wanted.size - 3  # but for rounding at 0
+    assert 0 < (said["masks"] != ~wanted).sum() >= wanted.size - 3  # up to rounding at 0
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_card_code_matches_predict(
     ],
 )
 def test_card_code_postprocessing_matches_sites(settings: dict[str, str], capsys) -> None:
-    """The part after the model, for the kinds that the run of the other tests has not."""
+    """The code after the model, for data kinds that the run of the other tests lacks."""
     data = DataConfig.model_validate(settings)
     random = np.random.default_rng(0)
     said = {
@@ -159,7 +159,7 @@ def test_card_code_postprocessing_matches_sites(settings: dict[str, str], capsys
 def test_card_code_preprocessing_matches_sites(
     tmp_path: Path, monkeypatch, settings, depth
 ) -> None:
-    """The part before the model, for settings and images that the other tests' run has not."""
+    """The code before the model, for settings and images that the run of the other tests lacks."""
     data = DataConfig.model_validate(settings)
     monkeypatch.chdir(tmp_path)
     shape = (50, 71, 4) if depth == np.uint8 else (50, 71)

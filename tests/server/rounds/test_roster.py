@@ -1,4 +1,4 @@
-"""The coordinator's book of sites, who is drawn, and what an update is judged by."""
+"""The roster of sites, sampling of sites, and checks of their updates."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_site_with_consecutive_failures_is_suspended_and_retried() -> None:
     assert sites.eligible(3) == sites.eligible(4) == ["a", "c"]
     assert sites.suspended(3) == {"b": "suspended after 2 consecutive failures, until round 5"}
     assert sites.eligible(5) == ["a", "b", "c"]
-    assert sites.failed(5, "b")  # tried once, and it rests again
+    assert sites.failed(5, "b")  # one failed retry suspends it again
     assert sites.eligible(7) == ["a", "c"]
     sites.answered("b")
     assert not sites.failed(8, "b")
@@ -70,7 +70,7 @@ def test_roster_is_restored_from_its_state() -> None:
 def test_sample_depends_on_seed_and_round_and_covers_all_sites() -> None:
     names = [f"site-{i}" for i in range(10)]
     drawn = [sample(names, 0.25, seed=3, number=number) for number in range(1, 40)]
-    assert all(len(set(of_round)) == 3 for of_round in drawn)  # a fourth of ten, rounded up
+    assert all(len(set(of_round)) == 3 for of_round in drawn)  # a quarter of ten, rounded up
     assert drawn == [sample(names[::-1], 0.25, seed=3, number=number) for number in range(1, 40)]
     assert drawn != [sample(names, 0.25, seed=4, number=number) for number in range(1, 40)]
     assert {name for of_round in drawn for name in of_round} == set(names)

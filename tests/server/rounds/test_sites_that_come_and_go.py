@@ -1,4 +1,4 @@
-"""Sites that are late, fall away, come back under another node, join, or are there twice."""
+"""Sites that are late, disconnect, return under another node, join, or connect twice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def events(folder: RunFolder, kind: str) -> list[dict]:
 
 
 def absent_in(federation, rounds: set[int], site: int = 1) -> None:
-    """Have a site's node fall away in some rounds, whatever number it has then."""
+    """Make a site lose its replies in some rounds."""
 
     def tamper(partition: int, reply: Message) -> Message | None:
         return None if partition == site and number_of(reply) in rounds else reply
@@ -73,7 +73,7 @@ def test_repeatedly_failing_site_is_suspended_and_retried(tiny, grid) -> None:
     absent_in(federation, {1})
     folder = run(federation, config)
     one, two, three, four = lines(folder, "site-2")
-    assert set(one.late) == {"train", "evaluate"}  # twice in a row
+    assert set(one.late) == {"train", "evaluate"}  # two consecutive failures
     assert two.asked == ()
     assert "suspended after 2 consecutive failures, until round 3" in two.left_out["train"]
     assert three.train is not None
@@ -170,7 +170,7 @@ def test_second_node_of_a_site_is_reported_and_unused(tiny, grid, caplog) -> Non
 
 
 def test_site_with_a_mismatched_name_is_excluded(tiny, grid, caplog) -> None:
-    """Whom a node stands for is what its key was registered as, never what it says."""
+    """A node's site is the one its key is registered for, whatever name the node gives."""
     config = tiny(rounds__count=1, rounds__min_sites="2")
     federation = grid(config)
     federation.names = {1000: "site-1", 1001: "site-2", 1002: "site-0"}
@@ -272,7 +272,7 @@ def test_min_sites_above_the_sample_size_is_refused(tiny, grid) -> None:
 
 
 def test_incomplete_reply_does_not_block_others(tiny, grid, monkeypatch) -> None:
-    """A site vanished while it sent; Flower waits for the rest, the round for its deadline."""
+    """A site vanished while sending; Flower waits for the rest, the round only for its deadline."""
     import threading
 
     monkeypatch.setattr("polyclinic.server.rounds.replies.PULL_S", 0.2)
@@ -297,10 +297,10 @@ def test_incomplete_reply_does_not_block_others(tiny, grid, monkeypatch) -> None
 
     monkeypatch.setattr(Federation, "finish_phase", settle_and_count)
     folder = run(federation, config)
-    assert set(kept) == {0}  # a reply that comes after all is kept nowhere
+    assert set(kept) == {0}  # late replies are not kept
     assert lines(folder, "site-1")[-1].late["train"] == "no answer in 10 s (rounds.deadline-s)"
     assert lines(folder, "site-2")[-1].train is not None
-    assert lines(folder, "site-1")[-1].metrics is not None  # evaluated, it answers again
+    assert lines(folder, "site-1")[-1].metrics is not None  # it answers the evaluation
 
 
 def answer(status: int) -> httpx.HTTPStatusError:
@@ -310,7 +310,7 @@ def answer(status: int) -> httpx.HTTPStatusError:
 
 @pytest.mark.parametrize("call", ["get_nodes", "push_messages", "pull_messages"])
 def test_superlink_error_is_retried(tiny, grid, monkeypatch, call: str) -> None:
-    """As when its database was locked for too long by one huge reply."""
+    """This happens when a huge reply locks the SuperLink's database for too long."""
     monkeypatch.setattr("polyclinic.server.rounds.replies.AGAIN_S", 0.01)
     federation = grid(tiny(rounds__count=1))
     calls = 0
@@ -347,7 +347,7 @@ def test_permanent_superlink_failure_ends_the_run(tiny, grid, monkeypatch) -> No
 
 
 def test_undecodable_reply_is_refused_and_others_are_used(tiny, grid) -> None:
-    """What Flower cannot make a message of: a site may send any bytes as a record."""
+    """A site may send arbitrary bytes that Flower cannot decode as a message."""
     config = tiny(rounds__count=1, rounds__min_sites="2")
     federation = grid(config)
     pull: Callable = federation.pull_messages
@@ -385,10 +385,10 @@ def test_pulling_replies_is_bounded_with_many_stuck_ones(monkeypatch) -> None:
         assert list(pulls.take(ids)) == []
         assert asked == ids[:look]
     assert list(pulls.take(ids)) == []
-    assert asked == ids[:3]  # no more at a time, as each may hold a whole network
+    assert asked == ids[:3]  # a limited number at a time, as each may hold a whole network
     monkeypatch.setattr("polyclinic.server.rounds.replies.STUCK_S", 0.0)
     assert list(pulls.take(["0", "1", "2", "here"])) == []
-    assert asked[-1] == "here"  # those before it hold it up no more
+    assert asked[-1] == "here"  # stuck pulls before it no longer block it
 
 
 def test_deadline_executor_stops_waiting_at_the_deadline() -> None:
@@ -405,7 +405,7 @@ def test_deadline_executor_stops_waiting_at_the_deadline() -> None:
 
 
 def test_resumed_run_with_central_privacy_admits_no_new_site(tiny, grid, caplog) -> None:
-    """Noise and denominator are of the sites that are there when it goes on."""
+    """Noise and denominator count the sites that are connected when the run is resumed."""
     config = tiny(rounds__count=1, rounds__min_sites="1", central__mode="fixed")
     run(grid(config), config)
     flat = {

@@ -1,4 +1,4 @@
-"""Whoever wants to know how a run goes: watching it, a command for each event, the log as JSON."""
+"""Following a run: ``runs watch``, a command for each event, and the log as JSON."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_slow_on_event_command_does_not_block(tiny, tmp_path: Path) -> None:
         for _ in range(3):
             events.notify({"event": "phase"})
         assert time.monotonic() - began < 0.5
-    assert len((tmp_path / "events").read_text().splitlines()) == 3  # the end waits for them
+    assert len((tmp_path / "events").read_text().splitlines()) == 3  # closing waits for them
 
 
 def test_invalid_on_event_command_is_refused(tiny) -> None:

@@ -1,4 +1,4 @@
-"""The audit: a bound that says no more than is so, and a mechanism that is caught when broken."""
+"""The privacy audit: its lower bound is valid, and it detects broken mechanisms."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from polyclinic.simulation.attacks.audit import (
 )
 
 STEP = CASES["step"]
-MORE_NOISE = replace(STEP, noise_multiplier=2.0)  # epsilon 2: what bugs leak is far above it
+MORE_NOISE = replace(STEP, noise_multiplier=2.0)  # epsilon 2, far below what the bugs leak
 NETWORK = Case("network", noise_multiplier=2.0, canaries=100, network="small")
 
 
 @pytest.mark.parametrize("guesses", [1, 10, 1000])
 def test_lower_bound_of_all_correct_guesses_by_hand(guesses: int) -> None:
-    """Right with q each: q^guesses = 0.05 where q = e^epsilon / (1 + e^epsilon)."""
+    """Each guess is correct with q = e^epsilon / (1 + e^epsilon), so that q^guesses = 0.05."""
     q = 0.05 ** (1 / guesses)
     by_hand = max(0.0, math.log(q / (1 - q)))
     assert lower_bound(1000, guesses, guesses, delta=0.0) == pytest.approx(by_hand, abs=1e-5)
@@ -56,9 +56,9 @@ def test_lower_bound_matches_the_paper(
 
 
 def test_p_value_with_delta_by_hand() -> None:
-    """Three guesses, two right, at epsilon 0, so that W is Binomial(3, 1/2): P[W >= 2] = 1/2.
+    """Three guesses, two correct, at epsilon 0: W is Binomial(3, 1/2) and P[W >= 2] = 1/2.
 
-    One more would do at W = 1 (3/8), two at W = 0 or 1 (4/8, halved): 3/8 is the worse.
+    One more correct guess suffices at W = 1 (3/8), two at W = 0 or 1 (4/8, halved); 3/8 is larger.
     """
     assert p_value(4, 3, 2, epsilon=0.0, delta=0.01) == pytest.approx(1 / 2 + 2 * 4 * 0.01 * 3 / 8)
 
@@ -66,7 +66,7 @@ def test_p_value_with_delta_by_hand() -> None:
 def test_lower_bound_is_monotonic_in_its_arguments() -> None:
     bounds = [lower_bound(1000, 100, correct, 1e-5) for correct in range(0, 101, 5)]
     assert bounds == sorted(bounds)
-    assert bounds[10] == 0.0  # half of them right
+    assert bounds[10] == 0.0  # half of the guesses are correct
     assert lower_bound(1000, 100, 90, 1e-3) < lower_bound(1000, 100, 90, 1e-5) < bounds[19]
     assert lower_bound(5000, 100, 90, 1e-4) < lower_bound(1000, 100, 90, 1e-4)
     assert lower_bound(1000, 100, 90, 1e-5, 0.99) < lower_bound(1000, 100, 90, 1e-5, 0.9)
@@ -79,31 +79,31 @@ def test_more_correct_guesses_than_guesses_are_refused() -> None:
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
 def test_lower_bound_of_randomised_response_has_its_confidence(epsilon: float) -> None:
-    """Every coin is told rightly with e^epsilon / (1 + e^epsilon): epsilon is tight."""
+    """Each coin is revealed correctly with e^epsilon / (1 + e^epsilon), so epsilon is tight."""
     correct = stats.binom.rvs(200, 1 / (1 + math.exp(-epsilon)), size=2000, random_state=0)
     bounds = {v: [lower_bound(200, 200, v, 0.0, c) for c in (0.95, 0.5)] for v in set(correct)}
     wrong, wrong_at_half = np.mean([np.array(bounds[v]) > epsilon for v in correct], axis=0)
     assert wrong < 0.06
-    assert 0.3 < wrong_at_half < 0.6  # the negative control
+    assert 0.3 < wrong_at_half < 0.6  # negative control
 
 
 def test_p_value_covers_a_mechanism_leaking_with_probability_delta() -> None:
-    """Randomised response that tells all coins with probability delta."""
+    """Randomised response that reveals all coins with probability delta."""
     m, epsilon, delta = 50, 1.0, 0.01
     q = 1 / (1 + math.exp(-epsilon))
     assert p_value(m, m, m, epsilon, delta) >= delta + (1 - delta) * q**m
-    assert p_value(m, m, m, epsilon, 0.0) < delta  # the negative control
+    assert p_value(m, m, m, epsilon, 0.0) < delta  # negative control
 
 
 def test_sums_without_noise_recover_canaries_exactly() -> None:
-    """Without noise, what is released holds every canary that is there once, and no other."""
+    """Without noise, the released sum contains each included canary once and no other."""
     seen = sums_of(replace(STEP, canaries=60), broken(noise_multiplier=0.0))
     np.testing.assert_allclose(seen, seen.round(), atol=1e-4)
     assert 20 < seen.sum() < 40
 
 
 def sums_of(case: Case, train_privately: Callable[..., object]) -> np.ndarray:
-    """What the attacker sees of each canary, (steps, m)."""
+    """Record the attacker's observations of each canary, (steps, m)."""
     kept: list[np.ndarray] = []
     evidence = audits.evidence_of_canaries
 
@@ -139,17 +139,17 @@ def test_lower_bound_with_system_randomness_stays_below_epsilon() -> None:
 
 
 def test_random_evidence_gives_no_bound() -> None:
-    """The negative control of the bound: evidence of other coins."""
+    """Negative control of the bound: evidence from unrelated coins."""
     random = np.random.default_rng(0)
     evidence, coins = random.standard_normal(1000), random.random(1000) < 0.5
     assert best_bound(evidence, coins, DELTA)[2] < 0.5
 
 
-# Planted bugs. Each is caught if the lower bound is above what the ledger would say.
+# Planted bugs: each is detected if the lower bound exceeds the accounted epsilon.
 
 
 def broken(**changes: Any) -> Callable[..., object]:
-    """The real round with another mechanism than is accounted for."""
+    """Make a real round use another mechanism than the accounted one."""
 
     def train(*arguments: Any, mechanism: Mechanism, **settings: Any) -> object:
         changed = {
@@ -164,7 +164,7 @@ def broken(**changes: Any) -> Callable[..., object]:
 
 
 def clipping_the_mean(*arguments: Any, mechanism: Mechanism, **settings: Any) -> object:
-    """The batch's mean gradient is clipped, not what each unit adds; noise as of a mean of them."""
+    """Clip the batch's mean gradient instead of each unit's, with noise scaled as for a mean."""
     random = np.random.default_rng(0)
     deviation = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_units
 
@@ -201,13 +201,13 @@ def test_planted_bug_is_detected(bug: str) -> None:
 
 
 def test_noise_of_one_third_is_detected_and_one_half_is_not() -> None:
-    """How fine the audit is; tests/client/privacy/test_dp_sgd.py measures the noise itself."""
+    """Resolution of the audit; tests/client/privacy/test_dp_sgd.py measures the noise itself."""
     third, half = (audit(MORE_NOISE, 0, broken(noise_multiplier=2.0 / factor)) for factor in (3, 2))
     assert half.at_least < half.accounted < third.at_least
 
 
 def test_missing_sampling_is_detected() -> None:
-    """Everyone in every step, where the ledger counts one in ten."""
+    """Every unit takes part in every step, while the accounting assumes one in ten."""
     always = broken(sample_rate=1.0, units=lambda m: round(m.expected_units))
     case = Case("sampled", noise_multiplier=2.0, sample_rate=0.1, steps=100)
     honest, found = audit(case, 0), audit(case, 0, always)

@@ -1,4 +1,4 @@
-"""Gradient inversion: the picture comes back without privacy, and does not with it."""
+"""Gradient inversion recovers an image without privacy and fails with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from polyclinic.simulation.attacks.inversion import (
 )
 
 QUIET = Console(quiet=True)
-FEW = 60  # iterations, of which the whole attack takes more
+FEW = 60  # iterations; the full attack uses more
 NOISY = with_noise(1.0)
 
 
@@ -43,13 +43,13 @@ def test_inversion_from_sent_weights_recovers_the_image() -> None:
 
 
 def test_inversion_with_noise_fails() -> None:
-    """Noise alone gives correlations of up to 0.16 either way."""
+    """Pure noise gives correlations between -0.16 and 0.16."""
     found = invert(picture_of(0), NOISY, 0, FEW, QUIET)
     assert abs(found.correlation) < 0.25
 
 
 def test_clipping_without_noise_keeps_the_gradient_direction() -> None:
-    """What is seen points where the plain gradient does, and the attack asks for no more."""
+    """The clipped gradient keeps its direction, which is all that the attack needs."""
     seen = [step_seen(case) for case in (PLAIN, CLIPPED, NOISY)]
     plain, clipped, noisy = (torch.cat([part.flatten() for part in parts]) for parts in seen)
     assert torch.cosine_similarity(plain, clipped, dim=0) > 0.999
@@ -62,11 +62,11 @@ def step_seen(case: Case) -> list[Tensor]:
 
 
 def test_inversion_recovers_the_image_of_the_observed_step() -> None:
-    """The negative control: the mask and the prior, which the attacker brings, are not enough."""
+    """Negative control: the mask and the prior given to the attacker are not enough."""
     seen = step_seen(PLAIN)
     example, other = picture_of(0), picture_of(1)
     found = inversions.attack(inversions.network(), seen, "gradient", other, 0, FEW, QUIET)
-    assert correlation(found, example) > 0.5  # though the mask that it was told is wrong
+    assert correlation(found, example) > 0.5  # even with the wrong mask
     assert correlation(found, other) < 0.5
 
 

@@ -1,4 +1,4 @@
-"""The benchmark: same numbers from the same network, every contestant measured, mistakes named."""
+"""The benchmarks: equal outputs of equal networks, measurements and argument errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY = Bench(size=64, batch=2, threads=1, turns=1)
 
 @pytest.fixture
 def tiny_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contestants of ours as small as can be."""
+    """Make our benchmarked networks as small as possible."""
     build = bench.build_model
 
     def smaller(config: ModelConfig, **shape: object) -> torch.nn.Module:
@@ -129,13 +129,13 @@ def test_bf16_without_hardware_is_measured_only_on_request(
 def test_replies_are_released_after_aggregation(tiny, tmp_path: Path, monkeypatch) -> None:
     alive = contributions_alive(tiny(run__name=""), monkeypatch)
     assert len(alive) == 20
-    assert max(alive[HELD + 1 :]) <= 1  # the first few are held to be compared
+    assert max(alive[HELD + 1 :]) <= 1  # the first few are held for comparison
     gathered = contributions_alive(tiny(run__name="", strategy__name="fedmedian"), monkeypatch)
-    assert max(gathered) >= 19  # what would be found if they were not
+    assert max(gathered) >= 19  # negative control: these strategies keep all replies
 
 
 def contributions_alive(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many are in memory each time that a reply is pulled in a round of 20 sites."""
+    """Count the contributions in memory at each pulled reply in a round of 20 sites."""
     alive: list[int] = []
     reply = Replies._reply
 
@@ -145,7 +145,7 @@ def contributions_alive(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> l
         return reply(self, identity)
 
     gc.collect()
-    gc.freeze()  # what is there before is not looked at again each time
+    gc.freeze()  # existing objects are not scanned again each time
     with pretended_task(), monkeypatch.context() as patch:
         patch.setattr(Replies, "_reply", counting)
         one_round(config, 20)

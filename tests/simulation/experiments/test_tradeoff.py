@@ -1,4 +1,4 @@
-"""The comparison at several epsilons: which runs it makes, that it goes on, what it shows."""
+"""The tradeoff command: its runs, resuming, and its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phantom hospitals: the same every time, unlike one another, and written whole or not at all."""
+"""Phantom hospitals: reproducible, different from each other, and written atomically."""
 
 import csv
 import dataclasses
@@ -40,7 +40,7 @@ def write(folder: Path, *, examples: int = 4, size: int = 32, **options: bool | 
 
 @pytest.fixture(scope="module")
 def lesions() -> dict[str, list[PhantomExample]]:
-    """Examples by class, pooled over four sites."""
+    """Draw examples of four sites and group them by class."""
     found: dict[str, list[PhantomExample]] = {"benign": [], "malignant": []}
     for number in (1, 2, 3, 4):
         for example in draw(number, 36, size=96):
@@ -49,13 +49,13 @@ def lesions() -> dict[str, list[PhantomExample]]:
 
 
 def extent(mask: np.ndarray) -> tuple[int, int]:
-    """Height and width of the lesion's bounding box."""
+    """Return height and width of the lesion's bounding box in pixels."""
     rows, columns = np.nonzero(mask)
     return int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
 
 
 def solidity(mask: np.ndarray) -> float:
-    """Area over the area of the convex hull: 1 for an ellipse."""
+    """Return the area divided by that of the convex hull: 1 for an ellipse."""
     borders, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     border = max(borders, key=cv2.contourArea)
     return cv2.contourArea(border) / cv2.contourArea(cv2.convexHull(border))
@@ -87,7 +87,7 @@ def test_write_phantoms_is_reproducible_bytewise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "index", "seed"), [(2, 0, 0), (1, 1, 0), (1, 0, 1)])
 def test_lesion_differs_by_site_index_and_seed(number: int, index: int, seed: int) -> None:
-    scanner = phantom_site(1)  # the same for all, so that only the draw can differ
+    scanner = phantom_site(1)  # the same for all, so that only the random draw differs
     base = draw_example(scanner, 0, seed=0, size=48)
     other = draw_example(dataclasses.replace(scanner, number=number), index, seed=seed, size=48)
     assert not np.array_equal(base.image, other.image)
@@ -102,7 +102,7 @@ def test_phantom_site_depends_only_on_number_and_seed() -> None:
 
 def test_sites_differ_in_brightness_contrast_grain_and_shape() -> None:
     def grain(image: np.ndarray) -> float:
-        """Likeness of lateral neighbours, slow changes taken away: high for coarse speckle."""
+        """Return the correlation of horizontal neighbours after high-pass filtering."""
         fine = image - cv2.GaussianBlur(image, (0, 0), 3)
         return float(np.corrcoef(fine[:, 1:].ravel(), fine[:, :-1].ravel())[0, 1])
 
