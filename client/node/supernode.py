@@ -44,9 +44,9 @@ from polyclinic.configs.security.release import open_release
 
 log = logging.getLogger("flwr.polyclinic")  # a child of Flower's logger, to share its output
 
-TAKES_IN = "_pull_and_store_message"
-PUTS_BACK = "_insert_message"
-ASKED_FOR = "receive", "get_run", "get_fab", "state", "object_store"
+PULL_MESSAGE = "_pull_and_store_message"
+INSERT_MESSAGE = "_insert_message"
+PULL_ARGUMENTS = "receive", "get_run", "get_fab", "state", "object_store"
 
 CONTACT = "contact.json"
 CONTACT_S = 10.0  # shortest time between two updates of an idle site's contact file
@@ -95,7 +95,7 @@ def start_supernode(site_file: Path, site: SiteConfig, health: str | None) -> No
     os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     guard = ReleaseGuard(Approvals(site.state), site.state / CONTACT, address)
-    setattr(internal, TAKES_IN, guard.wrap(getattr(internal, TAKES_IN)))
+    setattr(internal, PULL_MESSAGE, guard.wrap(getattr(internal, PULL_MESSAGE)))
     status = 1
     try:
         flower_supernode()
@@ -204,7 +204,7 @@ class ReleaseGuard:
                 log.error("%s", error)
                 (message,) = received
                 reply = Message(Error(ErrorCode.INVALID_FAB, str(error)), reply_to=message)
-                getattr(internal, PUTS_BACK)(reply, state, given["object_store"])
+                getattr(internal, INSERT_MESSAGE)(reply, state, given["object_store"])
                 return int(message.metadata.run_id)
 
         return guarded

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PRECISION = 0.001  # relative error of noise_for, which only errs towards more noise
-MOST_NOISE = 1e6  # larger multipliers are clamped to this; no signal is left at that point
-LEAST_NOISE = 1e-3  # smaller counts as no noise; at 1e-160 Opacus's RDP series never ends
-LEAST_RATE = 1e-6  # smaller rates are clamped to this; PRV's density suffers cancellation below it
+MAX_NOISE = 1e6  # larger multipliers are clamped to this; no signal is left at that point
+MIN_NOISE = 1e-3  # smaller counts as no noise; at 1e-160 Opacus's RDP series never ends
+MIN_RATE = 1e-6  # smaller rates are clamped to this; PRV's density suffers cancellation below it
 
 # RDP orders: Opacus's defaults, extended because small epsilons need large orders. With 63 as the
 # largest order, epsilon cannot go below 0.1 at delta 1e-5. Opacus's binomials are finite at 1024.
@@ -40,9 +40,9 @@ _ORDERS = (
     *(64, 72, 80, 96, 128, 192, 256, 384, 512, 768, 1024),
 )
 _POINTS = 2**20  # points of all PRV grids together: about 100 MB and one second
-_MOST_EVENTS = 16  # events that PRV composes, at equal cost each; further ones are merged
-_LEAST_DELTA = 1e-10  # smallest delta for PRV, which sums doubles; smaller ones are untested
-_LARGEST_LOSS = 690.0  # exp(loss) / LEAST_RATE must be a finite double
+_MAX_EVENTS = 16  # events that PRV composes, at equal cost each; further ones are merged
+_MIN_DELTA = 1e-10  # smallest delta for PRV, which sums doubles; smaller ones are untested
+_LARGEST_LOSS = 690.0  # exp(loss) / MIN_RATE must be a finite double
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def noise_for(
 
     # RDP is fast and never smaller than the final bound: what fits by RDP fits
     enough = 1.0
-    while cost(enough, epsilon_rdp) > target_epsilon and enough < MOST_NOISE:
+    while cost(enough, epsilon_rdp) > target_epsilon and enough < MAX_NOISE:
         enough *= 2
-    if enough >= MOST_NOISE and cost(MOST_NOISE, epsilon) > target_epsilon:
+    if enough >= MAX_NOISE and cost(MAX_NOISE, epsilon) > target_epsilon:
         raise ValueError(
             f"{steps} steps at rate {sample_rate:g} cannot stay within epsilon "
             f"{target_epsilon:.4g} at delta {delta:g} ({spent:.4g} is spent already) with any "
@@ -209,7 +209,7 @@ def _merged(history: Iterable[DpEvent], delta: float) -> tuple[DpEvent, ...]:
         raise ValueError(f"delta: expected a number between 0 and 1, got {delta}")
     steps: dict[tuple[float, float], int] = {}
     for spent in history:
-        key = (min(spent.noise_multiplier, MOST_NOISE), max(spent.sample_rate, LEAST_RATE))
+        key = (min(spent.noise_multiplier, MAX_NOISE), max(spent.sample_rate, MIN_RATE))
         steps[key] = steps.get(key, 0) + spent.steps
     return tuple(DpEvent(*key, count) for key, count in sorted(steps.items()) if count)
 
@@ -242,9 +242,9 @@ def _grouped(events: tuple[DpEvent, ...], most: int) -> tuple[DpEvent, ...]:
 @lru_cache(maxsize=4096)
 def _bound(events: tuple[DpEvent, ...], delta: float) -> Bound:
     rdp = _rdp(events, delta)
-    if rdp in (0.0, math.inf) or delta < _LEAST_DELTA:
+    if rdp in (0.0, math.inf) or delta < _MIN_DELTA:
         return Bound(rdp, "rdp")
-    prv = _prv(_grouped(events, _MOST_EVENTS), delta, rdp)
+    prv = _prv(_grouped(events, _MAX_EVENTS), delta, rdp)
     return Bound(prv, "prv") if prv is not None and prv < rdp else Bound(rdp, "rdp")
 
 
@@ -289,7 +289,7 @@ def _prv(events: tuple[DpEvent, ...], delta: float, rdp: float) -> float | None:
 def _rdp(events: tuple[DpEvent, ...], delta: float) -> float:
     if not events:
         return 0.0
-    if events[0].noise_multiplier < LEAST_NOISE:  # the smallest comes first
+    if events[0].noise_multiplier < MIN_NOISE:  # the smallest comes first
         return math.inf
 
     import numpy as np

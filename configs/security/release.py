@@ -30,7 +30,7 @@ UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError),
     *(KeyError, ValueError, TypeError, OSError),
 )
-MOST_BYTES = 100_000_000  # maximum size of an unpacked release; Flower packs at most 10 MB
+MAX_BYTES = 100_000_000  # maximum size of an unpacked release; Flower packs at most 10 MB
 PROJECT = "pyproject.toml"
 LISTING = ".info/CONTENT"  # Flower's list of the hashes of the other files
 SIGNED = b"polyclinic release\0"  # precedes the signed digest, so that it is valid only here
@@ -55,8 +55,8 @@ def open_release(content: bytes) -> Release:
     files: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as packed:
-            if sum(entry.file_size for entry in packed.infolist()) > MOST_BYTES:
-                raise ConfigError(f"expected a packed app below {MOST_BYTES / 1e6:g} MB unpacked")
+            if sum(entry.file_size for entry in packed.infolist()) > MAX_BYTES:
+                raise ConfigError(f"expected a packed app below {MAX_BYTES / 1e6:g} MB unpacked")
             for entry in packed.infolist():
                 _check_name(entry.filename, files)
                 files[entry.filename] = packed.read(entry)

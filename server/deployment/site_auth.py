@@ -2,7 +2,7 @@
 
 ``SiteAuthMiddleware`` lets only requests that are signed with a registered key through to the paths
 for sites. ``IdleTimeout`` closes connections to the public port that are too slow or too many. The
-SuperLink in ``superlink.py`` uses both. tests/server/deployment/test_front_door.py fails when a new
+SuperLink in ``superlink.py`` uses both. tests/server/deployment/test_site_auth.py fails when a new
 version of Flower changes the headers or signatures that this module relies on.
 """
 
@@ -35,13 +35,13 @@ from polyclinic.server.deployment.registry import Registry
 log = logging.getLogger("flwr.polyclinic")
 
 FLEET = "/v1/fleet/"  # beginning of the paths for sites
-MOST_BODY = 64_000_000  # maximum bytes of a body; Flower splits arrays into pieces of 5 MB
-MOST_HEAD = 64_000  # maximum bytes of a request besides its body: head, chunk sizes, trailers
+MAX_BODY = 64_000_000  # maximum bytes of a body; Flower splits arrays into pieces of 5 MB
+MAX_HEAD = 64_000  # maximum bytes of a request besides its body: head, chunk sizes, trailers
 PIECE = 8192  # bytes that are passed to the HTTP parser at a time
 HEAD_S = 30.0  # seconds in which a request's head must be complete
 PATIENCE_S = 30.0  # longest silence of the other end, in seconds
-MOST_CONNECTIONS = 1000  # maximum open connections to the public port
-MOST_CONNECTIONS_EACH = 200  # maximum per address; behind a proxy all sites have the same one
+MAX_CONNECTIONS = 1000  # maximum open connections to the public port
+MAX_CONNECTIONS_EACH = 200  # maximum per address; behind a proxy all sites have the same one
 QUIET_S = 30.0  # seconds between two log lines about the same address
 
 Scope = MutableMapping[str, Any]
@@ -96,13 +96,12 @@ class SiteAuthMiddleware:
             await _answer(send, 401, {"code": 0, "message": problem})
             return
         length = headers.get("content-length", b"0")
-        if not length.isdigit() or len(length) > 12 or int(length) > MOST_BODY:
+        if not length.isdigit() or len(length) > 12 or int(length) > MAX_BODY:
             self._log_refused(
                 scope,
-                f"expected a body of at most {MOST_BODY} bytes, got "
-                f"{length[:20].decode('latin-1')}",
+                f"expected a body of at most {MAX_BODY} bytes, got {length[:20].decode('latin-1')}",
             )
-            await _answer(send, 413, {"message": f"expected at most {MOST_BODY} bytes"})
+            await _answer(send, 413, {"message": f"expected at most {MAX_BODY} bytes"})
             return
         got = 0
 
@@ -110,8 +109,8 @@ class SiteAuthMiddleware:
             nonlocal got
             message = await receive()
             got += len(message.get("body", b""))
-            if got > MOST_BODY:  # possible in a request without content-length
-                self._log_refused(scope, f"expected a body of at most {MOST_BODY} bytes, got more")
+            if got > MAX_BODY:  # possible in a request without content-length
+                self._log_refused(scope, f"expected a body of at most {MAX_BODY} bytes, got more")
                 return {"type": "http.disconnect"}
             return message
 
@@ -215,8 +214,8 @@ class IdleTimeout(HttpToolsProtocol):
     def _too_many(self) -> bool:
         """Return whether the limit on open connections, per address or in all, is reached."""
         of_address = {c for c in self._open if c._address == self._address}
-        return self._full(of_address, MOST_CONNECTIONS_EACH) or self._full(
-            self._open, MOST_CONNECTIONS
+        return self._full(of_address, MAX_CONNECTIONS_EACH) or self._full(
+            self._open, MAX_CONNECTIONS
         )
 
     def _full(self, connections: set[IdleTimeout], most: int) -> bool:
@@ -244,7 +243,7 @@ class IdleTimeout(HttpToolsProtocol):
             size = self._next_size()
             if size <= 0:
                 self._warn(
-                    f"closed a connection from %s: expected at most {MOST_HEAD} bytes besides the "
+                    f"closed a connection from %s: expected at most {MAX_HEAD} bytes besides the "
                     "body, got more"
                 )
                 self.transport.abort()
@@ -261,7 +260,7 @@ class IdleTimeout(HttpToolsProtocol):
 
     def _next_size(self) -> int:
         """Return how many bytes to parse next; 0 or less if the request is at its limit."""
-        left = MOST_HEAD - self._overhead
+        left = MAX_HEAD - self._overhead
         if not self._limited or (self._in_body and left >= 0):
             return PIECE
         return min(PIECE, left)

@@ -18,7 +18,7 @@ from typing import NoReturn
 log = logging.getLogger("flwr.polyclinic")
 
 REST_S = 1.0  # seconds before a restart; doubled as long as the process keeps ending
-MOST_REST_S = 60.0  # maximum of these seconds
+MAX_REST_S = 60.0  # maximum of these seconds
 
 
 def supervise_superexec(control: int, authority: Path) -> None:
@@ -54,7 +54,7 @@ def keep_running(command: list[str]) -> NoReturn:
         else:
             how = f"ended ({_end_of(process)})"
             ended.append(process)
-        rest = min(2 * rest, MOST_REST_S) if time.monotonic() - began < MOST_REST_S else REST_S
+        rest = min(2 * rest, MAX_REST_S) if time.monotonic() - began < MAX_REST_S else REST_S
         log.error("%s %s; no run can start until it is restarted, in %g s", command[0], how, rest)
         time.sleep(rest)
 

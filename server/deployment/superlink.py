@@ -8,7 +8,7 @@ Whoever can log in on the coordinator's machine, or into its container, acts as 
 
 Together with ``site_auth``, this is the only module that depends on internals of Flower's
 SuperLink: how it starts uvicorn, its hook for middleware, its client of the control API.
-tests/server/deployment/test_front_door.py fails when a new version of Flower changes them.
+tests/server/deployment/test_site_auth.py fails when a new version of Flower changes them.
 """
 
 from __future__ import annotations

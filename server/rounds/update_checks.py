@@ -23,7 +23,7 @@ from polyclinic.server.rounds.messages import ReplyError
 from polyclinic.server.runs.reports import SiteReport, TrainReport
 
 HELD = 8  # contributions held in memory in the first round until their norms are compared
-FEWEST = 3  # minimum number of sites for a comparison of norms: fewer show no outlier
+MIN_SITES = 3  # minimum number of sites for a comparison of norms: fewer show no outlier
 SLACK = 2  # allowed ratio of reported to expected counts, since a site may have added images
 
 _CHUNK = 1 << 20
@@ -116,7 +116,7 @@ class UpdateFilter:
         accept: Callable[[Contribution, TrainReport, float], None],
     ) -> None:
         self.sent = sent
-        self.reference = list(reference) if len(reference) >= FEWEST else []
+        self.reference = list(reference) if len(reference) >= MIN_SITES else []
         self.factor = factor
         self.accept = accept
         self.held: list[tuple[Contribution, TrainReport, float]] = []
@@ -152,7 +152,7 @@ class UpdateFilter:
         held, self.held = self.held, []
         for contribution, report, norm in held:
             try:
-                if len(updates) >= FEWEST:
+                if len(updates) >= MIN_SITES:
                     check_norm((norm, report.steps), updates, self.factor)
             except ReplyError as error:
                 refused[contribution.site] = str(error)

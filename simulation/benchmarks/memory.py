@@ -2,8 +2,8 @@
 
 The benchmark runs the server code of a training round, including Flower's serialisation, with a
 grid client that generates the reply of a site when it is pulled. Only the sites and the network
-connection are simulated. ``polyclinic bench memory`` prints the results; docs/reliability.md shows
-an example.
+connection are simulated. ``polyclinic bench memory`` prints the results;
+docs/benchmarks/reliability.md shows an example.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Both steps train the same network on the same images; the private step also computes per-unit
 gradients, clips them and adds noise. ``polyclinic bench privacy`` prints the results;
-docs/privacy.md shows an example.
+docs/benchmarks/privacy.md shows an example.
 """
 
 from __future__ import annotations

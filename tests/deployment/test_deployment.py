@@ -2,7 +2,7 @@
 
 Processes over TLS, started as in docs/deploy.md without containers;
 tests/deployment/test_containers.py tests the containers.
-tests/server/deployment/test_front_door.py and tests/client/node/test_supernode.py test the parts.
+tests/server/deployment/test_site_auth.py and tests/client/node/test_supernode.py test the parts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from polyclinic.configs.schema.federation import FederationConfig
 from polyclinic.configs.security.credentials import read_certificate, read_private_key
 from polyclinic.server.deployment.authority import Authority, new_key, pem, private_openssh
 from polyclinic.server.deployment.provision import provision
-from polyclinic.server.deployment.site_auth import MOST_BODY, MOST_CONNECTIONS, PATIENCE_S
+from polyclinic.server.deployment.site_auth import MAX_BODY, MAX_CONNECTIONS, PATIENCE_S
 from polyclinic.server.runs.folder import RunFolder
 from polyclinic.server.runs.history import read_history
 from tests.consortium import Consortium
@@ -151,7 +151,7 @@ def a_request_of_ten_minutes_ago(place: Consortium) -> None:
 
 def a_message_far_too_large(place: Consortium) -> None:
     key = read_private_key(place.kits / "sites" / "site-1" / "site.key")
-    headers = {**signed(key), "content-length": str(MOST_BODY + 1).encode(), "host": b"x"}
+    headers = {**signed(key), "content-length": str(MAX_BODY + 1).encode(), "host": b"x"}
     lines = b"".join(name.encode() + b": " + value + b"\r\n" for name, value in headers.items())
     with tls(place) as connection:
         connection.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\n" + lines + b"\r\n")
@@ -294,7 +294,7 @@ def test_coordinator_under_endless_heads_and_upgrades_serves_its_sites(
     assert all(attack.result() for attack in attacks)
     assert slowest < 1
 
-    for _ in range(MOST_CONNECTIONS + 1):
+    for _ in range(MAX_CONNECTIONS + 1):
         with tls(place) as connection:
             send(connection, UPGRADE % b"websocket")
             assert read_all(connection).startswith(b"HTTP/1.1 400")
@@ -336,7 +336,7 @@ def test_release_with_a_modified_policy_check_is_not_run(consortium: Consortium)
     place.polyclinic("site", "approve", place.site_file("site-1"), "--withdraw", digest)
 
 
-@pytest.mark.long  # in CI, tests/server/deployment/test_front_door.py tests a revoked key
+@pytest.mark.long  # in CI, tests/server/deployment/test_site_auth.py tests a revoked key
 def test_revoked_site_is_disconnected_and_returns_with_a_new_kit(
     consortium: Consortium,
 ) -> None:

@@ -20,9 +20,9 @@ from flwr.supernode import start_client_internal as internal
 
 from polyclinic.client.node import supernode
 from polyclinic.client.node.supernode import (
-    ASKED_FOR,
-    PUTS_BACK,
-    TAKES_IN,
+    PULL_ARGUMENTS,
+    INSERT_MESSAGE,
+    PULL_MESSAGE,
     ReleaseGuard,
     read_contact,
 )
@@ -34,16 +34,16 @@ from tests.factories import app, packed
 
 def test_flower_message_hooks_match_the_release_guard() -> None:
     """Fails when a new Flower version changes the functions that client/node/supernode.py wraps."""
-    takes_in = inspect.signature(getattr(internal, TAKES_IN)).parameters
-    assert set(ASKED_FOR) <= set(takes_in)
-    assert list(inspect.signature(getattr(internal, PUTS_BACK)).parameters) == [
+    takes_in = inspect.signature(getattr(internal, PULL_MESSAGE)).parameters
+    assert set(PULL_ARGUMENTS) <= set(takes_in)
+    assert list(inspect.signature(getattr(internal, INSERT_MESSAGE)).parameters) == [
         *("msg", "state", "store")
     ]
     loop = inspect.getsource(internal.start_client_internal)
-    assert f"run_id = {TAKES_IN}(" in loop
-    for name in ASKED_FOR:
+    assert f"run_id = {PULL_MESSAGE}(" in loop
+    for name in PULL_ARGUMENTS:
         assert f"{name}=" in loop  # keyword arguments, as the guard expects
-    body = inspect.getsource(getattr(internal, TAKES_IN))
+    body = inspect.getsource(getattr(internal, PULL_MESSAGE))
     assert body.index("get_fab(run_info.fab_hash, run_id)") < body.index("state.store_fab(fab)")
     assert body.index("get_run(run_id)") < body.index("get_fab(run_info.fab_hash, run_id)")
     assert body.index("get_fab(") < body.index("state.create_task(")
@@ -80,7 +80,9 @@ class Node:
         message = Message(RecordDict(), dst_node_id=1, message_type=wire.TRAIN)
         message.metadata.__dict__["_message_id"] = "m"
         run = SimpleNamespace(fab_hash=self.hash, primary_task_type=self.task_type)
-        monkeypatch.setattr(internal, PUTS_BACK, lambda msg, state, store: self.replies.append(msg))
+        monkeypatch.setattr(
+            internal, INSERT_MESSAGE, lambda msg, state, store: self.replies.append(msg)
+        )
         return guard.wrap(self.take_in)(
             state=SimpleNamespace(get_run=self.known.get),
             object_store=None,
@@ -191,7 +193,7 @@ def test_flower_exit_reason_is_logged_and_process_exits(
     monkeypatch.setattr(supernode.os, "_exit", left)
     monkeypatch.setattr(supernode.logging, "shutdown", lambda: None)
     monkeypatch.setattr(supernode.sys, "argv", ["polyclinic"])
-    monkeypatch.setattr(internal, TAKES_IN, getattr(internal, TAKES_IN))
+    monkeypatch.setattr(internal, PULL_MESSAGE, getattr(internal, PULL_MESSAGE))
     for name in ("FLWR_HOME", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "PATH"):
         monkeypatch.setenv(name, str(tmp_path))
     server = CoordinatorConfig(address="fl.example.org", port=9092)

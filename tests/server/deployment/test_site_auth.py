@@ -41,9 +41,9 @@ from polyclinic.configs.security.credentials import Validity, read_private_key
 from polyclinic.server.deployment.provision import provision
 from polyclinic.server.deployment.registry import Registry
 from polyclinic.server.deployment.site_auth import (
-    MOST_BODY,
-    MOST_CONNECTIONS,
-    MOST_HEAD,
+    MAX_BODY,
+    MAX_CONNECTIONS,
+    MAX_HEAD,
     IdleTimeout,
     SiteAuthMiddleware,
 )
@@ -250,12 +250,12 @@ def test_body_size_is_limited_with_and_without_content_length(kits: Path, regist
     inside = Inside()
     door = SiteAuthMiddleware(inside, registry, PUBLIC)
     headers = signed(key_of(kits, "site-a"))
-    for length in (str(MOST_BODY + 1).encode(), b"-1", b"1e9", b""):
+    for length in (str(MAX_BODY + 1).encode(), b"-1", b"1e9", b""):
         assert ask(door, "/v1/fleet/push-object", {**headers, "content-length": length})[0] == 413
     assert inside.paths == []
-    part = b"x" * (MOST_BODY // 4 + 1)
+    part = b"x" * (MAX_BODY // 4 + 1)
     assert ask(door, "/v1/fleet/push-object", headers, body=(part,) * 5) == (0, b"")
-    assert inside.got <= MOST_BODY
+    assert inside.got <= MAX_BODY
 
 
 def test_about_endpoint_shows_only_time_and_versions(registry: Registry) -> None:
@@ -423,19 +423,19 @@ def signed_request(kits: Path, *lines: bytes) -> bytes:
 
 
 def test_request_head_at_the_limit_is_served(served: Served) -> None:
-    request = about_request_of(MOST_HEAD)
-    assert len(request) == MOST_HEAD
+    request = about_request_of(MAX_HEAD)
+    assert len(request) == MAX_HEAD
     assert served.exchange(request).startswith(b"HTTP/1.1 200")
 
 
 def test_request_head_over_the_limit_is_closed(served: Served, caplog) -> None:
-    assert served.exchange(about_request_of(MOST_HEAD + 1)) == b""
-    assert served.exchange(b"\r\n" * MOST_HEAD) == b""
+    assert served.exchange(about_request_of(MAX_HEAD + 1)) == b""
+    assert served.exchange(b"\r\n" * MAX_HEAD) == b""
     assert caplog.text.count("closed a connection from 127.0.0.1: expected at most") == 1
 
 
 def test_request_head_over_the_limit_is_served_on_loopback(served: Served) -> None:
-    request = about_request_of(3 * MOST_HEAD)
+    request = about_request_of(3 * MAX_HEAD)
     answer = served.exchange(request[:-2] + b"Connection: close\r\n\r\n", served.private)
     assert answer.startswith(b"HTTP/1.1 200")
     assert served.connections.added == 0
@@ -464,10 +464,10 @@ def test_request_head_trickled_too_long_is_closed(
 @pytest.mark.parametrize(
     "flood",
     [
-        pytest.param(b"1;" + b"x" * MOST_HEAD * 2, id="one-extension"),
+        pytest.param(b"1;" + b"x" * MAX_HEAD * 2, id="one-extension"),
         pytest.param((b"1;" + b"x" * 1000 + b"\r\na\r\n") * 200, id="many-extensions"),
         pytest.param(b"1\r\na\r\n" * 40_000, id="tiny-chunks"),
-        pytest.param(b"0\r\nX: " + b"x" * MOST_HEAD * 2, id="one-trailer"),
+        pytest.param(b"0\r\nX: " + b"x" * MAX_HEAD * 2, id="one-trailer"),
         pytest.param(b"0\r\n" + b"X: x\r\n" * 40_000, id="many-trailers"),
     ],
 )
@@ -535,7 +535,7 @@ def break_tls(connection: ssl.SSLSocket) -> None:
                 "h2c": UPGRADE % b"h2c",
                 "connect": b"CONNECT localhost:1 HTTP/1.1\r\nHost: x\r\n\r\n",
                 "malformed": b"not HTTP\r\n\r\n",
-                "large-head": ENDLESS_HEAD + b"a" * MOST_HEAD,
+                "large-head": ENDLESS_HEAD + b"a" * MAX_HEAD,
             }.items()
         ),
     ],
@@ -547,11 +547,11 @@ def test_connection_count_after_any_end_is_zero(served: Served, end) -> None:
 
 
 def test_refused_websocket_upgrades_release_their_connections(served: Served, caplog) -> None:
-    for _ in range(MOST_CONNECTIONS + 1):
+    for _ in range(MAX_CONNECTIONS + 1):
         answer = served.exchange(UPGRADE % b"websocket")
         assert answer.startswith(b"HTTP/1.1 400"), answer
     assert served.exchange(ABOUT_REQUEST).startswith(b"HTTP/1.1 200")
-    assert served.connections.all_ended(MOST_CONNECTIONS + 2)
+    assert served.connections.all_ended(MAX_CONNECTIONS + 2)
     assert [record.levelname for record in caplog.records].count("WARNING") == 1
     assert "a change of protocol from 127.0.0.1" in caplog.text
 
@@ -567,7 +567,7 @@ def test_upgrade_on_loopback_is_refused(served: Served) -> None:
     assert answer.startswith(b"HTTP/1.1 400")
 
 
-@pytest.mark.parametrize("limit", ["MOST_CONNECTIONS", "MOST_CONNECTIONS_EACH"])
+@pytest.mark.parametrize("limit", ["MAX_CONNECTIONS", "MAX_CONNECTIONS_EACH"])
 @pytest.mark.parametrize("closing", [True, False])
 def test_connections_that_are_closing_do_not_count_at_the_limit(
     served: Served, monkeypatch, limit: str, closing: bool
@@ -588,7 +588,7 @@ def test_connections_that_are_closing_do_not_count_at_the_limit(
 def test_pipelined_requests_are_all_served(served: Served, kits: Path) -> None:
     request = signed_request(kits, b"Content-Length: 3") + b"abc"
     last = signed_request(kits, b"Content-Length: 3", b"Connection: close") + b"abc"
-    count = 3 * MOST_HEAD // len(request)  # together more than the limit of one head
+    count = 3 * MAX_HEAD // len(request)  # together more than the limit of one head
     answer = served.exchange(request * count + last)
     assert answer.count(b"HTTP/1.1 200") == count + 1
     assert served.inside.got == 3 * (count + 1)
