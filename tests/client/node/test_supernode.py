@@ -20,8 +20,8 @@ from flwr.supernode import start_client_internal as internal
 
 from polyclinic.client.node import supernode
 from polyclinic.client.node.supernode import (
-    PULL_ARGUMENTS,
     INSERT_MESSAGE,
+    PULL_ARGUMENTS,
     PULL_MESSAGE,
     ReleaseGuard,
     read_contact,
