@@ -35,8 +35,8 @@ coverage: $(VENV)/.test-installed  ## line coverage of what `make quick` runs
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long" \
 	    --cov client --cov configs --cov mtl_model --cov server --cov simulation --cov-report term
 
-quick: $(VENV)/.test-installed  ## without the tests that start real Flower processes
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
+quick: $(VENV)/.test-installed  ## unit tests: no processes, no whole federations
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long and not federation"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .

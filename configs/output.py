@@ -107,7 +107,7 @@ def print_table(table: Table, console: Console | None = None) -> None:
     """Print a table with every cell whole, wider than the terminal if its content is."""
     console = console or results()
     unlimited = console.options.update(max_width=100_000)
-    needed = Measurement.get(console, unlimited, table).minimum
+    needed = Measurement.get(console, unlimited, table).maximum
     if needed > console.width:
         console = Console(file=console.file, width=needed, markup=False, highlight=False)
     console.print(table)

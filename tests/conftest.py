@@ -48,11 +48,17 @@ TINY: dict[str, bool | int | float | str] = {
 GROUPS = ("faults", "containers", "real processes", "exported")  # slowest first
 
 
+# Fixtures that train a whole federation in this process, seconds each.
+FEDERATED = {"grid", "finished_run", "exported"}
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist, which sends a group's tests to one process
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under xdist, run each group in one process, and the groups before all other tests."""
     place = {}
     for item in items:
+        if FEDERATED & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.federation)
         group = _group_of(item)
         if group:
             item.add_marker(pytest.mark.xdist_group(group))

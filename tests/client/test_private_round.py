@@ -163,7 +163,7 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> dict[str, BudgetConfig]:
         found = declared(*arguments)
         return replace(found, budget=given.get(found.cohort))
 
-    monkeypatch.setattr(polyclinic.client.app, "standing", privacy_declaration)
+    monkeypatch.setattr(polyclinic.client.app, "privacy_declaration", privacy_declaration)
     return given
 
 

@@ -3,7 +3,8 @@
 Each test breaks something at a point of a round and checks that the fault is reported and that the
 run continues or can be resumed without losing more than the current round. The table of all faults
 is printed at the end and written to the file named by POLYCLINIC_FAULT_TABLE;
-docs/benchmarks/reliability.md shows it. CI runs one test with ten faults; `make faults` runs them all.
+docs/benchmarks/reliability.md shows it. CI runs one test with ten faults;
+`make faults` runs them all.
 """
 
 from __future__ import annotations

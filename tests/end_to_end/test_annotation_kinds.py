@@ -157,7 +157,7 @@ def test_single_class_run_shows_only_the_main_table(tiny, grid) -> None:
     assert tables_of(folder) == ""
     rows = {site: line.metrics for site, line in lines_of(folder).items()}
     columns = [c.header for c in metrics_table("", rows, "malignant").columns]
-    assert columns[:5] == ["site", "n", "lesions", "labelled", "Dice"]
+    assert columns[:5] == ["site", "n", "lesions", "labels", "Dice"]
     assert "HD95" not in columns
 
 

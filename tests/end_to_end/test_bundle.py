@@ -37,7 +37,7 @@ def test_bundle_contains_exactly_modules_and_presets(bundle: Path) -> None:
     wanted |= {str(p.relative_to(ROOT)) for room in rooms for p in (ROOT / room).glob("**/*.py")}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.toml")}
     assert names == wanted  # excludes tests/faults, which has an apps.py too
-    assert bundle.stat().st_size < 1_000_000  # Flower stores without compressing
+    assert bundle.stat().st_size < 1_500_000  # Flower stores without compressing
 
 
 def test_bundle_digest_matches_source_packed_and_unpacked(bundle: Path, tmp_path: Path) -> None:

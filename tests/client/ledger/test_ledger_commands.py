@@ -201,7 +201,7 @@ def test_lower_delta_is_recorded_and_applies_to_past_spending(cli, site: Path, p
     status, out, _ = cli("site", "ledger", site, "--verify")
     assert status == 0
     spent = epsilon([TEN, replace(TEN, steps=4), TEN], 1e-4)
-    assert f"spent    epsilon {spent:.4g} of 8" in out
+    assert f"spent: epsilon {spent:.4g} of 8" in out
     assert "delta: 0.001 -> 0.0001" in out
 
 

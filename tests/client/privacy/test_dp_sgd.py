@@ -360,7 +360,7 @@ def test_settings_that_break_the_privacy_bound_are_refused() -> None:
         ({"model__norm": "batch"}, r"model.norm: expected group .*; got batch"),
         ({"train__grad_checkpointing": True}, r"train.grad-checkpointing: expected false"),
         ({"train__compile": True}, r"train.compile: expected false"),
-        ({"loss__class_weights": "balanced"}, r"loss.class-weights: expected none, or a number"),
+        ({"loss__class_weights": "balanced"}, r"loss.class-weights: expected none, or one number"),
         ({"privacy__target_epsilon": 0.0}, r"one of target-epsilon and noise-multiplier.*0 and 0"),
         ({"privacy__noise_multiplier": 1.0}, r"one of target-epsilon and .* got 3 and 1"),
     ):

@@ -218,7 +218,7 @@ def test_export_user_errors_exit_2(
 def test_export_of_a_missing_run_exits_2(cli) -> None:
     status, _, err = cli("export", "nothing", "--out", "m.onnx")
     assert status == 2
-    assert "nothing: no such run under" in err
+    assert "nothing: no such run in" in err
 
 
 def test_export_of_a_changed_checkpoint_is_refused(cli, finished_run: Path, tmp_path: Path) -> None:
