@@ -35,8 +35,8 @@ coverage: $(VENV)/.test-installed  ## line coverage of what `make quick` runs
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long" \
 	    --cov client --cov configs --cov mtl_model --cov server --cov simulation --cov-report term
 
-quick: $(VENV)/.test-installed  ## unit tests: no processes, no whole federations
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long and not federation"
+quick: $(VENV)/.test-installed  ## unit tests, a minute and a half on 2 cores: no processes, federations or training
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or long or federation or numeric)"
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .

@@ -48,6 +48,30 @@ TINY: dict[str, bool | int | float | str] = {
 GROUPS = ("faults", "containers", "real processes", "exported")  # slowest first
 
 
+# Modules that train networks, attack them or integrate densities: seconds per test.
+NUMERIC = {
+    "client/privacy/test_accounting.py",
+    "client/privacy/test_dp_sgd.py",
+    "client/privacy/test_grad_samplers.py",
+    "client/privacy/test_open_findings.py",
+    "client/privacy/test_unit_gradients.py",
+    "client/test_killed_site.py",
+    "client/test_private_site.py",
+    "client/training/test_local_round.py",
+    "end_to_end/test_bundle.py",
+    "mtl_model/test_attention.py",
+    "mtl_model/test_backbone.py",
+    "mtl_model/test_fast_paths.py",
+    "mtl_model/test_network.py",
+    "mtl_model/test_pretrained.py",
+    "client/policy/test_site_policy.py",
+    "server/aggregation/test_central_dp.py",
+    "server/export/test_export.py",
+    "simulation/attacks/test_audit.py",
+    "simulation/attacks/test_inversion.py",
+    "simulation/benchmarks/test_bench.py",
+    "simulation/experiments/test_tradeoff.py",
+}
 # Fixtures that train a whole federation in this process, seconds each.
 FEDERATED = {"grid", "finished_run", "exported"}
 
@@ -59,6 +83,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if FEDERATED & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.federation)
+        if item.path.relative_to(ROOT / "tests").as_posix() in NUMERIC:
+            item.add_marker(pytest.mark.numeric)
         group = _group_of(item)
         if group:
             item.add_marker(pytest.mark.xdist_group(group))

@@ -178,7 +178,7 @@ def another_authority(place: Consortium) -> None:
     stranger.write_text(stranger.read_text().replace("/var/lib/", f"{others}/"))
     found = {check.name: check for check in preflight(stranger, DataConfig(), probe_registration)}
     assert found["TLS"].level == "fail"
-    assert "this is not the coordinator that the kit is of" in found["TLS"].advice
+    assert "this is not the coordinator of the kit" in found["TLS"].advice
 
 
 def an_expired_kit(place: Consortium) -> None:
