@@ -28,9 +28,12 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        seen = f"only {count} GPUs" if count else "no GPU"
         raise DeviceError(
-            f"train.device: expected one of {torch.cuda.device_count()} GPUs or cpu, got {name!r}"
+            f"train.device: got {name!r}, but PyTorch sees {seen} on this machine; use auto or "
+            "cpu, or check the driver and that PyTorch was installed with CUDA"
         )
     return device
 

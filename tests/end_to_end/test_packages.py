@@ -47,6 +47,7 @@ def test_planted_packages_raise_when_they_are_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_wheel_in_a_clean_environment_trains_provisions_and_predicts(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     elsewhere = plant_foreign_packages(tmp_path / "elsewhere")
@@ -98,6 +99,23 @@ def test_wheel_in_a_clean_environment_trains_provisions_and_predicts(tmp_path: P
     call(programs / "flwr", "build", "--app", place.strip())
     (fab,) = elsewhere.glob("*.fab")
     assert call(polyclinic, "site", "release", fab).strip() == release_of_folder(ROOT)
+
+    # `flwr run`, and `server start` with `site start`, by the wheel's programs
+    tests = [
+        "tests/end_to_end/test_simulate.py::test_flwr_run_streams_a_local_run",
+        "tests/deployment/test_deployment.py::"
+        "test_run_completes_despite_unauthorised_access_attempts",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=ROOT,
+        env={**os.environ, "POLYCLINIC_TEST_PROGRAMS": str(programs)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
 
     call(polyclinic, "phantom", "--out", "data", "--sites", "1", "--examples", "2", "--size", "48")
     images = elsewhere / "data" / "site-1" / "images"

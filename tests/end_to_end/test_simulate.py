@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import pytest
 
 from tests import ROOT
 from tests.conftest import TINY
-from tests.faults.deployment import plant_foreign_packages
+from tests.faults.deployment import PROGRAMS, plant_foreign_packages
 
-PROGRAM = str(Path(sys.executable).parent / "polyclinic")
+PROGRAM = str(PROGRAMS / "polyclinic")
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -158,7 +157,7 @@ def wait_for(happened, process: subprocess.Popen[str], seconds: float = 300.0) -
 @pytest.mark.slow
 def test_flwr_run_streams_a_local_run(tmp_path: Path) -> None:
     """The README's `flwr run . --stream` on a local SuperLink with its own FLWR_HOME."""
-    folder = Path(sys.executable).parent
+    folder = PROGRAMS
     environment = {
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",

@@ -34,7 +34,8 @@ from polyclinic.simulation.phantom.writer import write_phantoms
 from tests import ROOT
 from tests.conftest import TINY
 
-PROGRAMS = Path(sys.executable).parent
+# those of another installation, where tests/end_to_end/test_packages.py tries a wheel
+PROGRAMS = Path(os.environ.get("POLYCLINIC_TEST_PROGRAMS", Path(sys.executable).parent))
 LEFT_OUT = (
     ".git",
     ".venv",
