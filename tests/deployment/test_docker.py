@@ -160,13 +160,18 @@ def test_podman_compose_parses_the_files(files: list[str], tmp_path: Path) -> No
 
 def test_dockerignore_allows_only_shipped_files() -> None:
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    first, *rest = [line for line in lines if line and not line.startswith("#")]
-    assert first == "*"
+    first, *rest, last = [line for line in lines if line and not line.startswith("#")]
+    assert (first, last) == ("*", "**/__pycache__")
     assert all(line.startswith("!") for line in rest)
     for line in rest:
         assert list(ROOT.glob(line[1:])), f"{line} names nothing"
-    rooms = {"client", "configs", "mtl_model", "server", "simulation"}
-    assert {f"!{room}/**/*.py" for room in rooms} < set(rest)
+    packages = {"client", "configs", "mtl_model", "server", "simulation"}
+    assert {f"!{package}" for package in packages} < set(rest)
+    for package in packages:  # which are copied whole: source and presets, nothing else
+        tracked = subprocess.run(
+            ["git", "ls-files", package], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert {Path(name).suffix for name in tracked.stdout.split()} <= {".py", ".toml"}
 
 
 def test_runtime_stage_is_unprivileged_and_installs_nothing() -> None:
