@@ -59,6 +59,8 @@ NUMERIC = {
     "client/test_private_site.py",
     "client/training/test_local_round.py",
     "end_to_end/test_bundle.py",
+    "end_to_end/test_commands.py",
+    "mtl_model/test_metrics.py",
     "mtl_model/test_attention.py",
     "mtl_model/test_backbone.py",
     "mtl_model/test_fast_paths.py",

@@ -30,7 +30,7 @@ from tests.conftest import rows_of, write_manifest
         (["--set", "phantom.without-masks=site-9"], "site-9"),
         (["--set", "data.classes=benign,malignant,cyst"], "no site has a training image of class"),
         (["--set", "rounds.min-sites=7"], "rounds.min-sites: expected at most 3"),
-        (["--set", "train.device=cuda:99"], "train.device: expected one of"),
+        (["--set", "train.device=cuda:99"], "train.device: got 'cuda:99', but PyTorch sees"),
         (["--config", "."], "cannot be read: Is a directory"),
         (["--bogus"], "No such option"),
     ],
