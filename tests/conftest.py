@@ -50,6 +50,7 @@ GROUPS = ("faults", "containers", "real processes", "exported")  # slowest first
 
 # Modules that train networks, attack them or integrate densities: seconds per test.
 NUMERIC = {
+    "client/policy/test_site_policy.py",
     "client/privacy/test_accounting.py",
     "client/privacy/test_dp_sgd.py",
     "client/privacy/test_grad_samplers.py",
@@ -60,13 +61,12 @@ NUMERIC = {
     "client/training/test_local_round.py",
     "end_to_end/test_bundle.py",
     "end_to_end/test_commands.py",
-    "mtl_model/test_metrics.py",
     "mtl_model/test_attention.py",
     "mtl_model/test_backbone.py",
     "mtl_model/test_fast_paths.py",
+    "mtl_model/test_metrics.py",
     "mtl_model/test_network.py",
     "mtl_model/test_pretrained.py",
-    "client/policy/test_site_policy.py",
     "server/aggregation/test_central_dp.py",
     "server/export/test_export.py",
     "simulation/attacks/test_audit.py",
