@@ -117,7 +117,7 @@ def test_wheel_in_a_clean_environment_trains_provisions_and_predicts(tmp_path: P
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
 
-    call(polyclinic, "phantom", "--out", "data", "--sites", "1", "--examples", "2", "--size", "48")
+    call(polyclinic, "phantom", "--out", "data", "--sites", "1", "--examples", "10", "--size", "48")
     images = elsewhere / "data" / "site-1" / "images"
     call(polyclinic, "predict", run, images, "--out", "predicted")
     assert list((elsewhere / "predicted").rglob("*.png"))
