@@ -31,7 +31,7 @@ long: $(VENV)/.test-installed  ## what takes too long for CI: torch.compile, eve
 faults: $(VENV)/.test-installed  ## every fault at every phase of a deployment; well over an hour
 	POLYCLINIC_FAULT_TABLE=faults.md $(BIN)/python -m pytest -m "slow or long" tests/deployment/test_faults.py
 
-coverage: $(VENV)/.test-installed  ## line coverage of what `make quick` runs
+coverage: $(VENV)/.test-installed  ## line coverage of all tests that start no processes
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long" \
 	    --cov client --cov configs --cov mtl_model --cov server --cov simulation --cov-report term
 

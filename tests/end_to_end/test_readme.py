@@ -35,6 +35,7 @@ RUN_ELSEWHERE = {
     "make test": ".ci/run",
     "make lint": ".ci/run",
     "make quick": ".ci/run",  # the same tests and more
+    "make coverage": "",  # by hand: tests that CI has, slower
     "make containers": "",  # by hand: too long for CI
     "make long": "",  # by hand: too long for CI
     "make faults": "",  # too long for CI as well; .ci/run has a dozen of them
