@@ -63,7 +63,10 @@ def read_run_config(path: Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"{path}: not found; expected a run's folder, which holds config.toml")
     flat = read_preset(path)
-    return RunConfig.from_flat({RENAMED.get(key, key): value for key, value in flat.items()})
+    try:
+        return RunConfig.from_flat({RENAMED.get(key, key): value for key, value in flat.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _flattened(table: Mapping[str, Any], prefix: str) -> dict[str, Value]:

@@ -117,7 +117,12 @@ def list_runs(
         return
     if not runs.is_dir():
         raise ConfigError(f"{runs.absolute()}: expected a folder of runs; there is none")
-    found = [summary_of(path.parent) for path in runs.glob("*/config.toml")]
+    found = []
+    for path in runs.glob("*/config.toml"):
+        try:
+            found.append(summary_of(path.parent))
+        except ConfigError as error:  # one damaged folder does not hide the others
+            print_message(f"warning: not listed: {error}")
     found.sort(key=lambda run: str(run.started))
     if as_json:
         print_json({"runs": [asdict(run) for run in found]})

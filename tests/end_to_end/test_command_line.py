@@ -156,3 +156,15 @@ def test_stopped_run_is_listed_as_stopped(
         (stopped / "outcome.json").write_text(json.dumps(outcome))
         out = cli("runs", "--runs", tmp_path / "runs", "--json")[1]
         assert json.loads(out)["runs"][0]["status"] == "stopped"
+
+
+def test_damaged_run_folder_does_not_hide_other_runs(
+    finished_run: Path, tmp_path: Path, cli: Callable
+) -> None:
+    for name, text in (("good", (finished_run / "config.toml").read_text()), ("bad", "[x]\ny = 1")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.toml").write_text(text)
+    status, out, err = cli("runs", "--runs", tmp_path / "runs", "--json")
+    assert status == 0
+    assert [run["run"] for run in json.loads(out)["runs"]] == ["good"]
+    assert f"not listed: {tmp_path / 'runs' / 'bad' / 'config.toml'}: x.y: unknown key" in err
